@@ -23,10 +23,10 @@ def shown_at(path, fps):
     "Oracle: decode everything, then take for each sample time the last frame that is not later, at least one."
     import av
     with av.open(str(path)) as c:
-        s = c.streams.video[0]; f = [(float(x.pts*x.time_base), x.to_ndarray(format="rgb24")) for x in c.decode(s)]
-        n = max(x for x, _ in f) - f[0][0] + float(1/s.average_rate)
+        s = c.streams.video[0]; f = [(float(x.pts*x.time_base), x.to_ndarray(format="rgb24")) for x in c.decode(s)]; rate = float(s.average_rate)
+        n = max(x for x, _ in f) - f[0][0] + 1/rate
     t = [x - f[0][0] for x, _ in f]
-    if t != sorted(t): t = [k/float(s.average_rate) for k in range(len(f))]      # pts out of order: the frames come at the stream's rate
+    if t != sorted(t): t = [k/rate for k in range(len(f))]      # pts out of order: the frames come at the stream's rate
     return np.stack([f[max(i for i, x in enumerate(t) if x <= k/fps + 1e-9)][1] for k in range(int(np.ceil(n*fps - 1e-6)))])
 
 
