@@ -1,0 +1,40 @@
+# Targets for a fresh clone: `make reproduce` and `make test` need Python 3.11 or newer and nothing else.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && exit; done; echo python3)
+ARGS ?=
+bin = .venv/bin
+quiet = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=agg TOKENIZERS_PARALLELISM=false
+
+.PHONY: help reproduce test lab export readme clean distclean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+reproduce: .venv/installed ## every table and figure, on the data that the library makes itself; ARGS="m5 --seeds 3" chooses
+	@$(bin)/vlkd reproduce $(ARGS)
+
+test: .venv/installed ## pytest, then every notebook
+	@$(quiet) $(bin)/python -m pytest && $(quiet) $(bin)/nbdev-test --n-workers 2
+
+lab: .venv/installed ## JupyterLab at the notebooks
+	@$(bin)/jupyter-lab nbs
+
+export: .venv/installed ## notebooks to library, then clean notebooks
+	@$(bin)/nbdev-export && $(bin)/nbdev-clean
+
+readme: .venv/installed ## run nbs/index.ipynb and write README.md from it
+	@$(quiet) $(bin)/nbdev-test nbs/index.ipynb --save --n-workers 1 && $(bin)/nbdev-clean --fname nbs/index.ipynb && $(bin)/python -m vlkd.readme
+
+clean: ## remove caches and build outputs; runs and results stay
+	@rm -rf build dist .pytest_cache .hypothesis && find nbs vlkd tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment, all runs and your own reports as well
+	@rm -rf .venv runs reports/latest vlkd.egg-info
+
+# The stamp is written last, so that an installation which was interrupted is done again, and a second call does nothing.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "vlkd needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into .venv (once; about 2 GB, some minutes) ..."
+	@$(PYTHON) -m venv .venv
+	@$(bin)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,video,data]"
+	@touch $@
