@@ -18,7 +18,7 @@ from .contrastive import *
 
 # %% ../../nbs/31_losses.kd.ipynb #f2951c22
 def _same(name, student, teacher):
-    if student.shape != teacher.shape or student.dim() < 2: raise ValueError(f"{name}: student and teacher should have the same shape (..., width): {shapes(student=student, teacher=teacher)}")
+    if student.shape != teacher.shape or student.dim() < 1: raise ValueError(f"{name}: student and teacher should have the same shape (..., width): {shapes(student=student, teacher=teacher)}")
 
 def _counted_mean(per, n): return per.sum()/max(n, 1) # 0 where nothing counts
 
@@ -113,7 +113,7 @@ def voken(logits:torch.Tensor, # (..., K): one score a clip
           mask=None, # (...) boolean, true where a token counts
          ) -> torch.Tensor:
     "Cross entropy of the voken classifier, mean over counted tokens (VidLanKD Eq. 9); shapes that differ and labels out of range raise `ValueError`."
-    if logits.dim() < 2 or vokens.shape != logits.shape[:-1] or vokens.is_floating_point(): raise ValueError(f"voken: vokens should be integers, one for each row of logits: {shapes(logits=logits, vokens=vokens)} of {vokens.dtype}")
+    if logits.dim() < 1 or vokens.shape != logits.shape[:-1] or vokens.is_floating_point(): raise ValueError(f"voken: vokens should be integers, one for each row of logits: {shapes(logits=logits, vokens=vokens)} of {vokens.dtype}")
     m = full_mask(mask, logits) & (vokens != -100); x, = promoted(logits[m]); y = vokens[m].long()
     if len(y) and not (0 <= y.min() and y.max() < x.shape[-1]): raise ValueError(f"voken: labels should be from 0 to {x.shape[-1]-1} or -100, got {y.min().item()} to {y.max().item()}: {shapes(logits=logits, vokens=vokens)}")
     with no_autocast(x): return _counted_mean(F.cross_entropy(x, y, reduction="none"), len(y))

@@ -79,17 +79,22 @@ def rank_of(sim:torch.Tensor, # (Q, N) scores, higher is better
     "Expected rank of the right candidate when ties are broken at random."
     g, e = _above_equal(sim, target); return 1 + g.double() + e.double()/2
 
+def _pooled_median(g, e, n): # each query spreads evenly over its tied ranks g+1 ... g+e+1, which are out of n
+    w = 1/(e + 1).double(); steps = torch.zeros(n + 1, dtype=torch.float64, device=g.device)
+    cdf = (steps.index_add(0, g, w).index_add(0, g + e + 1, -w).cumsum(0).cumsum(0)/len(g))[:n]
+    return ((cdf < .5 - 1e-9).sum() + (cdf < .5 + 1e-9).sum()).item()/2 + 1
+
 def recall_at(ranks_or_sim:torch.Tensor, # (Q,) ranks from 1, or (Q, N) scores with the right candidate on the diagonal
               ks=(1, 5, 10), target=None) -> dict: # R1, R5, ... as fractions, MR the median rank
     "Recall at each k and the median rank; from scores, ties count by their expectation."
     x = torch.as_tensor(ranks_or_sim)
+    if x.numel() == 0: raise ValueError(f"no query to score: shape {tuple(x.shape)}")
     if x.dim() == 2:
-        g, e = (n.double() for n in _above_equal(x, target)); r = 1 + g + e/2
-        out = {f"R{k}": ((k - g)/(e + 1)).clamp(0, 1).mean().item() for k in ks}
-    elif x.dim() == 1 and len(x):
+        g, e = (n.double() for n in _above_equal(x, target))
+        out = {f"R{k}": ((k - g)/(e + 1)).clamp(0, 1).mean().item() for k in ks}; mr = _pooled_median(g.long(), e.long(), x.shape[1])
+    elif x.dim() == 1:
         r = x.double()
         if not (r >= 1).all(): raise ValueError(f"ranks start at 1, got {r.min().item()} among shape {tuple(x.shape)}")
-        out = {f"R{k}": (r <= k).double().mean().item() for k in ks}
+        out = {f"R{k}": (r <= k).double().mean().item() for k in ks}; mr = r.cpu().quantile(.5).item()
     else: raise ValueError(f"recall_at needs ranks (Q,) or scores (Q, N), got {tuple(x.shape)}")
-    if not len(r): raise ValueError(f"no query to score: shape {tuple(x.shape)}")
-    return out | dict(MR=r.cpu().quantile(.5).item())
+    return out | dict(MR=mr)
