@@ -97,6 +97,34 @@ def test_damaged_bytes_fuzz(tmp_path):
     assert min(outcomes.values()) > 0, outcomes
 
 
+def test_start_in_a_stream_without_timestamps(tmp_path):
+    import av
+    with av.open(str(tmp_path/"a.h264"), "w", format="h264") as c:
+        s = c.add_stream("h264", rate=25); s.height = s.width = 16; s.pix_fmt = "yuv420p"
+        for i in range(200): c.mux(s.encode(av.VideoFrame.from_ndarray(np.full((16, 16, 3), i, np.uint8), format="rgb24")))
+        c.mux(s.encode())
+    x, t = read_frames(tmp_path/"a.h264", start=6)
+    assert t.tolist() == [6, 7] and abs(int(x[0].mean()) - 150) <= 2 and abs(int(x[1].mean()) - 175) <= 2
+
+
+def test_gif_frames_last_as_long_as_they_say(tmp_path):
+    from PIL import Image
+    ims = [Image.fromarray(np.full((16, 16, 3), v, np.uint8)) for v in (0, 100, 200)]
+    ims[0].save(tmp_path/"a.gif", save_all=True, append_images=ims[1:], duration=[500, 1500, 500])
+    x, t = read_frames(tmp_path/"a.gif", fps=2)
+    assert x.mean((1, 2, 3)).round(-2).tolist()[:4] == [0, 100, 100, 100] and len(x) == 5
+
+
+def test_two_runs_at_once_do_not_tear_each_other(tmp_path):
+    for i in range(4): write_mp4(tmp_path/f"{i}.mp4", np.full((4, 16, 16, 3), 40*i, np.uint8), 2)
+    code = ("import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]); from test_video import MeanColour; from vlkd.data.video import extract\n"
+            "p = Path(sys.argv[1]); f = extract(sorted(p.glob('*.mp4')), MeanColour(), p/'out', shard_size=1); assert len(f) == 4")
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]) for _ in range(2)]
+    assert [r.wait(60) for r in runs] == [0, 0]
+    feats = load_features(tmp_path/"out")
+    assert [round(float(feats[str(i)].astype(float).mean()), -1) for i in range(4)] == [0, 40, 80, 120] and len(list((tmp_path/"out").glob("shard-*"))) == 4
+
+
 def test_orphan_shards_of_a_killed_run_are_removed(tmp_path):
     f = write_mp4(tmp_path/"a.mp4", np.zeros((4, 32, 32, 3), np.uint8), 2)
     extract([f], MeanColour(), tmp_path/"out"); (tmp_path/"out/shard-0123.safetensors").write_bytes(b"half")

@@ -77,6 +77,7 @@ def _marks(s:str) -> int:
 
 def chunks(sentence:str, max_tokens:int=64) -> list[str]:
     "Cut a sentence at spaces into pieces of at most `max_tokens` words and punctuation marks; a single longer word is left out."
+    if _marks(sentence) <= max_tokens: return [sentence]*bool(sentence)
     out, n = [], max_tokens
     for w in sentence.split():
         k = _marks(w)

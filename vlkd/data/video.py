@@ -100,7 +100,7 @@ def _check_sampling(fps, size, start, end, max_frames):
 
 def _seek(c, s, path, lo):
     "Jump to a key frame before `lo` seconds; returns the container, its stream and the time of the first frame (None: start from the beginning)."
-    with contextlib.suppress(_av().FFmpegError, StopIteration):
+    with contextlib.suppress(_av().FFmpegError, StopIteration, TypeError):      # TypeError: a frame without a timestamp
         f = next(c.decode(s)); t0 = f.pts*f.time_base
         c.seek(int((t0 + lo)/s.time_base), stream=s, backward=True)
         g = next(c.decode(s))
