@@ -204,7 +204,7 @@ def read_task(name, folder, split="train", # "train" or "dev"; mnli also "dev_mi
         for n, i, j in zip(at, more["id"], cols.get("id", more["id"])):
             if i != j: raise ValueError(f"{q}, line {n}: id {i!r}, but {p.name} has {j!r} there")
         cols |= more
-    return canonical(t, pd.DataFrame(cols), str(p), lines)
+    return canonical(t, pd.DataFrame(cols, dtype=object), str(p), lines)
 
 # %% ../../nbs/13_data.tasks.ipynb #822e2ec9
 def _table(cols:dict, where) -> str:

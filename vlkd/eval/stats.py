@@ -78,6 +78,7 @@ def _t_quantile(p, df): # quantile of Student's t, by the substitution t = sqrt(
 
 def _summary(df, cluster, level, n_boot, seed, zero=0.): # dict, replicates
     if not 0 < level < 1: raise ValueError(f"level should lie between 0 and 1, got {level}")
+    if cluster not in df: raise ValueError(f"no column {cluster!r} to cluster by; there are {', '.join(df.columns)}")
     per, draws = _bootstrap(df, cluster, n_boot, seed); w = sorted(df["seed"].unique()); n = len(w); mean = float(per.mean())
     low, high = (float(q) for q in np.quantile(draws, [(1-level)/2, (1+level)/2]))
     half = _t_quantile((1+level)/2, n-1)*per.std(ddof=1)/n**.5 if n > 1 else None
@@ -103,7 +104,6 @@ def _paired(a, b): # frame with value = 100 * (right of a - right of b)
     return m.assign(value=100*(m["right"].astype(float)-m["right_b"].astype(float)))
 
 def _difference(a, b, cluster, level, n_boot, seed): # dict, replicates
-    if cluster not in a: raise ValueError(f"no column {cluster!r} to cluster by; there are {', '.join(a.columns)}")
     r, mean, draws = _summary(_paired(a, b), cluster, level, n_boot, seed); z = NormalDist().inv_cdf
     for w in r["per_world"]: w["diff"] = w.pop("value")
     return dict(diff=mean, **r, detectable=(z(.975)+z(.8))*r["se"]), draws
@@ -118,7 +118,6 @@ def paired_difference(a, b,            # records of two runs over the same examp
 
 # %% ../../nbs/52_eval.stats.ipynb #e5f028e7
 def _mean(a, cluster, level, n_boot, seed, zero=0.): # dict, replicates
-    if cluster not in a: raise ValueError(f"no column {cluster!r} to cluster by; there are {', '.join(a.columns)}")
     r, mean, draws = _summary(_one(a, "a").assign(value=100*a["right"].astype(float)), cluster, level, n_boot, seed, zero)
     return dict(mean=mean, **r), draws
 
