@@ -115,14 +115,22 @@ def test_gif_frames_last_as_long_as_they_say(tmp_path):
     assert x.mean((1, 2, 3)).round(-2).tolist()[:4] == [0, 100, 100, 100] and len(x) == 5
 
 
-def test_two_runs_at_once_do_not_tear_each_other(tmp_path):
+def test_two_runs_at_once_share_the_work(tmp_path):
+    "The second run waits for the first and then finds everything there: four files, four encodings in all."
     for i in range(4): write_mp4(tmp_path/f"{i}.mp4", np.full((4, 16, 16, 3), 40*i, np.uint8), 2)
-    code = ("import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]); from test_video import MeanColour; from vlkd.data.video import extract\n"
-            "p = Path(sys.argv[1]); f = extract(sorted(p.glob('*.mp4')), MeanColour(), p/'out', shard_size=1); assert len(f) == 4")
-    runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]) for _ in range(2)]
-    assert [r.wait(60) for r in runs] == [0, 0]
+    code = """if True:
+        import sys, time; from pathlib import Path
+        from vlkd.data.video import extract
+        class Slow:
+            name, dim, calls = "slow", 3, 0
+            def encode(self, frames): self.calls += 1; time.sleep(.5); return frames.mean((1, 2))
+        p, e = Path(sys.argv[1]), Slow(); (p/f"ready{sys.argv[2]}").touch()
+        while len(list(p.glob("ready*"))) < 2: time.sleep(.01)
+        assert len(extract(sorted(p.glob("*.mp4")), e, p/"out", shard_size=1)) == 4; print(e.calls)"""
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(k)], stdout=subprocess.PIPE, text=True) for k in range(2)]
+    assert sorted(int(r.communicate(timeout=60)[0]) for r in runs) == [0, 4]
     feats = load_features(tmp_path/"out")
-    assert [round(float(feats[str(i)].astype(float).mean()), -1) for i in range(4)] == [0, 40, 80, 120] and len(list((tmp_path/"out").glob("shard-*"))) == 4
+    assert [round(float(feats[str(i)].astype(float).mean()), -1) for i in range(4)] == [0, 40, 80, 120]
 
 
 def test_orphan_shards_of_a_killed_run_are_removed(tmp_path):
