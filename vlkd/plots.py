@@ -19,7 +19,7 @@ markers = ["o", "s", "^", "D", "v", "P", "X", "*"]
 
 def style() -> dict: # rcParams
     "Make this project's style the current one: sizes, colours, no top and right frame."
-    rc = {"figure.dpi": 110, "savefig.dpi": 150, "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 10, "legend.frameon": False, "axes.grid": True,
+    rc = {"figure.dpi": 90, "savefig.dpi": 150, "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 10, "legend.frameon": False, "axes.grid": True,
           "grid.color": "#e4e4e4", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": cycler(color=palette), "figure.constrained_layout.use": True,
           "lines.linewidth": 2.0, "image.interpolation": "nearest"}
     plt.rcParams.update(rc); return rc
@@ -46,15 +46,13 @@ def bars_with_ci(df,               # one row a value
     _need(df, x, y, lo, hi if lo else None, hue)
     if kind not in ("dot", "bar"): raise ValueError(f"kind {kind!r} should be dot or bar")
     labels, groups = list(dict.fromkeys(df[x])), list(dict.fromkeys(df[hue])) if hue else [None]
+    for label, v, a, b in zip(df[x], df[y], df[lo], df[hi]) if lo else ():
+        if v < a-1e-9 or v > b+1e-9: raise ValueError(f"{label}: the interval {a:.4g} to {b:.4g} excludes the value {v:.4g}")
     ax = _axes(ax, (7, 0.9 + .32*len(labels)*max(1, .55*len(groups)))); step = .8/len(groups)
     for g, name in enumerate(groups):
         d = df[df[hue] == name] if hue else df
         pos = np.array([labels.index(v) for v in d[x]]) + (g - (len(groups)-1)/2)*step*(1 if kind == "bar" else .7)
-        v = d[y].to_numpy(float); err = None
-        if lo:
-            err = np.stack([v - d[lo].to_numpy(float), d[hi].to_numpy(float) - v])
-            if (err < -1e-9).any(): i = int(np.argmax((err < -1e-9).any(0))); raise ValueError(f"{d[x].iloc[i]}: the interval {d[lo].iloc[i]:.4g} to {d[hi].iloc[i]:.4g} excludes the value {v[i]:.4g}")
-            err = err.clip(0)
+        v = d[y].to_numpy(float); err = np.stack([v - d[lo].to_numpy(float), d[hi].to_numpy(float) - v]).clip(0) if lo else None
         kw = dict(color=palette[g % 8], label=name)
         if kind == "bar": ax.barh(pos, v, height=step*.9, xerr=err, ecolor="#444444", capsize=2, **kw)
         else: ax.errorbar(v, pos, xerr=err, fmt=markers[g % 8], ms=6, capsize=3, elinewidth=1.6, **kw)
@@ -69,11 +67,14 @@ def curves(histories:dict,   # name -> list of {"step": 1, y: 0.5}, a frame with
            y:str="loss",     # which number
            x:str="step", logy:bool=False, title:str="", ylabel:str="", ax=None):
     "Lines of a number against the step, one colour a name; records without that number are left out. ValueError where a name has none."
-    ax = _axes(ax, (7, 3.2))
-    for i, (name, hs) in enumerate(histories.items()):
+    frames = {}
+    for name, hs in histories.items():
         several = isinstance(hs, (list, tuple)) and len(hs) and not isinstance(hs[0], dict)
-        runs = [pd.DataFrame(h) for h in (hs if several else [hs])]
-        if any(x not in d or y not in d or d[y].notna().sum() == 0 for d in runs): raise ValueError(f"history {name!r} has no {x} and {y} to draw; it has {', '.join(map(str, runs[0].columns)) or 'nothing'}")
+        frames[name] = [pd.DataFrame(h) for h in (hs if several else [hs])]
+        for d in frames[name]:
+            if x not in d or y not in d or d[y].notna().sum() == 0: raise ValueError(f"history {name!r} has no {x} and {y} to draw; it has {', '.join(map(str, d.columns)) or 'nothing'}")
+    ax = _axes(ax, (7, 3.2))
+    for i, (name, runs) in enumerate(frames.items()):
         d = pd.concat([d.dropna(subset=[y]).groupby(x)[y].mean() for d in runs], axis=1)
         line, = ax.plot(d.index, d.mean(axis=1), color=palette[i % 8], ls=["-", "--", ":"][i//8 % 3], label=name)
         if len(runs) > 1: ax.fill_between(d.index, d.min(axis=1), d.max(axis=1), color=line.get_color(), alpha=.18, lw=0)

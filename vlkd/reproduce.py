@@ -207,7 +207,7 @@ def _pick(plan, ids, scale) -> list[str]:
 
 def graph(ids=None, scale="micro", seeds=1, plan=None) -> dict[str, Node]: # name -> node, needs first
     "The runs that `ids` (default: the main tables) need at a scale and for some seeds, with their keys."
-    entries, seeds, out = load_plan(plan), tuple(world_seeds(seeds)), {}
+    scale_settings(scale); entries, seeds, out = load_plan(plan), tuple(world_seeds(seeds)), {}
     def add(i, ss):
         e = entries[i]; n = Node(e, scale, ss)
         if n.name in out: return [n.name]
@@ -271,9 +271,18 @@ def _failed_cell(nb, out) -> int:
     "Number (from 1) in the source notebook of the cell that was running last; 0 where none was."
     with contextlib.suppress(Exception):
         done = [c for c in json.loads(Path(out).read_text())["cells"] if "papermill-error-cell-tag" not in c["metadata"].get("tags", [])]
-        bad = [c["id"] for c in done if c["metadata"].get("papermill", {}).get("status") in ("running", "failed")]
+        info = [(c["id"], c["metadata"].get("papermill", {})) for c in done]
+        bad = [i for i, p in info if p.get("status") in ("running", "failed")] or [i for i, p in info if p.get("start_time")][-1:]
         return 1 + [c["id"] for c in _cells(nb)].index(bad[0])
     return 0
+
+@contextlib.contextmanager
+def _quick_imports():
+    "Import nbformat without the grammar of internationalised addresses, which jsonschema would build (over a second) and no notebook needs."
+    skip = "rfc3987_syntax" not in sys.modules
+    if skip: sys.modules["rfc3987_syntax"] = None
+    try: yield
+    finally: skip and sys.modules.pop("rfc3987_syntax", None)
 
 def _worker():
     "Execute the job read from standard input: notebook, output, parameters, cwd, parent."
@@ -281,12 +290,13 @@ def _worker():
     threading.Thread(target=_watch, args=(job["parent"],), daemon=True).start()
     def stop(*_): _kill_children(); os._exit(143)
     signal.signal(signal.SIGTERM, stop)
-    import papermill as pm
+    with _quick_imports(): import papermill as pm
     try: pm.execute_notebook(job["notebook"], job["output"], job["parameters"], cwd=job["cwd"], kernel_name="python3", progress_bar=False, start_timeout=180, autosave_cell_every=30)
     except BaseException as e:
         name, value = getattr(e, "ename", type(e).__name__), getattr(e, "evalue", str(e))
         write_json(Path(job["output"]).with_name("error.json"), dict(cell=_failed_cell(job["notebook"], job["output"]), error=f"{name}: {str(value).strip()}"))
         _kill_children(); os._exit(3)
+_worker_command = [sys.executable, "-c", "from vlkd.reproduce import _worker; _worker()"]
 
 # %% ../nbs/70_reproduce.ipynb #48525ec0
 def _environment(jobs:int) -> dict:
@@ -325,13 +335,13 @@ class _Job:
         n, p = self.node, self.node.partial
         for old in p.parent.glob(f"{n.name}-*") if p.parent.is_dir() else ():
             if old != p and re.fullmatch(re.escape(n.name) + r"-([0-9a-f]{8}|old)", old.name): shutil.rmtree(old, ignore_errors=True)
-        p.mkdir(parents=True, exist_ok=True); (p/"error.json").unlink(missing_ok=True)
+        p.mkdir(parents=True, exist_ok=True); [(p/f).unlink(missing_ok=True) for f in ("error.json", "notebook.ipynb")]
         has = notebook_parameters(n.entry["file"])
         given = dict(n.parts["params"], out=str(p), inputs=json.dumps({x: str(nodes[x].folder) for x in n.needs}))
         job = dict(notebook=str(n.entry["file"]), output=str(p/"notebook.ipynb"), parameters={k: v for k, v in given.items() if k in has}, cwd=str(n.entry["file"].parent), parent=os.getpid())
         self.began, self.spent = time.time(), self.state().get("seconds", 0.0); self.saved = 0.
         with open(p/"worker.log", "ab") as log:
-            self.proc = subprocess.Popen([sys.executable, "-c", "from vlkd.reproduce import _worker; _worker()"], stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, cwd=job["cwd"],
+            self.proc = subprocess.Popen(_worker_command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, cwd=job["cwd"],
                                          start_new_session=True, pass_fds=(self.lock,))
         with contextlib.suppress(BrokenPipeError): self.proc.stdin.write(json.dumps(job).encode()); self.proc.stdin.close()
 
@@ -572,8 +582,10 @@ def _html(title:str, body:str, footer:str="") -> str:
 
 def _notebook_html(cells) -> str:
     "Cells through nbconvert's basic template with the code folded."
-    import nbformat, warnings
-    from nbconvert import HTMLExporter
+    import warnings
+    with _quick_imports():
+        import nbformat
+        from nbconvert import HTMLExporter
     v4 = nbformat.v4; nb = v4.new_notebook(metadata=dict(language_info=dict(name="python")))
     nb.cells = [v4.new_markdown_cell(c["source"]) if c["kind"] == "markdown" else v4.new_code_cell(c["source"], outputs=[nbformat.from_dict(o) for o in c["outputs"]]) for c in cells if c["kind"] in ("markdown", "code")]
     for o in (o for c in nb.cells for o in c.get("outputs", [])):           # files hold text as lists of lines
