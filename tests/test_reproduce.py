@@ -257,6 +257,7 @@ def test_report_pages(toy):
     assert "# world" not in page and str(toy.d) not in page                    # parameters cell hidden, no folder of this machine
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", page) and "<script" not in page
     md = (d/"t1.md").read_text()
+    assert "PosixPath" not in md + page and "runs/smoke/t1@1" in md and ".partial" not in md + page
     assert "![t1, figure 1](t1/output-1.png)" in md and (d/"t1"/"output-1.png").is_file() and "<style" not in md and str(toy.d) not in md
     assert sorted(p.name for p in (d/"t1").iterdir()) == ["line.png", "output-1.png", "result.json", "scores.csv"]
     assert "| c1 | b beats a |" in (d/"claims.md").read_text() and "## Toy, Table 1" in (d/"claims.md").read_text()
@@ -284,6 +285,10 @@ def test_publish_and_check(quick):
     assert (d/"t1.html").is_file() and not (d/"t2.html").exists() and not (d/"t2.md").exists() and (d/"t2"/"n.csv").is_file()    # t1 stays, of t2 only numbers are shown
     assert "**t2**" in (d/"README.md").read_text() and "t2.md" not in (d/"README.md").read_text() and R.check_reports() == ["smoke"]
     assert (R.report("smoke", 1, plan=toy.plan)/"t2.html").is_file()
+    shutil.rmtree(toy.d/"runs"); (d/"README.md").write_text("old words")       # without any run, the index is rendered again from the published records
+    R.report("smoke", publish=True, plan=toy.plan); assert R.check_reports() == ["smoke"] and "0.75 at best" in (d/"README.md").read_text()
+    (d/"t1"/"scores.csv").write_text("row,score\n")
+    with pytest.raises(ValueError, match="scores.csv is missing or was changed"): R.report("smoke", publish=True, plan=toy.plan)
 
 
 def vlkd(*args, **kw): return subprocess.run([sys.executable, "-c", "from vlkd.cli import main; main()", *args], capture_output=True, text=True, **kw)

@@ -60,7 +60,7 @@ def main(args=None):
     try: r = app(args=args, prog_name="vlkd", standalone_mode=False)
     except typer.Exit as e: sys.exit(e.exit_code)
     except (ValueError, FileNotFoundError) as e: print(f"vlkd: {e}", file=sys.stderr); sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort): print("vlkd: interrupted", file=sys.stderr); sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort): print("vlkd: interrupted; the same command goes on from here", file=sys.stderr); sys.exit(130)
     except Exception as e:
         if not hasattr(e, "format_message"): raise                          # a usage error of click has it
         print(f"vlkd: {e.format_message()}", file=sys.stderr); sys.exit(2)

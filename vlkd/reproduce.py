@@ -117,7 +117,8 @@ def _tree(source:str, docstrings=True) -> str:
             if isinstance(n.body[0].value, ast.Constant) and isinstance(n.body[0].value.value, str): n.body = n.body[1:] or [ast.Pass()]
     return ast.unparse(t)
 
-def _imports(source:str, module:str="") -> set[str]:
+@functools.lru_cache(maxsize=None)
+def _imports(source:str, module:str="") -> frozenset:
     "Dotted names under `vlkd` that a source imports anywhere; `module` is its own name, for relative imports."
     try: t = ast.parse(source)
     except SyntaxError: t = ast.parse("\n".join("pass" if l.lstrip()[:1] in ("%", "!", "?") else l for l in source.split("\n")))
@@ -127,7 +128,7 @@ def _imports(source:str, module:str="") -> set[str]:
         if isinstance(n, ast.ImportFrom):
             base = ".".join([*module.split(".")[:-n.level], *([n.module] if n.module else [])]) if n.level else n.module
             out |= {base, *(f"{base}.{a.name}" for a in n.names)}
-    return {o for o in out if o.split(".")[0] == "vlkd"}
+    return frozenset(o for o in out if o.split(".")[0] == "vlkd")
 
 # %% ../nbs/70_reproduce.ipynb #26da0ead
 def _library() -> Path: return Path(importlib.util.find_spec("vlkd").origin).parent
@@ -136,10 +137,12 @@ def _module_file(name:str, lib:Path) -> Path|None:
     p = lib.parent.joinpath(*name.split("."))
     return next((f for f in (p.with_suffix(".py"), p/"__init__.py") if f.is_file() and f != lib/"__init__.py"), None) # vlkd/__init__.py only holds the version
 
+def _stamp(f:Path) -> tuple: s = f.stat(); return s.st_mtime_ns, s.st_size, s.st_ino
+
 @functools.lru_cache(maxsize=None)
 def _module(f:Path, name:str, stamp) -> tuple[str, frozenset]:
     s = f.read_text(encoding="utf-8")
-    return fingerprint(_tree(s, docstrings=False)), frozenset(_imports(s, name + (".x" if f.name == "__init__.py" else "")))
+    return fingerprint(_tree(s, docstrings=False)), _imports(s, name + (".x" if f.name == "__init__.py" else ""))
 
 def imported_modules(sources, lib=None) -> dict[str, str]: # module -> hash of its code
     "The `vlkd` modules that some sources import, directly or through one another."
@@ -147,7 +150,7 @@ def imported_modules(sources, lib=None) -> dict[str, str]: # module -> hash of i
     while todo:
         m = todo.pop(); f = _module_file(m, lib)
         if f is None or m in out: continue
-        st = f.stat(); out[m], more = _module(f, m, (st.st_mtime_ns, st.st_size)); todo |= more - set(out)
+        out[m], more = _module(f, m, _stamp(f)); todo |= more - set(out)
     return dict(sorted(out.items()))
 
 @functools.lru_cache(maxsize=None)
@@ -164,13 +167,13 @@ def _data_key(root:Path, parts:tuple) -> str:
 @dataclass
 class Node:
     "One papermill run: an entry of the plan with its seeds, parameters, needs, and the key that they make."
-    entry: dict; scale: str; seeds: tuple; needs: list = field(default_factory=list); parts: dict = field(default_factory=dict); key: str = ""
+    entry: dict; scale: str; seeds: tuple; root: Path; needs: list = field(default_factory=list); parts: dict = field(default_factory=dict); key: str = ""
     @property
     def name(self): return f"{self.entry['id']}@{'-'.join(map(str, self.seeds))}"
     @property
-    def folder(self): return path("runs")/self.scale/self.name
+    def folder(self): return self.root/self.name
     @property
-    def partial(self): return path("runs")/self.scale/".partial"/f"{self.name}-{self.key[:8]}"
+    def partial(self): return self.root/".partial"/f"{self.name}-{self.key[:8]}"
     def __repr__(self): return f"Node({self.name}, {self.key[:8]})"
 
 def world_seeds(seeds=1) -> list[int]:
@@ -207,9 +210,9 @@ def _pick(plan, ids, scale) -> list[str]:
 
 def graph(ids=None, scale="micro", seeds=1, plan=None) -> dict[str, Node]: # name -> node, needs first
     "The runs that `ids` (default: the main tables) need at a scale and for some seeds, with their keys."
-    scale_settings(scale); entries, seeds, out = load_plan(plan), tuple(world_seeds(seeds)), {}
+    scale_settings(scale); entries, seeds, root, out = load_plan(plan), tuple(world_seeds(seeds)), path("runs")/scale, {}
     def add(i, ss):
-        e = entries[i]; n = Node(e, scale, ss)
+        e = entries[i]; n = Node(e, scale, ss, root)
         if n.name in out: return [n.name]
         for need in e["needs"]:
             if scale not in entries[need].get("scales", [scale]):
@@ -223,13 +226,17 @@ def graph(ids=None, scale="micro", seeds=1, plan=None) -> dict[str, Node]: # nam
         for ss in [seeds] if entries[i]["kind"] == "table" else [(s,) for s in seeds]: add(i, ss)
     return out
 
+@functools.lru_cache(maxsize=None)
+def _code(f:Path, stamp) -> tuple[str, tuple]: # hash of the code cells, and their sources
+    cells = tuple(c["source"] for c in _cells(f) if c["kind"] == "code")
+    return fingerprint([_tree(c) for c in cells]), cells
+
 def _key(n:Node, nodes:dict):
     "Set the parts and the key of a node whose needs have theirs."
-    f = settings_file(); settings = _settings(n.scale, (f, f.stat().st_mtime_ns))
-    cells = [c["source"] for c in _cells(n.entry["file"]) if c["kind"] == "code"]
+    f = settings_file(); settings = _settings(n.scale, (f, _stamp(f))); code, cells = _code(n.entry["file"], _stamp(n.entry["file"]))
     real = settings["scale"]["data_kind"] != "tabletop"
     given = dict(scale=n.scale, seed=n.seeds[0], seeds=",".join(map(str, n.seeds)))
-    n.parts = dict(code=fingerprint([_tree(c) for c in cells]), params=dict(n.entry["params"], **given), settings=settings, modules=imported_modules(cells),
+    n.parts = dict(code=code, params=dict(n.entry["params"], **given), settings=settings, modules=imported_modules(cells),
                    needs={x: nodes[x].key for x in n.needs}, data=_data_key(data_dir(), tuple(sorted(n.entry.get("data", [])))) if real else "")
     n.key = fingerprint(n.parts)
 
@@ -408,9 +415,9 @@ def _chains(nodes:dict, seconds:dict) -> dict[str, float]:
 
 def _left(job:_Job, estimate:float) -> float: # seconds
     p = job.progress(); s, t = p.get("step"), p.get("steps")
-    if isinstance(s, (int, float)) and isinstance(t, (int, float)) and job.first and s > job.first[0]:
-        return max(0., (t-s)*(time.time()-job.first[1])/(s-job.first[0]))
-    return max(estimate - job.seconds, .1*estimate)
+    known = isinstance(s, (int, float)) and isinstance(t, (int, float)) and job.first and s > job.first[0]
+    steps = (t-s)*(time.time()-job.first[1])/(s-job.first[0]) if known else .1*estimate
+    return max(steps, estimate - job.seconds, 1.)                           # what follows the steps (evaluation, writing) is only in the estimate
 
 def _span(s:float) -> str:
     return f"{s:.0f} s" if s < 90 else f"{s/60:.0f} min" if s < 5400 else f"{s/3600:.1f} h"
@@ -422,6 +429,8 @@ class _Screen:
     def say(self, text):
         if self.open: print("\r\033[K", end="")
         print(text, flush=True); self.open = False; self.last = time.time()
+    def close(self):
+        if self.open: print(); self.open = False
     def beat(self, text):
         if time.time() - self.last < (1 if self.tty else 12): return
         if self.tty: print("\r\033[K" + text()[:shutil.get_terminal_size().columns-1], end="", flush=True); self.open = True; self.last = time.time()
@@ -479,6 +488,7 @@ def _execute(nodes:dict, todo:dict, jobs:int, say:_Screen) -> dict:
             if running: say.beat(lambda: f"{count()} running: {' | '.join(map(_running, running.values()))}; about {_span(eta())} left")
             if waiting or running: time.sleep(.1)
     finally:
+        say.close()
         for job in running.values(): job.proc and job.proc.poll() is None and job.proc.terminate()
         for job in running.values(): job.stop()
     return over
@@ -507,12 +517,14 @@ def reproduce(ids=None,          # tables or runs; none: the main tables, ["all"
     if dry_run:
         for n in nodes: say.say(f"{n}: " + (f"would run: {todo[n]}" if n in todo else "fresh"))
         return dict(fresh=fresh, would_run=todo)
-    if not todo: say.say(f"{len(nodes)} runs at scale {scale}: all fresh, nothing to do"); return dict(fresh=fresh, done=[], failed={}, skipped={})
-    jobs = min(jobs, _cores()); say.say(f"{len(nodes)} runs at scale {scale}: {len(fresh)} fresh, {len(todo)} to do, {jobs} at a time")
+    if not todo: say.say(f"{_runs(nodes)} at scale {scale}: all fresh, nothing to do"); return dict(fresh=fresh, done=[], failed={}, skipped={})
+    jobs = min(jobs, _cores()); say.say(f"{_runs(nodes)} at scale {scale}: {len(fresh)} fresh, {len(todo)} to do, {jobs} at a time")
     began = time.time()
     with _interruptible(): over = _execute(nodes, todo, jobs, say)
     say.say(f"{len(over['done'])} done, {len(over['failed'])} failed, {len(over['skipped'])} skipped in {_span(time.time()-began)}")
     return dict(fresh=fresh, **over)
+
+def _runs(xs) -> str: return f"{len(xs)} run{'s' if len(xs) != 1 else ''}"
 
 @contextlib.contextmanager
 def _interruptible():
@@ -558,17 +570,21 @@ def _page_cells(n:Node, receipt:dict) -> list[dict]: # kind, source, outputs
     else: now = [c for c in ran if "injected-parameters" not in c["tags"] and "papermill-error-cell-tag" not in c["tags"]]
     out = []
     for c in now:
-        if "parameters" in c["tags"]: out.append(dict(kind="code", source="\n".join(f"{k} = {v!r}" for k, v in receipt["params"].items()), outputs=[]))
+        if "parameters" in c["tags"]: out.append(dict(kind="code", source="\n".join(f"{k} = {v!r}" for k, v in receipt["params"].items() if re.search(rf"^{k}\s*:", c["source"], re.M)), outputs=[]))
         elif c["kind"] != "code" or not re.search(r"^\s*#\|\s*hide\s*$", c["source"], re.M): out.append(c)
-    return [dict(c, outputs=[_portable(o) for o in c.get("outputs", []) if not (o.get("output_type") == "stream" and o.get("name") == "stderr")]) for c in out]
+    return [dict(c, outputs=[_portable(o, n) for o in c.get("outputs", []) if not _noise(o)]) for c in out]
 
-def _portable(o):
+def _noise(o:dict) -> bool:
+    "Warnings, and the path that `record` returns."
+    return (o.get("output_type"), o.get("name")) == ("stream", "stderr") or re.match(r"(Posix|Windows)Path\(", "".join(o.get("data", {}).get("text/plain", ""))) is not None
+
+def _portable(o, n:Node):
     "Replace folders of this machine by their names in text outputs."
     if isinstance(o, str):
-        for p, name in ((path("runs"), "runs"), (path("reports"), "reports"), (settings_file().parent, ".")): o = o.replace(str(p), name)
+        for p, name in ((n.folder.parent/".partial"/f"{n.name}-{read_json(n.folder/'run.json')['key'][:8]}", f"runs/{n.scale}/{n.name}"), (path("runs"), "runs"), (path("reports"), "reports"), (settings_file().parent, ".")): o = o.replace(str(p), name)
         return o
-    if isinstance(o, list): return [_portable(x) for x in o]
-    return {k: (v if k == "image/png" else _portable(v)) for k, v in o.items()} if isinstance(o, dict) else o
+    if isinstance(o, list): return [_portable(x, n) for x in o]
+    return {k: (v if k == "image/png" else _portable(v, n)) for k, v in o.items()} if isinstance(o, dict) else o
 
 # %% ../nbs/70_reproduce.ipynb #44c140c0
 _css = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}h1,h2,h3{line-height:1.2}a{color:#0072B2}a.anchor-link{display:none}
@@ -588,6 +604,7 @@ def _notebook_html(cells) -> str:
         from nbconvert import HTMLExporter
     v4 = nbformat.v4; nb = v4.new_notebook(metadata=dict(language_info=dict(name="python")))
     nb.cells = [v4.new_markdown_cell(c["source"]) if c["kind"] == "markdown" else v4.new_code_cell(c["source"], outputs=[nbformat.from_dict(o) for o in c["outputs"]]) for c in cells if c["kind"] in ("markdown", "code")]
+    for i, c in enumerate(nb.cells): c["id"] = f"cell-{i}"                  # drawn at random otherwise, a difference in every published page
     for o in (o for c in nb.cells for o in c.get("outputs", [])):           # files hold text as lists of lines
         for d in (o, o.get("data", {})):
             for k, x in d.items():
@@ -624,8 +641,8 @@ def _tally(cs) -> str: return ", ".join(f"{n} {v}" for v in _verdicts if (n := s
 def _worlds(t) -> str: return f"{len(t['seeds'])} ({', '.join(map(str, t['seeds']))})"
 
 def _footer(rep:dict) -> str:
-    v = ", ".join(f"{k} {x}" for k, x in rep["versions"].items()); c = sorted({(t["commit"] or "no commit")[:10] + (" with local changes" if t["dirty"] else "") for t in rep["tables"]})
-    return f"Scale {rep['scale']}. Executed at commit {', '.join(c)} on {', '.join(sorted({t['device'] for t in rep['tables']}))}. {v}."
+    v = ", ".join(f"{k} {x}" for k, x in rep["versions"].items()); c = sorted({(f"commit {t['commit'][:10]}" if t["commit"] else "no commit") + (" with local changes" if t["dirty"] else "") for t in rep["tables"]})
+    return f"Scale {rep['scale']}. Executed at {', '.join(c)} on {', '.join(sorted({t['device'] for t in rep['tables']}))}. {v}."
 
 def _frame(rep:dict, results:dict, link):
     "One row a table; `link` makes the first column."
@@ -646,16 +663,19 @@ def _index(rep, results) -> str:
     marks = {t["id"]: (f"<b>{t['id']}</b> {html.escape(_title(t, results[t['id']]))}" if t["private"] and not rep["latest"] else f"<a href='{t['id']}.html'><b>{t['id']}</b> {html.escape(_title(t, results[t['id']]))}</a>") for t in rep["tables"]}
     body = table_html(_frame(rep, results, lambda t: f"@@{t['id']}@@"))
     for i, m in marks.items(): body = body.replace(f"@@{i}@@", m)
-    return _html(f"Results at scale {rep['scale']}", f"<h1>Results at scale {rep['scale']}</h1>\n{body}\n<p><a href=claims.md>Claims ledger</a> · <a href=runs.csv>all runs</a></p>", html.escape(_footer(rep)))
+    claims = "\n".join(f"<h3>{html.escape(p)}</h3>\n{table_html(df)}" for p, df in _ledger(rep, results).items())
+    return _html(f"Results at scale {rep['scale']}", f"<h1>Results at scale {rep['scale']}</h1>\n{body}\n<p><a href=runs.csv>All runs</a></p>\n<h2>Claims</h2>\n{claims or '<p>No finished table states a claim.</p>'}", html.escape(_footer(rep)))
+
+def _ledger(rep, results) -> dict: # paper -> frame, one row a claim
+    import pandas as pd
+    cs = [c for t in rep["tables"] for c in _claims(t, results[t["id"]])]
+    return {p: pd.DataFrame([{k: _say(c.get(k)) for k in ("id", "text", "where", "verdict", "evidence", "test", "n", "table")} for c in cs if c["paper"] == p]) for p in dict.fromkeys(c["paper"] for c in cs)}
 
 def _claims_md(rep, results) -> str:
     from vlkd.plots import table_md
-    import pandas as pd
-    cs = [c for t in rep["tables"] for c in _claims(t, results[t["id"]])]; out = [f"# Claims at scale {rep['scale']}", _tally(cs) + "." if cs else "No finished table states a claim."]
-    for p in dict.fromkeys(c["paper"] for c in cs):
-        rows = [{k: _say(c.get(k)) for k in ("id", "text", "where", "verdict", "evidence", "test", "n", "table")} for c in cs if c["paper"] == p]
-        out += [f"## {p}", table_md(pd.DataFrame(rows))]
-    return "\n\n".join([*out, _footer(rep)]) + "\n"
+    cs = [c for t in rep["tables"] for c in _claims(t, results[t["id"]])]
+    parts = [x for p, df in _ledger(rep, results).items() for x in (f"## {p}", table_md(df))]
+    return "\n\n".join([f"# Claims at scale {rep['scale']}", _tally(cs) + "." if cs else "No finished table states a claim.", *parts, _footer(rep)]) + "\n"
 
 def _say(v): return "–" if v in (None, "") else v if isinstance(v, str) else json.dumps(v) if isinstance(v, (dict, list)) else f"{v:.4g}" if isinstance(v, float) else str(v)
 
@@ -681,9 +701,10 @@ def _copy_table(dst:Path, n:Node, t:dict, receipt:dict, pages:bool) -> dict:
         if k.startswith(("tables/", "figures/")): shutil.copyfile(run.file(k), d/Path(k).name)
     if pages:
         cells = _page_cells(n, receipt); links = " · ".join(f"[{Path(k).name}]({t['id']}/{Path(k).name})" for k in run.result["files"] if k.startswith(("tables/", "figures/")))
-        md = f"{_head(t, run.result, True)}\n\n{_notebook_md([c for c in cells], d)}\n" + (f"\nFiles: {links}\n" if links else "")
+        k = 1 if cells and cells[0]["kind"] == "markdown" else 0            # the head goes below the title
+        md = "\n\n".join([*(c["source"] for c in cells[:k]), _head(t, run.result, True), _notebook_md(cells[k:], d), *([f"Files: {links}"] if links else [])]) + "\n"
         (dst/f"{t['id']}.md").write_text(md, encoding="utf-8")
-        (dst/f"{t['id']}.html").write_text(_html(_title(t, run.result), _head(t, run.result, False) + _notebook_html(cells), html.escape(f"Scale {n.scale}, worlds {_worlds(t)}, commit {t['commit'][:10] or 'none'}{' with local changes' if t['dirty'] else ''}. ") + html.escape(", ".join(f"{k} {v}" for k, v in receipt["versions"].items()))), encoding="utf-8")
+        (dst/f"{t['id']}.html").write_text(_html(_title(t, run.result), _notebook_html(cells[:k]) + _head(t, run.result, False) + _notebook_html(cells[k:]), html.escape(f"Scale {n.scale}, worlds {_worlds(t)}, commit {t['commit'][:10] or 'none'}{' with local changes' if t['dirty'] else ''}. ") + html.escape(", ".join(f"{k} {v}" for k, v in receipt["versions"].items()))), encoding="utf-8")
     return run.result
 
 # %% ../nbs/70_reproduce.ipynb #7e630ace
@@ -707,17 +728,17 @@ def _entry(n, r, fresh, nodes, rows, latest) -> dict:
 
 def report(scale:str="micro", seeds=None, publish:bool=False, plan=None) -> Path|None: # the report's folder; None where no table is finished
     "Render the finished tables of a scale into reports/latest, or, to publish, into reports/<scale>, where tables that were published before and are not finished here stay."
-    done = _finished(scale, seeds, plan)
-    if not done:
+    done = _finished(scale, seeds, plan); dst = path("reports")/(scale if publish else "latest"); before = dst/"report.json"
+    if not done and not (publish and before.is_file()):
         if publish: raise ValueError(f"nothing to publish: no table is finished at scale {scale}")
         print(f"no table is finished at scale {scale}: nothing to report"); return None
     if publish and (old := [n.name for n, _, fresh, _ in done if not fresh]): raise ValueError(f"not published: {', '.join(old)} was made by other code than the present; run `vlkd reproduce {' '.join(o.split('@')[0] for o in old)} --scale {scale}` first")
-    dst = path("reports")/(scale if publish else "latest"); rows = _run_rows(done)
+    rows = _run_rows(done)
     tables = [_entry(*d, rows, not publish) for d in done]; files = [*(n.entry["file"] for n, *_ in done), plan_file(plan), _library()/"reproduce.py", _library()/"plots.py"]
-    rep = dict(scale=scale, latest=not publish, versions=done[0][1]["versions"], tables=tables, stamp=fingerprint(tables, [sha256_file(f) for f in files]))
-    if not publish and (dst/"report.json").is_file():
+    rep = dict(scale=scale, latest=not publish, versions=done[0][1]["versions"] if done else read_json(before)["versions"], tables=tables, stamp=fingerprint(tables, [sha256_file(f) for f in files]))
+    if not publish and before.is_file():
         with contextlib.suppress(ValueError, KeyError):
-            if read_json(dst/"report.json")["stamp"] == rep["stamp"]: _where(dst, len(tables)); return dst
+            if read_json(before)["stamp"] == rep["stamp"]: _where(dst, len(tables)); return dst
     dst.parent.mkdir(parents=True, exist_ok=True); tmp = Path(tempfile.mkdtemp(dir=dst.parent, prefix=f".{dst.name}."))
     try:
         results = {t["id"]: _copy_table(tmp, n, t, r, pages=not (publish and t["private"])) for (n, r, *_), t in zip(done, tables)}
@@ -736,8 +757,10 @@ def _keep_published(old:Path, new:Path, rep:dict, results:dict, rows:dict, entri
     "Carry published tables over that are still in the plan and were not rendered now."
     import csv
     if not (old/"report.json").is_file(): return
-    kept = [t for t in read_json(old/"report.json")["tables"] if t["id"] not in results and t["id"] in entries]
+    was = read_json(old/"report.json"); kept = [t for t in was["tables"] if t["id"] not in results and t["id"] in entries]
     for t in kept:
+        for k, sha in was["files"].items():
+            if k.split("/")[0].rsplit(".", 1)[0] == t["id"] or k.startswith(f"{t['id']}/"): _same(old/k, sha)
         shutil.copytree(old/t["id"], new/t["id"]); results[t["id"]] = read_json(new/t["id"]/"result.json")
         for e in ("md", "html"):
             if (old/f"{t['id']}.{e}").is_file(): shutil.copyfile(old/f"{t['id']}.{e}", new/f"{t['id']}.{e}")
@@ -752,6 +775,9 @@ def _write_index(d:Path, rep:dict, results:dict, rows:dict):
     pd.DataFrame([{k: r[k] for k in _run_columns} for r in rows.values()]).to_csv(d/"runs.csv", index=False)
     write_json(d/"report.json", rep)
 
+def _same(f:Path, sha:str):
+    if not f.is_file() or sha256_file(f) != sha: raise ValueError(f"{f} is missing or was changed after publishing; restore it, or publish its table again")
+
 _rendered = {"README.md": _readme, "index.html": _index, "claims.md": _claims_md}
 
 def check_reports(scale:str=None) -> list[str]: # the scales that were checked
@@ -759,8 +785,7 @@ def check_reports(scale:str=None) -> list[str]: # the scales that were checked
     found = [d for d in sorted(path("reports").glob("*")) if d.name != "latest" and (d/"report.json").is_file() and scale in (None, d.name)]
     for d in found:
         rep = read_json(d/"report.json"); results = {t["id"]: read_json(d/t["id"]/"result.json") for t in rep["tables"]}
-        for k, sha in rep["files"].items():
-            if not (d/k).is_file() or sha256_file(d/k) != sha: raise ValueError(f"{d/k} is missing or was changed after publishing; run `vlkd report --publish --scale {d.name}`")
+        for k, sha in rep["files"].items(): _same(d/k, sha)
         for i, r in results.items():
             for k, sha in r["files"].items():
                 if k.startswith(("tables/", "figures/")) and rep["files"].get(f"{i}/{Path(k).name}") != sha: raise ValueError(f"{d/i/Path(k).name} is not what {d/i/'result.json'} recorded")
