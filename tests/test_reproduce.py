@@ -301,7 +301,8 @@ def test_command_line(toy):
     for args, says in [(("reproduce", "t3"), "unknown run or table 't3'"), (("reproduce", "--scale", "smok"), "did you mean 'smoke'"), (("reproduce", "--jobs", "0", "--scale", "smoke"), "jobs should be"), (("reproduce", "--sead", "1"), "--sead"),
                        (("report", "--scale", "micro", "--publish"), "nothing to publish")]:
         r = vlkd(*args); assert r.returncode == 2 and says in r.stderr and len(r.stderr.strip().splitlines()) == 1 and "Traceback" not in r.stderr, (args, r)
-    assert vlkd("report", "--scale", "smoke", "--publish").returncode == 0 and vlkd("report", "--check").returncode == 0
+    assert vlkd("report", "--scale", "smoke", "--publish").returncode == 0 and vlkd("report", "--check").stdout.endswith("records: smoke\n")
+    r = vlkd("data", "status"); assert r.returncode == 0 and "tabletop" in r.stdout
     toy.edit("other", "score = seed", "1/0"); r = vlkd("reproduce", "--scale", "smoke"); assert r.returncode == 1 and "other.ipynb, cell 4: ZeroDivisionError" in r.stdout
 
 

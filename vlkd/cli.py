@@ -37,16 +37,15 @@ def report(scale: str = typer.Option("micro", help="Section of settings.ini."),
            check: bool = typer.Option(False, "--check", help="Only check that the published pages say what the recorded results beside them say.")):
     "Render the pages of finished tables."
     from vlkd.reproduce import check_reports, report
-    if check: check_reports(); print("the published reports agree with their records")
+    if check: print(f"published reports that agree with their records: {', '.join(check_reports()) or 'none is published'}")
     else: report(scale, seeds or None, publish=publish)
 
 # %% ../nbs/71_cli.ipynb #5e1dca48
 @data_app.command()
 def status():
     "Which data sets are present where, and which tables need what is missing."
-    from vlkd.data import catalog
-    r = catalog.status()
-    if r is not None: print(r if isinstance(r, str) else r.to_string())
+    from vlkd.data.catalog import print_status
+    print_status()
 
 @app.command()
 def version():
