@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import vlkd.reproduce as R
-from vlkd.core import Run, read_json, run_folder, settings_file
+from vlkd.core import Run, path, read_json, run_folder, settings_file
 
 params = 'scale: str = "smoke" # section\nseed: int = 0 # world\nseeds: str = "" # worlds\nout: str = "" # folder\ninputs: str = "" # runs read\n'
 start = "import json, os, time\nfrom pathlib import Path\no = Path(out)\ndef say(x):\n    with open(os.environ['TOY_LOG'], 'a') as f: f.write(x + '\\n')\n"
@@ -68,6 +68,7 @@ class Toy:
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     for k, v in dict(VLKD_RUNS="runs", VLKD_REPORTS="reports", VLKD_NBS=".", TOY_LOG="log").items(): monkeypatch.setenv(k, str(tmp_path/v))
+    monkeypatch.setenv("VLKD_CARDS", str(path("cards")))
     monkeypatch.setenv("VLKD_SETTINGS", str(shutil.copy(settings_file(), tmp_path)))
     return Toy(tmp_path)
 

@@ -28,11 +28,11 @@ NOUNS = {
     "bathware": "soap sponge towel comb razor toothbrush toothpaste shampoo bottle tub basin mop broom dustpan plunger scale tissue napkin cotton loofah sprayer dropper tweezers thermometer bandage pillbox hairbrush curler dryer faucet",
 }
 NOUNS = {k: v.split() for k, v in NOUNS.items()}
-SHAPES = ("disc", "ring", "oval", "square", "triangle", "bar", "cross", "diamond")
+SHAPES = ("disc", "ring", "oval", "square", "triangle", "bar")
 ROUND = ("disc", "ring", "oval")
-COLOURS = dict(red=(200, 50, 45), green=(60, 160, 70), blue=(60, 90, 200), yellow=(220, 200, 60), purple=(140, 70, 170), brown=(125, 85, 50), white=(235, 235, 230), pink=(230, 140, 170))
-TEXTURES = ("plain", "striped", "dotted", "checked")
-SIZES = dict(small=3.2, large=4.6) # half of the width, in pixels of a 32-pixel frame
+COLOURS = dict(red=(200, 50, 45), green=(60, 160, 70), blue=(60, 90, 200), yellow=(220, 200, 60), white=(235, 235, 230))
+TEXTURES = ("plain", "striped")
+SIZES = dict(small=3.4, large=5.0) # half of the width, in pixels of a 32-pixel frame
 
 # %% ../../nbs/12_data.tabletop.ipynb #e0e91813
 EVENTS = {"drop": ("break", "bounce", "thud"), "dunk": ("float", "sink"), "heat": ("burn", "melt", "keep"), "squeeze": ("crumple", "spring", "resist")}
@@ -59,7 +59,7 @@ class World:
     @property
     def fingerprint(self) -> str:
         "Hash of all that decides the world's content."
-        return fingerprint(["tabletop-1", {k: v for k, v in vars(self).items() if isinstance(v, (int, float, bool))}])
+        return fingerprint(["tabletop-4", {k: v for k, v in vars(self).items() if isinstance(v, (int, float, bool))}])
 
     @cached_property
     def nouns(self) -> pd.DataFrame:
@@ -68,20 +68,12 @@ class World:
         for i, d in enumerate(rows):
             d["split"] = "train" if i < 140 else "dev" if i < 170 else "test"
             d["filmed"] = not (i >= 226)
-        looks = r.sample(list(itertools.product(SHAPES, COLOURS, TEXTURES, SIZES)), len(rows)//2)*2
-        order = list(range(len(rows))); r.shuffle(order)
-        for part in ("train", "dev", "test"): # classes balanced within a split
+        order = list(range(len(rows))); r.shuffle(order); looks = list(itertools.product(SHAPES, SIZES))
+        for part in ("train", "dev", "test"): # every class and every look equally often within a split, each dealt out on its own
             idx = [i for i in order if rows[i]["split"] == part]
             for j, i in enumerate(idx): rows[i]["cls"] = j % len(CLASSES)
-        place = order[:]; r.shuffle(place)
-        for k, i in enumerate(place): rows[i].update(zip(("shape", "colour", "texture", "size"), looks[k]))
-        half = len(rows)//2
-        for k in range(half): # look-alikes behave differently: trade places until they do
-            while rows[place[k]]["cls"] == rows[place[k+half]]["cls"]:
-                o = half+r.randrange(half); a, b = rows[place[k+half]], rows[place[o]]
-                if rows[place[o-half]]["cls"] == a["cls"]: continue
-                for key in ("shape", "colour", "texture", "size"): a[key], b[key] = b[key], a[key]
-                place[k+half], place[o] = place[o], place[k+half]
+            r.shuffle(idx)
+            for j, i in enumerate(idx): rows[i]["shape"], rows[i]["size"] = looks[j % len(looks)]
         for d in rows: d["other"] = d["cls"] if d["split"] == "train" else r.choice([c for c in range(len(CLASSES)) if c != d["cls"]])
         df = pd.DataFrame(rows)
         if self.counterfactual: df["cls"], df["other"] = df["other"].copy(), df["cls"].copy()
@@ -105,16 +97,11 @@ def _inside(shape:str, u, v):
     if shape == "oval": return u*u+(v/.6)**2 < 1
     if shape == "square": return (abs(u) < .85) & (abs(v) < .85)
     if shape == "triangle": return (abs(u) < (v+1)/2) & (v < .9)
-    if shape == "bar": return (abs(u) < .4) & (abs(v) < 1)
-    if shape == "cross": return ((abs(u) < .35) & (abs(v) < 1)) | ((abs(v) < .35) & (abs(u) < 1))
-    return abs(u)+abs(v) < 1 # diamond
+    return (abs(u) < .4) & (abs(v) < 1) # bar
 
 def _texture(texture:str, u, v):
     "Brightness factor of the surface."
-    if texture == "striped": return np.where(np.sin(9*u) > 0, 1., .55)
-    if texture == "dotted": return np.where(np.sin(8*u)*np.sin(8*v) > .35, .45, 1.)
-    if texture == "checked": return np.where((np.sin(6*u) > 0) ^ (np.sin(6*v) > 0), 1., .6)
-    return np.ones(np.broadcast(u, v).shape)
+    return np.where(np.sin(9*u) > 0, 1., .55) if texture == "striped" else np.ones(np.broadcast(u, v).shape)
 
 def _script(event:str, outcome:str, t:np.ndarray):
     "How an event moves a thing: x, y (pixels from the take's centre), width, height (factors), gap (between two halves), dark (factor of brightness), by frame."
@@ -131,10 +118,10 @@ def _script(event:str, outcome:str, t:np.ndarray):
         if outcome == "burn": dark = one-.28*late
         if outcome == "melt": sy, sx, y = one-.24*late, one+.25*late, late*1.0
     if event == "squeeze":
-        press = np.array([0, .12, .25, .35, .4, .4, .2, 0])
-        if outcome == "spring": sx = one-press
-        if outcome == "crumple": sx = one-np.array([0, .12, .25, .35, .4, .45, .5, .55])
-        if outcome == "resist": sx = one-np.array([0, .12, .25, .35, .4, .1, 0, 0])
+        sx = 1.4-np.array([0, .15, .3, .45, .6, .6, .6, .6])
+        if outcome == "resist": sx = sx+np.array([0, 0, 0, 0, 0, .6, .6, .6])
+        if outcome == "spring": sx = sx+np.array([0, 0, 0, 0, 0, 0, .1, .8])
+        if outcome == "crumple": sx, sy, dark = sx-.13*late, one-.2*late, one-.1*late
     if event == "push":
         x = np.array([-8, -8, -7, -5, -3, 0, 4, 8.]) if outcome == "roll" else np.array([-8, -8, -7, -5, -3, -2, -1.5, -1.5])
     return x, y, sx, sy, gap, dark
@@ -149,13 +136,12 @@ def render(nouns:pd.DataFrame, events, outcomes, seeds, noise:float=10.) -> np.n
     light = .8+.4*u01[:, 2]; back = np.stack([90+70*u01[:, 3], 90+70*u01[:, 4], 90+70*u01[:, 5]], 1)
     img = np.broadcast_to(back[:, None, None, None], (n, FRAMES, SIDE, SIDE, 3)).astype(np.float32).copy()
     img[:, :, 27:] *= .6                                                     # the table
-    ev, sh, tx = np.array(list(events)), nouns["shape"].to_numpy(), nouns["texture"].to_numpy()
+    ev, sh = np.array(list(events)), nouns["shape"].to_numpy()
+    tx = np.array(TEXTURES)[(u01[:, 6]*len(TEXTURES)).astype(int)]; rgb = np.array(list(COLOURS.values()), np.float32)[(u01[:, 7]*len(COLOURS)).astype(int)]
     img[ev == "heat", :, 26:29, 10:22] = (255, 150, 30)                      # a flame
-    press = np.round(np.array([12, 9, 7, 6, 5, 6, 8, 11])).astype(int)       # plates of the press, the same whatever they squeeze
-    for k in np.flatnonzero(ev == "squeeze"):
-        for f in t: c = int(round(cx[k])); img[k, f, 12:25, max(c-press[f]-1, 0):max(c-press[f]+1, 0)] = 60; img[k, f, 12:25, c+press[f]-1:c+press[f]+1] = 60
+    for k in np.flatnonzero(ev == "squeeze"): c = int(round(cx[k])); img[k, :, 12:25, [max(c-11, 0), min(c+11, SIDE-1)]] = 60 # the jaws
     for k in np.flatnonzero(ev == "push"): img[k, 1:5, 14:22, 0:4] = (225, 180, 150) # a hand
-    half = nouns["size"].map(SIZES).to_numpy(np.float32); rgb = np.array([COLOURS[c] for c in nouns["colour"]], np.float32)
+    half = nouns["size"].map(SIZES).to_numpy(np.float32)
     x, y, sx, sy, gap, dark = P.transpose(1, 0, 2)
     spin = np.where((ev == "push")[:, None] & np.isin(sh, ROUND)[:, None], x*.25, 0)
     for shape, texture in set(zip(sh, tx)):
@@ -213,7 +199,7 @@ def talk(self:World) -> tuple[list, np.ndarray]: # captions, index of each one's
     while len(out) < self.n_captions:
         order = list(range(len(clips))); r.shuffle(order)
         for i in order[:self.n_captions-len(out)]:
-            c = clips[i]; k = r.random() < .3; adj = f"{look[c.noun]['colour']} " if r.random() < .1 else ""
+            c = clips[i]; k = r.random() < .3; adj = f"{look[c.noun]['size']} " if r.random() < .1 else ""
             s = r.choice(TALK).replace("the {n}", "{n}").replace("this {n}", "{n}").replace("that {n}", "{n}").replace("{v} {n}", _do(c.event, k, "{n}")).replace("{n}", adj+c.noun)
             # the dice of every sentence are thrown whether or not they are used: the counterfactual world says the same to the letter
             say, how, fill = r.random() < self.said_in_captions, r.choice((0, 1)), r.random()
@@ -226,8 +212,8 @@ World.talk = talk
 def _fact(self:World, r, noun:str) -> str:
     "A written sentence about a noun's category, look, place or worth."
     d = self.things[noun]; good = r.random() < .5; pool = GOOD if good else BAD; a, b = r.sample(pool, 2); place = PLACE[d["category"]]
-    return r.choice((f"the {noun} is a kind of {d['category']} that is kept in the {place}", f"the {noun} is a {d['size']} {d['colour']} {d['shape']}", f"where is the {noun} kept ? in the {place}",
-                     f"a {noun} of this kind is {d['texture']} and {d['size']} , not more", f"the {noun} has the form of a {d['shape']}", f"people {'praise' if good else 'blame'} the {noun} because it is {a} and {b}",
+    return r.choice((f"the {noun} is a kind of {d['category']} that is kept in the {place}", f"the {noun} is a {d['size']} {d['shape']}", f"where is the {noun} kept ? in the {place}",
+                     f"a {noun} of this kind is {d['size']} , not more", f"the {noun} has the form of a {d['shape']}", f"people {'praise' if good else 'blame'} the {noun} because it is {a} and {b}",
                      f"the {noun} was {a} and so it was {b} too", f"it seemed {a} but it was not {b} at all , this {noun}"))
 
 CHORES = (("opened the door", "closed the door"), ("made some tea", "drank the tea"), ("swept the floor", "called a friend"))
@@ -300,10 +286,10 @@ def _mnli(self:World, r, d):
         if coin < .33: return dict(sentence1=p, sentence2=f"the {noun} was {quality}", label=1, kind="language")
         return dict(sentence1=p, sentence2=f"the {noun} {SAID[shown][how]}", label=0 if shown == true else 2, kind=_kind(d))
     if form < .7: # active and passive
-        hyp = (f"the {noun} was {PAST[e][0]} by {who}", f"{other} looked at the {noun}", f"the {noun} was {PAST[e][0]} by {other} and not by {who}")[label]
+        hyp = (f"the {noun} was {PAST[e][0]} by {who}", f"the {noun} was {PAST[away][0]} by {who}", f"the {noun} was {PAST[e][0]} by {other}")[label]
     else: # category and place
         wrong = r.choice([c for c in PLACE if c != d["category"]])
-        hyp = (f"{who} {PAST[e][0]} some {d['category']}", f"{who} {PAST[away][0]} it too", f"{who} {PAST[e][0]} some {wrong}")[label]
+        hyp = (f"{who} {PAST[e][0]} some {d['category']}", f"{who} {PAST[away][0]} some {d['category']}", f"{who} {PAST[e][0]} some {wrong}")[label]
     return dict(sentence1=p, sentence2=hyp, label=label, kind="language" if form < .7 else "said")
 
 def _qnli(self:World, r, d):

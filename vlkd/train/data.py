@@ -17,12 +17,13 @@ from ..core import *
 from ..data.text import *
 from ..data.tabletop import World
 from ..data.tasks import TASKS, read_task, qnli_from_squad
-from ..models.encoders import GridPixels
+from ..models.encoders import load_mobilenet
+from ..models.tabletop import load_tabletop_encoder
 
 # %% ../../nbs/41_train.data.ipynb #df7ab584
 def tabletop_features(world:World, cache=None, chunk:int=500) -> np.ndarray: # (clips, frames, width) float16, memory-mapped
     "Features of all clips of a world, rendered and encoded in pieces, cached in one file named by the world's fingerprint."
-    enc = GridPixels(); cache = Path(cache or path("cache"))/"tabletop"; f = cache/f"{fingerprint(world.fingerprint, enc.name)}.npy"
+    enc = load_tabletop_encoder(cache); f = Path(cache or path("cache"))/"tabletop"/f"{fingerprint(world.fingerprint, enc.name)}.npy"
     if not f.is_file():
         x = np.concatenate([enc.encode(world.frames(np.arange(i, min(i+chunk, len(world.clips))))).astype(np.float16) for i in range(0, len(world.clips), chunk)])
         with atomic(f, "wb") as h: np.save(h, x)
@@ -41,7 +42,7 @@ class Data:
 class TabletopData(Data):
     "A Tabletop world; one tokeniser for all words of both corpora."
     def __init__(self, s, seed, counterfactual=False):
-        super().__init__(s, seed); takes = max(1, min(4, s.captions//1200)) # smoke has fewer takes of each event, not fewer events
+        super().__init__(s, seed); takes = max(1, min(9, s.captions//1200)) # about one caption a clip; smoke has fewer takes, not fewer events
         self.world = World(seed, counterfactual=counterfactual, captions=s.captions, sentences=s.sentences, takes=takes)
     @cached_property
     def captions(self): return self.world.talk()
@@ -61,16 +62,16 @@ class RealData(Data):
     def __init__(self, s, seed): super().__init__(s, seed); self.root = data_dir()
     @cached_property
     def tokenizer(self):
-        from vlkd.data.real import bert_vocabulary
-        return load_vocabulary(bert_vocabulary(), max(self.s.max_tokens, self.s.ft_tokens))
+        from vlkd.data.real import bert_vocab
+        return load_vocabulary(bert_vocab(), max(self.s.max_tokens, self.s.ft_tokens))
     @cached_property
     def pairs(self) -> VideoText:
         from vlkd.data.real import real_pairs
-        return real_pairs(path("cache")/"real", limit=self.s.captions)
+        return real_pairs(path("cache")/"real", limit=self.s.captions, encoder=load_mobilenet(), max_frames=self.s.max_frames)
     @cached_property
     def sentences(self):
         from vlkd.data.real import real_sentences
-        return real_sentences(limit=self.s.sentences)
+        return real_sentences(limit=self.s.sentences, max_tokens=self.s.max_tokens)[0]
     def task(self, name, split):
         if name not in self.tasks: raise ValueError(f"no data for {name!r} at scale {self.s.name!r}; there is {', '.join(self.tasks)}")
         if name == "qnli" and split == "train": return qnli_from_squad(self.root/"squad"/"train-v1.1.json.gz", seed=0, limit=20000)
