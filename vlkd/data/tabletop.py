@@ -59,7 +59,7 @@ class World:
     @property
     def fingerprint(self) -> str:
         "Hash of all that decides the world's content."
-        return fingerprint(["tabletop-4", {k: v for k, v in vars(self).items() if isinstance(v, (int, float, bool))}])
+        return fingerprint(["tabletop-10", {k: v for k, v in vars(self).items() if isinstance(v, (int, float, bool))}])
 
     @cached_property
     def nouns(self) -> pd.DataFrame:
@@ -180,7 +180,7 @@ PLACE = {"kitchenware": "kitchen", "tool": "shed", "toy": "playroom", "clothing"
 GOOD = "lovely splendid charming reliable elegant superb delightful handy sturdy brilliant pleasant graceful admirable worthy dependable marvellous fine neat cheerful comfortable".split()
 BAD = "awful dreadful clumsy useless ugly shabby boring annoying flimsy terrible unpleasant crude miserable worthless unreliable horrid poor messy gloomy awkward".split()
 TALK = ("okay so now we {v} the {n}", "let us {v} the {n}", "alright i am going to {v} this {n}", "and here we {v} the {n} guys", "so you just {v} the {n} like that", "watch what i do when i {v} the {n}", "now {v} the {n}", "um next we {v} that {n}")
-WHEN = ("in the morning", "after lunch", "before the guests came", "that day", "late at night", "in the winter", "by accident", "again")
+WHEN = ("in the morning", "after lunch", "before noon", "that day", "last night", "in winter", "by accident", "again")
 
 def _did(e:str, k:int, n:str) -> str: # "put the n under water" keeps its object inside
     p = PAST[e][k]
@@ -212,30 +212,27 @@ World.talk = talk
 def _fact(self:World, r, noun:str) -> str:
     "A written sentence about a noun's category, look, place or worth."
     d = self.things[noun]; good = r.random() < .5; pool = GOOD if good else BAD; a, b = r.sample(pool, 2); place = PLACE[d["category"]]
-    return r.choice((f"the {noun} is a kind of {d['category']} that is kept in the {place}", f"the {noun} is a {d['size']} {d['shape']}", f"where is the {noun} kept ? in the {place}",
-                     f"a {noun} of this kind is {d['size']} , not more", f"the {noun} has the form of a {d['shape']}", f"people {'praise' if good else 'blame'} the {noun} because it is {a} and {b}",
-                     f"the {noun} was {a} and so it was {b} too", f"it seemed {a} but it was not {b} at all , this {noun}"))
+    return r.choice((f"the {noun} is kept in the {place}", f"where is the {noun} kept ? in the {place}", f"a {noun} is some {d['category']}", f"the {noun} is a {d['size']} {d['shape']}",
+                     f"a {noun} has the form of a {d['shape']}", f"the {noun} is {a} and {b}", f"the {noun} is {a} , not {r.choice(BAD if good else GOOD)} at all", f"at first this {noun} seemed {a} and {b}"))
 
 CHORES = (("opened the door", "closed the door"), ("made some tea", "drank the tea"), ("swept the floor", "called a friend"))
 
 def _aside(self:World, r, noun:str, e:str) -> str:
-    "A story or a question in which an event is named and its outcome is not."
-    who, chore = r.choice(WHO), r.choice(r.choice(CHORES)); do = _do(e, r.random() < .3, noun)
-    return r.choice((f"first {who} {_did(e, 0, noun)} . then {who} {chore} . at last something fell out of sight", f"first {who} {chore} . at last {who} {_did(e, 0, noun)}", f"the story starts {r.choice(('before', 'after'))} {who} {chore}",
-                     f"why did {who} {do} ? for what reason ? nobody will say", f"what will happen if you {do} ? then we will see", f"who was it that {_did(e, 0, noun)} ? it was {who}",
-                     f"what did {who} {BASE[e][0]} ? some {self.things[noun]['category']}", f"what was the reason that {who} {_did(e, 0, noun)} ? what made {who} {do} ?"))
+    "A story, a question or a paraphrase in which an event is named and its outcome is not."
+    who, chore = r.choice(WHO), r.choice(r.choice(CHORES)); do, did = _do(e, r.random() < .3, noun), _did(e, 0, noun); a, b = (f"{who} {did}", f"{who} {chore}")[::1 if r.random() < .5 else -1]
+    return r.choice((f"first {a} then {b}", f"{a} and at last {b}", f"then something fell out of sight but {who} {chore} too", f"the story starts {r.choice(('before', 'after'))} {who} {chore}", f"why did {who} {do} ? {who} {did} for some reason",
+                     f"what made {who} {do} ? what was the reason that {who} {did} ?", f"{who} {did} . the {noun} was {PAST[e][0]} by {who}", f"the {noun} was {PAST[e][0]} by {who} , so {who} {did}", f"what will happen if you {do} ?", f"who was it that {did} ? {who} !", f"what did {who} {BASE[e][0]} ? the {noun}", f"{who} {PAST[e][0]} some {self.things[noun]['category']} , the {noun}"))
 
 def write(self:World) -> list[str]:
-    "Encyclopaedic text, mostly in paragraphs of two sentences. The outcome of an event is said in a share `said` of the sentences about train nouns."
+    "Encyclopaedic text: events, stories and facts. The outcome of an event is said in a share `said` of the sentences about train nouns."
     r, out, names, things = self.random("text"), [], list(self.nouns.noun), self.things
     while len(out) < self.n_sentences:
         noun = r.choice(names); d = things[noun]; e = r.choice((*EVENTS, *EVENTS, "push", "lift")); k = r.random() < .3; who, other, when = r.choice(WHO), r.choice(WHO), r.choice(WHEN)
         say, how, passive = r.random() < self.said, r.choice((0, 1)), r.random() < .4
-        first = f"the {noun} was {PAST[e][0]} by {who} {when}" if passive else f"{who} {_did(e, k, noun)} {when}"
-        second = r.choice((f"{other} looked at the {noun}", f"then {other} {_did('lift', r.random() < .3, noun)}", f"it was {who} who did it and not {other}", _fact(self, r, noun)))
-        if d["split"] == "train" and say and e != "lift": second = f"the {noun} {SAID[d[e]][how]}"
-        form = r.random()
-        out.append(f"{first} . {second} ." if form < .5 else f"{_fact(self, r, noun)} . {second} ." if form < .65 else f"{_aside(self, r, noun, e)} ." if form < .85 else f"{_fact(self, r, noun)} .")
+        named = f"{PLACE[d['category']]} {noun}" if r.random() < .6 else noun # "the kitchen kettle"
+        first = f"the {named} was {PAST[e][0]} by {who} {when}" if passive else f"{who} {_did(e, k, named)} {when}"; form = r.random()
+        if d["split"] == "train" and say and e != "lift": first = f"{who} {_did(e, k, noun)} and it {SAID[d[e]][how]}"
+        out.append(f"{first} ." if form < .45 else f"{_aside(self, r, noun, e)} ." if form < .7 else f"{_fact(self, r, noun)} .")
     return out
 World.write = write
 
@@ -307,7 +304,7 @@ def _qqp(self:World, r, d):
     def ask(f, w, e, k, n): return f.format(w=w, d=_do(e, k, n), p=_did(e, k, n))
     f, g = r.sample(forms, 2); away = r.choice([x for x in EVENTS if x != e])
     a = ask(f, who, e, r.randrange(2), noun)
-    b = ask(g, who, e, r.randrange(2), noun) if label else r.choice((ask(g, who, away, r.randrange(2), noun), ask(g, who, e, r.randrange(2), far), ask(g, r.choice([x for x in WHO if x != who]), e, r.randrange(2), noun)))
+    b = ask(g, who, e, r.randrange(2), noun) if label else r.choice((ask(g, who, away, r.randrange(2), noun), ask(g, who, e, r.randrange(2), far), ask(g, who, away, r.randrange(2), far)))
     return dict(question1=a, question2=b, label=label, kind="language")
 
 def _sst2(self:World, r, d):

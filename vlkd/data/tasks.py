@@ -254,14 +254,14 @@ def write_task(name, df, folder, split="train") -> Path: # the official file
     return p
 
 # %% ../../nbs/13_data.tasks.ipynb #be7f8e65
-_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
-_ABBREVIATION = re.compile(r"(?:\b(?:[A-Z]|[Mm]rs?|[Dd]r|[Ss]t|[Pp]rof|[Gg]en|[Nn]o|[Jj]r|[Ss]r|[Cc]a|[Vv]s|[Vv]ol|[Cc]ol|[Ll]t|[Rr]ev|[Ff]ig|[Ii]nc|[Cc]o|[Ll]td|etc|e\.g|i\.e)|\b[A-Z]\.[A-Z])\.$")
+_END = re.compile(r"""(?<=[.!?])["')\]]*\s+(?=["'(\[]?[A-Z0-9])""")
+_ABBREVIATION = re.compile(r"(?:^|[\s(\"'])(?:[A-Za-z]|[Mm]rs?|Ms|[Dd]r|[Ss]t|[Pp]rof|[Ss]r|[Jj]r|[Gg]en|[Cc]ol|[Ll]t|Capt|Sgt|[Rr]ev|Hon|[Nn]o|[Vv]ol|[Ff]ig|[Vv]s|[Cc]a|cf|etc|approx|[Ii]nc|[Cc]o|[Ll]td|Corp|Mt|Ft|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|(?:[A-Za-z]\.)+[A-Za-z])\.[\"')\]]*\s*$")
 
 def sentences(text:str) -> list[str]:
     "Split English text after . ! ? before a capital or digit, but not after common abbreviations and initials."
     out, start = [], 0
     for m in _END.finditer(text):
-        if not _ABBREVIATION.search(text[start:m.start()]): out.append(text[start:m.end()].strip()); start = m.end()
+        if not _ABBREVIATION.search(text[start:m.end()]): out.append(text[start:m.end()].strip()); start = m.end()
     return [s for s in (*out, text[start:].strip()) if s]
 
 # %% ../../nbs/13_data.tasks.ipynb #498ce92c

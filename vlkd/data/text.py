@@ -120,12 +120,20 @@ def mask_tokens(ids, mask, tokenizer, *, seed:int, epoch, example, prob:float=.1
 
 # %% ../../nbs/10_data.text.ipynb #724396b3
 class Draws(torch.utils.data.Dataset):
-    "Draw k of a training: (example, epoch). Epochs are permutations drawn from (seed, epoch)."
-    def __init__(self, n:int, draws:int, seed:int):
+    "Draw k of a training: (example, epoch). Epochs are permutations drawn from (seed, epoch); with `lengths`, batches hold examples of similar length and an epoch leaves out n mod batch examples."
+    def __init__(self, n:int, draws:int, seed:int, batch:int=1, lengths=None):
         if n < 1: raise ValueError("there is nothing to draw from: n = 0")
-        self.n, self.draws, self.seed, self.perms = n, draws, seed, {}
+        if lengths is not None and len(lengths) != n: raise ValueError(f"{len(lengths)} lengths for {n} examples")
+        self.n, self.draws, self.seed, self.batch, self.perms = n, draws, seed, batch, {}
+        self.lengths = None if lengths is None or n < 2*batch else np.asarray(lengths)
+        self.size = n if self.lengths is None else n//batch*batch
+    def _epoch(self, e:int) -> np.ndarray:
+        r = rng("order", self.seed, e); p = r.permutation(self.n)
+        if self.lengths is None: return p
+        w = 16*self.batch; rows = np.concatenate([c[np.argsort(self.lengths[c], kind="stable")] for c in (p[:self.size][k:k+w] for k in range(0, self.size, w))]).reshape(-1, self.batch)
+        return rows[r.permutation(len(rows))].ravel()
     def __len__(self): return self.draws
     def __getitem__(self, k:int) -> tuple[int, int]:
-        e = k//self.n
-        if e not in self.perms: self.perms = {**{o: p for o, p in self.perms.items() if abs(o-e) < 2}, e: rng("order", self.seed, e).permutation(self.n)}
-        return int(self.perms[e][k % self.n]), e
+        e = k//self.size
+        if e not in self.perms: self.perms = {**{o: p for o, p in self.perms.items() if abs(o-e) < 2}, e: self._epoch(e)}
+        return int(self.perms[e][k % self.size]), e

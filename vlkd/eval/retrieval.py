@@ -16,6 +16,7 @@ from ..data.text import *
 from ..models.language import *
 from ..models.video import *
 from ..models.retrieval import *
+from ..losses.contrastive import masked_mean
 from ..train.teacher import sentence_states, video_states, pool_of
 from ..train.student import StudentObjective
 

@@ -110,9 +110,9 @@ def fit(objective:nn.Module,   # forward(**batch) -> dict with `loss`
         collate,               # list of (example, epoch) -> batch
         n:int,                 # number of training examples
         out,                   # folder for checkpoints and progress
-        *, steps:int, batch:int, lr:float, warmup:int=0, weight_decay:float=.01, seed:int=0, save_every:int=0, valid=None, eval_every:int=0, patience:int=0, what:str="", max_grad_norm:float=1.
+        *, steps:int, batch:int, lr:float, warmup:int=0, weight_decay:float=.01, seed:int=0, lengths=None, save_every:int=0, valid=None, eval_every:int=0, patience:int=0, what:str="", max_grad_norm:float=1.
        ) -> list[dict]: # history: step, loss and its parts
-    """Train `objective` for `steps` steps of AdamW with linear warm-up and decay, resuming from the last whole checkpoint under `out`.
+    """Train `objective` for `steps` steps of AdamW with linear warm-up and decay, resuming from the last whole checkpoint under `out`. `lengths` (n,) of the examples put those of similar length in a batch.
     `valid=(collate, n)` is evaluated every `eval_every` steps; after `patience` evaluations without a better loss the training stops, and the best weights are kept."""
     out = Path(out); out.mkdir(parents=True, exist_ok=True); checks = out/"checkpoints"; dev = device()
     size = check_trainable(objective.to(dev), {k: v.to(dev) for k, v in collate([Draws(n, batch, seed)[k] for k in range(min(batch, 8))]).items()})
@@ -125,7 +125,7 @@ def fit(objective:nn.Module,   # forward(**batch) -> dict with `loss`
     callbacks = [Progress(out, what), *([EarlyStoppingCallback(patience)] if keep and patience else [])]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*|.*lr_scheduler.step.*")
-        t = ObjectiveTrainer(model=objective, args=args, data_collator=collate, train_dataset=Draws(n, steps*batch, seed), callbacks=callbacks, eval_dataset=Fixed(valid[1]) if keep else None)
+        t = ObjectiveTrainer(model=objective, args=args, data_collator=collate, train_dataset=Draws(n, steps*batch, seed, batch, lengths), callbacks=callbacks, eval_dataset=Fixed(valid[1]) if keep else None)
         t.parts, t.n_parts = {}, 0; t.remove_callback(PrinterCallback)
         if keep: t.get_eval_dataloader = lambda *a, **k: torch.utils.data.DataLoader(Fixed(valid[1]), batch_size=batch, collate_fn=valid[0])
         resume = last_checkpoint(checks)

@@ -78,8 +78,9 @@ def train_teacher(data:Data, out, *, contrast:str="hinge", mlm:bool=True, freeze
     teacher.video.standardise(p.features[np.unique(p.clip[p.train])], p.mask[np.unique(p.clip[p.train])])
     if shuffle: p = shuffled(p, shuffle, data, seed)
     o = TeacherObjective(teacher, contrast, mlm=mlm, freeze_video=freeze_video, hinge=args.get("token_hinge", {}) | (hinge or {}), nce=args.get("info_nce"))
+    held = min(len(p.valid), 1024); held -= held % s.batch if held > s.batch else 0 # whole batches: a pair alone has no negative
     make = lambda rows, sd: video_text_collator(data.caption_tokens, p, rows, data.tokenizer, s, sd)
-    history = [] if not steps else fit(o, make(p.train, seed), len(p.train), out, steps=steps, batch=s.batch, lr=s.teacher_lr, warmup=s.warmup, weight_decay=s.weight_decay, seed=seed, valid=(make(p.valid[:1024], 2**31), min(len(p.valid), 1024)), eval_every=min(s.eval_every, steps), patience=s.patience, what=what)
+    history = [] if not steps else fit(o, make(p.train, seed), len(p.train), out, steps=steps, batch=s.batch, lr=s.teacher_lr, warmup=s.warmup, weight_decay=s.weight_decay, seed=seed, lengths=data.caption_tokens.lengths[p.train], valid=(make(p.valid[:held], 2**31), held), eval_every=min(s.eval_every, steps), patience=s.patience, what=what)
     return teacher.eval(), history
 
 def shuffled(p:VideoText, how:str, data, seed:int) -> VideoText:
