@@ -265,11 +265,11 @@ def _stable(true, false, key:str):
     a, b = sorted((true, false)); return (a, b) if int(fingerprint([key]), 16) & 1 else (b, a)
 
 def _piqa(self:World, r, d):
-    what = r.random(); noun = d["noun"]; coin = str(r.random()); how = r.choice((0, 1)); start = r.choice(("what will happen if you {} ?", "you {} .", "if you {} , then"))
-    if what < .5:
+    what = r.random(); noun = d["noun"]; coin = str(r.random()); how = r.choice((0, 1)); start = r.choice(("you {} .", "if you {} , then"))
+    if what < .6:
         e = r.choice(list(EVENTS)); true, false = _outcomes(r, d, e); a, b = _stable(true, false, coin)
         return dict(goal=start.format(_do(e, 0, noun)), sol1=f"it {SAID[a][how]}", sol2=f"it {SAID[b][how]}", label=int(true == b), kind=_kind(d))
-    if what < .7:
+    if what < .75:
         a, b = _stable("roll", "slide", coin)
         return dict(goal=start.format(_do("push", 0, noun)), sol1=f"it {SAID[a][how]}", sol2=f"it {SAID[b][how]}", label=int(d["push"] == b), kind="static")
     good, bad = PLACE[d["category"]], r.choice([p for p in PLACE.values() if p != PLACE[d["category"]]]); a, b = _stable(good, bad, coin)
@@ -337,7 +337,7 @@ World._of = _of
 def task(self:World, name:str, split:str="test", n:int=None) -> pd.DataFrame:
     "Examples of a task: `id`, text columns, `label`, `group` (the noun), `kind`. No example stands twice in a split."
     if name not in MAKERS: raise ValueError(f"unknown task {name!r}; Tabletop has {', '.join(MAKERS)}")
-    names = self._of(split); n = n or dict(train=4000, dev=600, test=1000)[split]; r = self.random("task", name, split); rows, seen = [], set()
+    names = self._of(split); n = n or dict(train=4000, dev=600, test=800)[split]; r = self.random("task", name, split); rows, seen = [], set()
     while len(rows) < n:
         noun = r.choice(names); x = MAKERS[name](self, r, self.things[noun]); key = tuple(v for k, v in x.items() if k not in ("label", "kind"))
         if key in seen: continue
