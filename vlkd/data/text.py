@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, BertTokenizer
 
 from ..device import *
@@ -51,11 +51,12 @@ def _bert_like(tok:Tokenizer, max_tokens:int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=max_tokens, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **names)
 
 def train_tokenizer(texts, vocab_size:int, max_tokens:int=128) -> PreTrainedTokenizerFast:
-    "Train a WordPiece vocabulary of at most `vocab_size` on an iterable of sentences."
-    tok = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tok.normalizer = normalizers.BertNormalizer(lowercase=True); tok.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tok.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False))
-    return _bert_like(tok, max_tokens)
+    "A WordPiece tokeniser made from a corpus: its characters, then its most frequent words (ties in alphabetical order) up to `vocab_size`; rarer words are spelt in characters."
+    norm, split, count = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer(), Counter()
+    for t in texts: count.update(w for w, _ in split.pre_tokenize_str(norm.normalize_str(t)))
+    chars = sorted({c for w in count for c in w}); pieces = [*SPECIAL, *chars, *(f"##{c}" for c in chars)]; have = set(pieces)
+    words = [w for w, _ in sorted(count.items(), key=lambda x: (-x[1], x[0])) if w not in have]
+    return load_vocabulary([*pieces, *words][:max(vocab_size, len(pieces))], max_tokens)
 
 def load_vocabulary(vocab, max_tokens:int=128) -> PreTrainedTokenizerFast:
     "The tokeniser of a WordPiece vocabulary, given as the list of its pieces in order."
