@@ -10,7 +10,7 @@ quiet = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=agg TOKENIZ
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-reproduce: .venv/installed ## every table and figure, on the data that the library makes itself; ARGS="m5 --seeds 3" chooses
+reproduce: .venv/installed ## the main tables, on data that the library makes itself; ARGS=all for every one, ARGS="m5 --seeds 3" to choose
 	@$(bin)/vlkd reproduce $(ARGS)
 
 test: .venv/installed ## pytest, then every notebook
