@@ -123,7 +123,7 @@ def read_card(f) -> Card:
     if v["folder"] and not any(d.required for d in files): raise ValueError(f"{at}: files: a set with a folder should have a required file")
     if files and not v["folder"]: raise ValueError(f"{at}: folder is empty, as for a set that the library makes, but files are listed")
     for t in _strings(f"{at}: needed_by", v["needed_by"]):
-        if not re.fullmatch(r"(\*|[\w.-]+)@\w+", t): raise ValueError(f"{at}: needed_by should hold table ids like m5@real, got {t!r}")
+        if not re.fullmatch(r"(\*|[\w.-]+)@[\w-]+", t): raise ValueError(f"{at}: needed_by should hold table ids like m5@real, got {t!r}")
         if t.split("@")[1] not in scales(): raise ValueError(f"{at}: needed_by: {t}: {_unknown('scale', t.split('@')[1], scales())}")
     for k, n in v["splits"].items():
         if not isinstance(k, str) or not isinstance(n, int) or isinstance(n, bool) or n < 1: raise ValueError(f"{at}: splits should map names to numbers of examples, got {k!r}: {n!r}")
