@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from vlkd.device import *
 from vlkd.core import rng, scale
-from vlkd.data.text import SPECIAL, VideoText, load_vocabulary
+from vlkd.data.text import VideoText
 from vlkd.models.language import save_model
 from vlkd.models.video import Teacher
 from vlkd.train import loop
@@ -37,9 +37,7 @@ from vlkd.train.student import train_student
 from vlkd.train.teacher import train_teacher
 
 class Films(TabletopData):
-    "Noise in the place of features, so that nothing is rendered, and a vocabulary of whole words."
-    @cached_property
-    def tokenizer(self): return load_vocabulary([*SPECIAL, *sorted({w for t in (*self.captions[0], *self.sentences) for w in t.split()})], 40)
+    "Noise in the place of features, so that nothing is rendered."
     @cached_property
     def pairs(self):
         captions, clip = self.captions; c = self.world.clips; x = rng("films").normal(size=(len(c), 4, 8)).astype(np.float16); held = c.held_out.to_numpy()
@@ -213,7 +211,6 @@ def event_of(text): return next(e for e, v in VERBS.items() if re.search(rf"\b(?
 @pytest.fixture(scope="module", params=[101, 7])
 def pair(request): return [World(request.param, counterfactual=c, captions=1500, sentences=2500, takes=1) for c in (False, True)]
 
-@pytest.mark.xfail(strict=True, reason="the trainer of `tokenizers` breaks ties in the order of a hash that is drawn anew each time")
 def test_tokeniser_is_the_same_every_time(small):
     "Teacher and student train in processes of their own, and have to agree on every id."
     texts = [*small.captions[0], *small.sentences]; vs = [train_tokenizer(texts, small.s.vocab_size, 40).get_vocab() for _ in range(5)]
