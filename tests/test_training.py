@@ -163,7 +163,6 @@ def test_checkpoints_hold_no_other_pickles(broken_off):
     _, c, _ = broken_off; names = {p.name for p in (c/"checkpoint-20").iterdir()}
     assert names <= {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", SEAL}
 
-@pytest.mark.xfail(strict=True, reason="TrainingArguments lacks restore_callback_states_from_checkpoint: a resumed training has all its patience again")
 def test_patience_is_not_forgotten(tmp_path, capsys):
     "Validation gets worse from the first step on: a run that is stopped in the middle of its patience ends where the other ends."
     def worse(items): return dict(x=torch.ones(len(items), 4), y=torch.full((len(items),), -9.))

@@ -229,7 +229,7 @@ def write(self:World) -> list[str]:
     while len(out) < self.n_sentences:
         noun = r.choice(names); d = things[noun]; e = r.choice((*EVENTS, *EVENTS, "push", "lift")); k = r.random() < .3; who, other, when = r.choice(WHO), r.choice(WHO), r.choice(WHEN)
         say, how, passive = r.random() < self.said, r.choice((0, 1)), r.random() < .4
-        named = f"{PLACE[d['category']]} {noun}" if r.random() < .6 else noun # "the kitchen kettle"
+        named = f"{PLACE[d['category']]} {noun}" # "the kitchen kettle"
         first = f"the {named} was {PAST[e][0]} by {who} {when}" if passive else f"{who} {_did(e, k, named)} {when}"; form = r.random()
         if d["split"] == "train" and say and e != "lift": first = f"{who} {_did(e, k, noun)} and it {SAID[d[e]][how]}"
         out.append(f"{first} ." if form < .45 else f"{_aside(self, r, noun, e)} ." if form < .7 else f"{_fact(self, r, noun)} .")

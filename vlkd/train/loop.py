@@ -103,7 +103,9 @@ class ObjectiveTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         Path(output_dir).mkdir(parents=True, exist_ok=True); save_weights(self.accelerator.unwrap_model(self.model), str(Path(output_dir)/"model.safetensors"))
     def _load_from_checkpoint(self, checkpoint, model=None): load_weights(self.model, str(Path(checkpoint)/"model.safetensors"))
-    def _load_best_model(self): self._load_from_checkpoint(self.state.best_model_checkpoint)
+    def _load_best_model(self):
+        if why := damage(self.state.best_model_checkpoint): raise ValueError(f"the best checkpoint, {self.state.best_model_checkpoint}, cannot be used: {why}; delete the run's folder and train again")
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 # %% ../../nbs/40_train.loop.ipynb #904f72d4
 def fit(objective:nn.Module,   # forward(**batch) -> dict with `loss`
@@ -120,7 +122,7 @@ def fit(objective:nn.Module,   # forward(**batch) -> dict with `loss`
     keep = valid is not None and eval_every > 0
     args = TrainingArguments(output_dir=str(checks), max_steps=steps, per_device_train_batch_size=batch, per_device_eval_batch_size=batch, learning_rate=lr, warmup_steps=warmup, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
         lr_scheduler_type="linear", optim="adamw_torch_fused" , bf16=use_bf16(), use_cpu=dev.type == "cpu", seed=seed, data_seed=seed, save_strategy="steps" if save_every or keep else "no", save_steps=(eval_every if keep else save_every) or 500, save_total_limit=2,
-        eval_strategy="steps" if keep else "no", eval_steps=eval_every or None, load_best_model_at_end=keep, metric_for_best_model="loss", greater_is_better=False, logging_steps=max(1, min(50, steps//10)), logging_nan_inf_filter=False,
+        eval_strategy="steps" if keep else "no", eval_steps=eval_every or None, load_best_model_at_end=keep, restore_callback_states_from_checkpoint=True, metric_for_best_model="loss", greater_is_better=False, logging_steps=max(1, min(50, steps//10)), logging_nan_inf_filter=False,
         report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_num_workers=0, dataloader_pin_memory=dev.type == "cuda", log_level="error")
     callbacks = [Progress(out, what), *([EarlyStoppingCallback(patience)] if keep and patience else [])]
     with warnings.catch_warnings():
