@@ -28,7 +28,9 @@ def tracked():
     hidden = {".git", ".venv", "runs", "latest", "__pycache__", ".ipynb_checkpoints", ".pytest_cache", ".hypothesis", "build", "dist"}
     return [p for p in ROOT.rglob("*") if p.is_file() and not any(q in hidden or q.endswith(".egg-info") for q in p.relative_to(ROOT).parts)]
 
-def run(*a, cwd, **env): return subprocess.run([*map(str, a)], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, **env})
+def run(*a, cwd, **env): # a make that these tests run is not a part of the make that may run the tests
+    here = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return subprocess.run([*map(str, a)], cwd=cwd, capture_output=True, text=True, timeout=300, env={**here, **env})
 
 @pytest.fixture
 def copy(tmp_path):
