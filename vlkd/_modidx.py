@@ -445,6 +445,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vlkd.reproduce._finish': ('reproduce.html#_finish', 'vlkd/reproduce.py'),
                                 'vlkd.reproduce._finished': ('reproduce.html#_finished', 'vlkd/reproduce.py'),
                                 'vlkd.reproduce._fits': ('reproduce.html#_fits', 'vlkd/reproduce.py'),
+                                'vlkd.reproduce._folded': ('reproduce.html#_folded', 'vlkd/reproduce.py'),
                                 'vlkd.reproduce._footer': ('reproduce.html#_footer', 'vlkd/reproduce.py'),
                                 'vlkd.reproduce._frame': ('reproduce.html#_frame', 'vlkd/reproduce.py'),
                                 'vlkd.reproduce._head': ('reproduce.html#_head', 'vlkd/reproduce.py'),

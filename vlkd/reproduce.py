@@ -680,16 +680,19 @@ def _claims_md(rep, results) -> str:
 def _say(v): return "–" if v in (None, "") else v if isinstance(v, str) else json.dumps(v) if isinstance(v, (dict, list)) else f"{v:.4g}" if isinstance(v, float) else str(v)
 
 # %% ../nbs/70_reproduce.ipynb #cd87d1e3
+def _folded(rows:str, cs, gap:str="") -> str: # a long list of verdicts would push the table off the first screen
+    return rows if len(cs) <= 6 else f"<details><summary>Verdicts on {len(cs)} claims: {_tally(cs)}</summary>{gap}{rows}{gap}</details>"
+
 def _head(t, r, md:bool) -> str:
     "What stands over a page: paper, claim, result, verdicts."
     cs = _claims(t, r); paper = r.get("paper") or t["paper"]
     if md:
         rows = [f"[All results](README.md) · {paper}" if paper else "[All results](README.md)", f"**Claim.** {t['claim']}" if t["claim"] else "", f"**Result.** {r['headline']}" if r.get("headline") else "",
-                "\n".join(f"- **{c['verdict']}**: {c['text']} ({_say(c.get('evidence'))})" for c in cs), f"Worlds: {_worlds(t)}. Notebook: `nbs/experiments/{t['notebook']}`. Compute: {_span(t['seconds'])} on {t['device']}."]
+                _folded("\n".join(f"- **{c['verdict']}**: {c['text']} ({_say(c.get('evidence'))})" for c in cs), cs, "\n\n"), f"Worlds: {_worlds(t)}. Notebook: `nbs/experiments/{t['notebook']}`. Compute: {_span(t['seconds'])} on {t['device']}."]
         return "\n\n".join(x for x in rows if x)
     e = html.escape
     rows = [f"<p><a href=index.html>All results</a>{' · '+e(paper) if paper else ''}</p>", f"<p><b>Claim.</b> {e(t['claim'])}</p>" if t["claim"] else "", f"<p><b>Result.</b> {e(r['headline'])}</p>" if r.get("headline") else "",
-            "<ul>" + "".join(f"<li><b class={c['verdict']}>{c['verdict']}</b>: {e(c['text'])} ({e(_say(c.get('evidence')))})</li>" for c in cs) + "</ul>" if cs else "",
+            _folded("<ul>" + "".join(f"<li><b class={c['verdict']}>{c['verdict']}</b>: {e(c['text'])} ({e(_say(c.get('evidence')))})</li>" for c in cs) + "</ul>", cs) if cs else "",
             f"<p class=note>Worlds: {_worlds(t)}. Notebook: nbs/experiments/{e(t['notebook'])}. Compute: {_span(t['seconds'])} on {e(t['device'])}.</p>"]
     return "\n".join(x for x in rows if x)
 
