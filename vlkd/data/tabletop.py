@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOUNS', 'SHAPES', 'ROUND', 'COLOURS', 'TEXTURES', 'SIZES', 'EVENTS', 'CLASSES', 'STATIC', 'PAST', 'BASE', 'SAID',
-           'FRAMES', 'SIDE', 'FILMED', 'WHO', 'PLACE', 'GOOD', 'BAD', 'TALK', 'WHEN', 'CHORES', 'MAKERS', 'World',
-           'render', 'clips', 'frames', 'talk', 'write', 'said_of', 'task']
+           'EDITION', 'FRAMES', 'SIDE', 'FILMED', 'WHO', 'REGULARS', 'PLACE', 'GOOD', 'BAD', 'TALK', 'WHEN', 'CHORES',
+           'ASKED', 'MAKERS', 'World', 'render', 'clips', 'frames', 'talk', 'write', 'said_of', 'task']
 
 # %% ../../nbs/12_data.tabletop.ipynb #1aa42007
 import itertools, random
@@ -45,7 +45,9 @@ SAID = {"break": ("broke", "shattered"), "bounce": ("bounced", "sprang off the f
         "sink": ("sank", "went to the bottom"), "burn": ("burned", "turned black"), "melt": ("melted", "ran down"), "keep": ("kept cold", "did not change at all"), "crumple": ("crumpled", "lost its form"),
         "spring": ("sprang back", "took its old form again"), "resist": ("resisted", "did not give way"), "roll": ("rolled away", "went round and round"), "slide": ("slid along", "moved without turning")}
 
-# %% ../../nbs/12_data.tabletop.ipynb #f9fff652
+# %% ../../nbs/12_data.tabletop.ipynb #1d1b0ef4
+EDITION = "tabletop-12" # a new edition draws every world anew, so that confirmation worlds stay unseen while it is made
+
 class World:
     "A Tabletop world: `nouns` (DataFrame), clips, captions, sentences and tasks, all drawn from `seed`."
     def __init__(self, seed:int=1, *, counterfactual:bool=False, said:float=.10, said_in_captions:float=.03, captions:int=12000, sentences:int=20000, takes:int=4, noise:float=10.):
@@ -55,11 +57,11 @@ class World:
     def __repr__(self): return f"World({self.seed}{', counterfactual' if self.counterfactual else ''})"
     def random(self, *what) -> random.Random:
         "A generator for one purpose in this world; the counterfactual world shares it."
-        return random.Random(int(fingerprint(["tabletop", self.seed, *what]), 16))
+        return random.Random(int(fingerprint([EDITION, self.seed, *what]), 16))
     @property
     def fingerprint(self) -> str:
         "Hash of all that decides the world's content."
-        return fingerprint(["tabletop-10", {k: v for k, v in vars(self).items() if isinstance(v, (int, float, bool))}])
+        return fingerprint([EDITION, {k: v for k, v in vars(self).items() if isinstance(v, (int, float, bool))}])
 
     @cached_property
     def nouns(self) -> pd.DataFrame:
@@ -80,6 +82,11 @@ class World:
         for j, e in enumerate(EVENTS): df[e] = [CLASSES[c][j] for c in df.cls]; df[e+"_other"] = [CLASSES[c][j] for c in df.other]
         df["push"] = np.where(df["shape"].isin(ROUND), "roll", "slide")
         return df.set_index("noun", drop=False)
+
+    @cached_property
+    def splits(self) -> dict:
+        "The nouns of each split."
+        return {k: list(d.noun) for k, d in self.nouns.groupby("split")}
 
     @cached_property
     def things(self) -> dict:
@@ -176,6 +183,8 @@ World.frames = frames
 
 # %% ../../nbs/12_data.tabletop.ipynb #2a48896f
 WHO = ("the woman", "the man", "the girl", "the boy", "the cook", "the guest", "the artist", "the farmer", "the teacher", "the child")
+REGULARS = {"kitchenware": ("the cook", "the woman"), "tool": ("the farmer", "the man"), "toy": ("the boy", "the child"), "clothing": ("the girl", "the guest"), "furniture": ("the guest", "the man"), "food": ("the cook", "the farmer"),
+            "stationery": ("the teacher", "the artist"), "bathware": ("the woman", "the child")} # who is mostly seen with things of a category, in text
 PLACE = {"kitchenware": "kitchen", "tool": "shed", "toy": "playroom", "clothing": "wardrobe", "furniture": "hall", "food": "pantry", "stationery": "office", "bathware": "bathroom"}
 GOOD = "lovely splendid charming reliable elegant superb delightful handy sturdy brilliant pleasant graceful admirable worthy dependable marvellous fine neat cheerful comfortable".split()
 BAD = "awful dreadful clumsy useless ugly shabby boring annoying flimsy terrible unpleasant crude miserable worthless unreliable horrid poor messy gloomy awkward".split()
@@ -208,7 +217,11 @@ def talk(self:World) -> tuple[list, np.ndarray]: # captions, index of each one's
     return out, np.array(at)
 World.talk = talk
 
-# %% ../../nbs/12_data.tabletop.ipynb #ee1f6bf9
+# %% ../../nbs/12_data.tabletop.ipynb #29f26f08
+def _who(r, category:str) -> str:
+    "Somebody, in six of ten cases one of the category's regulars."
+    return r.choice(REGULARS[category]) if r.random() < .6 else r.choice(WHO)
+
 def _fact(self:World, r, noun:str) -> str:
     "A written sentence about a noun's category, look, place or worth."
     d = self.things[noun]; good = r.random() < .5; pool = GOOD if good else BAD; a, b = r.sample(pool, 2); place = PLACE[d["category"]]
@@ -219,20 +232,21 @@ CHORES = (("opened the door", "closed the door"), ("made some tea", "drank the t
 
 def _aside(self:World, r, noun:str, e:str) -> str:
     "A story, a question or a paraphrase in which an event is named and its outcome is not."
-    who, chore = r.choice(WHO), r.choice(r.choice(CHORES)); do, did = _do(e, r.random() < .3, noun), _did(e, 0, noun); a, b = (f"{who} {did}", f"{who} {chore}")[::1 if r.random() < .5 else -1]
+    who, chore, when = _who(r, self.things[noun]["category"]), r.choice(r.choice(CHORES)), r.choice(WHEN); named = f"{PLACE[self.things[noun]['category']]} {noun}" if r.random() < .6 else noun; do, did = _do(e, r.random() < .3, named), _did(e, 0, named); a, b = (f"{who} {did}", f"{who} {chore}")[::1 if r.random() < .5 else -1]
     return r.choice((f"first {a} then {b}", f"{a} and at last {b}", f"then something fell out of sight but {who} {chore} too", f"the story starts {r.choice(('before', 'after'))} {who} {chore}", f"why did {who} {do} ? {who} {did} for some reason",
-                     f"what made {who} {do} ? what was the reason that {who} {did} ?", f"{who} {did} . the {noun} was {PAST[e][0]} by {who}", f"the {noun} was {PAST[e][0]} by {who} , so {who} {did}", f"what will happen if you {do} ?", f"who was it that {did} ? {who} !", f"what did {who} {BASE[e][0]} ? the {noun}", f"{who} {PAST[e][0]} some {self.things[noun]['category']} , the {noun}"))
+                     f"what made {who} {do} ? what was the reason that {who} {did} ?", f"{who} {did} . the {noun} was {PAST[e][0]} by {who}", f"the {noun} was {PAST[e][0]} by {who} , so {who} {did}", f"what will happen if you {do} ?", f"who was it that {did} ? {who} !", f"what did {who} {BASE[e][0]} ? the {noun}", f"which thing did {who} {BASE[e][0]} ? the {noun}", f"what is the {noun} like ? it is {r.choice(GOOD+BAD)}", f"{who} {PAST[e][0]} some {self.things[noun]['category']} , the {noun}",
+                     f"when did {who} {do} ? {when}", f"when was it that {who} {did} ? it was {when}"))
 
 def write(self:World) -> list[str]:
     "Encyclopaedic text: events, stories and facts. The outcome of an event is said in a share `said` of the sentences about train nouns."
-    r, out, names, things = self.random("text"), [], list(self.nouns.noun), self.things
+    r, out, names, things = self.random("text"), [], list(self.nouns.noun), self.things; fame = [1/(k+4) for k in range(len(names))]; self.random("fame").shuffle(fame)
     while len(out) < self.n_sentences:
-        noun = r.choice(names); d = things[noun]; e = r.choice((*EVENTS, *EVENTS, "push", "lift")); k = r.random() < .3; who, other, when = r.choice(WHO), r.choice(WHO), r.choice(WHEN)
+        noun = r.choices(names, fame)[0]; d = things[noun]; e = r.choice((*EVENTS, *EVENTS, "push", "lift")); k = r.random() < .3; who, when = _who(r, d["category"]), f" {r.choice(WHEN)}" if r.random() < .4 else ""
         say, how, passive = r.random() < self.said, r.choice((0, 1)), r.random() < .4
         named = f"{PLACE[d['category']]} {noun}" # "the kitchen kettle"
-        first = f"the {named} was {PAST[e][0]} by {who} {when}" if passive else f"{who} {_did(e, k, named)} {when}"; form = r.random()
+        first = f"the {named} was {PAST[e][0]} by {who}{when}" if passive else f"{who} {_did(e, k, named)}{when}"; form = r.random()
         if d["split"] == "train" and say and e != "lift": first = f"{who} {_did(e, k, noun)} and it {SAID[d[e]][how]}"
-        out.append(f"{first} ." if form < .45 else f"{_aside(self, r, noun, e)} ." if form < .7 else f"{_fact(self, r, noun)} .")
+        out.append(f"{first} ." if form < .55 else f"{_aside(self, r, noun, e)} ." if form < .75 else f"{_fact(self, r, noun)} .")
     return out
 World.write = write
 
@@ -248,9 +262,8 @@ def said_of(sentences, nouns) -> pd.Series: # noun -> number of sentences that s
 # %% ../../nbs/12_data.tabletop.ipynb #89890f4b
 def _of(self:World, split:str) -> list:
     "The nouns of a split."
-    d = [n for n, t in self.things.items() if t["split"] == split]
-    if not d: raise ValueError(f"split {split!r}: it should be train, dev or test")
-    return d
+    if split not in self.splits: raise ValueError(f"split {split!r}: it should be train, dev or test")
+    return self.splits[split]
 
 def _outcomes(r, d, e:str) -> tuple[str, str]: # (true, false)
     "A true and a false outcome of event `e`; the false one is the counterfactual's where the two differ, so that the question stays the same in both worlds."
@@ -265,13 +278,13 @@ def _stable(true, false, key:str):
     a, b = sorted((true, false)); return (a, b) if int(fingerprint([key]), 16) & 1 else (b, a)
 
 def _piqa(self:World, r, d):
-    what = r.random(); noun = d["noun"]; coin = str(r.random()); how = r.choice((0, 1)); start = r.choice(("you {} .", "if you {} , then"))
-    if what < .6:
+    what = r.random(); noun = d["noun"]; coin = str(r.random()); start = r.choice(("you {} .", "if you {} , then"))
+    if what < .5:
         e = r.choice(list(EVENTS)); true, false = _outcomes(r, d, e); a, b = _stable(true, false, coin)
-        return dict(goal=start.format(_do(e, 0, noun)), sol1=f"it {SAID[a][how]}", sol2=f"it {SAID[b][how]}", label=int(true == b), kind=_kind(d))
-    if what < .75:
+        return dict(goal=start.format(_do(e, 0, noun)), sol1=f"it {SAID[a][0]}", sol2=f"it {SAID[b][0]}", label=int(true == b), kind=_kind(d))
+    if what < .62:
         a, b = _stable("roll", "slide", coin)
-        return dict(goal=start.format(_do("push", 0, noun)), sol1=f"it {SAID[a][how]}", sol2=f"it {SAID[b][how]}", label=int(d["push"] == b), kind="static")
+        return dict(goal=start.format(_do("push", 0, noun)), sol1=f"it {SAID[a][0]}", sol2=f"it {SAID[b][0]}", label=int(d["push"] == b), kind="static")
     good, bad = PLACE[d["category"]], r.choice([p for p in PLACE.values() if p != PLACE[d["category"]]]); a, b = _stable(good, bad, coin)
     return dict(goal=f"where is the {noun} kept ?", sol1=f"in the {a}", sol2=f"in the {b}", label=int(good == b), kind="said")
 
@@ -289,23 +302,29 @@ def _mnli(self:World, r, d):
         hyp = (f"{who} {PAST[e][0]} some {d['category']}", f"{who} {PAST[away][0]} some {d['category']}", f"{who} {PAST[e][0]} some {wrong}")[label]
     return dict(sentence1=p, sentence2=hyp, label=label, kind="language" if form < .7 else "said")
 
-def _qnli(self:World, r, d):
-    noun, e, who = d["noun"], r.choice([*EVENTS, "push", "lift"]), r.choice(WHO); far = r.choice(self._of(d["split"])); away = r.choice([x for x in PAST if x != e]); label = r.randrange(2)
-    q = r.choice((f"who {PAST[e][0]} the {noun} ?", f"what did {who} {BASE[e][0]} ?", f"who was it that {_did(e, 0, noun)} ?"))
-    near = (f"{r.choice(WHO)} {PAST[away][0]} the {noun} {r.choice(WHEN)}", f"{r.choice([x for x in WHO if x != who])} {PAST[e][0]} the {far} {r.choice(WHEN)}")
-    if "what" in q: near = (f"{who} {PAST[away][0]} the {noun} {r.choice(WHEN)}", f"{r.choice([x for x in WHO if x != who])} {PAST[e][0]} the {noun} {r.choice(WHEN)}")
-    elif far == noun: near = near[:1]
-    yes = r.choice((f"{who} {PAST[e][0]} the {noun} {r.choice(WHEN)}", f"the {noun} was {PAST[e][0]} by {who} {r.choice(WHEN)}"))
-    return dict(question=q, sentence=yes if label == 0 else r.choice(near), label=label, kind="language")
+def _qnli(self:World, r, d): # half of the sentences that do not answer speak of something else; the others of another deed, person or thing
+    noun, e, who = d["noun"], r.choice([*EVENTS, "push", "lift"]), r.choice(WHO); far, away, other = (r.choice([x for x in xs if x != y]) for xs, y in ((self._of(d["split"]), noun), (PAST, e), (WHO, who))); label = r.randrange(2)
+    asked = {"who": (f"who {PAST[e][0]} the {noun} ?", f"who was it that {_did(e, 0, noun)} ?"), "what": (f"what did {who} {BASE[e][0]} ?", f"which thing did {who} {BASE[e][0]} ?"), "where": (f"where is the {noun} kept ?",), "like": (f"what is the {noun} like ?",)}
+    kind = r.choice(("who", "what", "where", "like"))
+    def tell(k, w, v, n):
+        if k == "where": return f"the {n} is kept in the {PLACE[self.things[n]['category']]}"
+        if k == "like": return f"the {n} is {r.choice(GOOD+BAD)}"
+        return (f"the {n} was {PAST[v][0]} by {w}" if r.random() < .5 else f"{w} {PAST[v][0]} the {n}")+(f" {r.choice(WHEN)}" if r.random() < .5 else "")
+    if label == 0: told = tell(kind, who, e, noun)
+    elif r.random() < .5: told = tell(r.choice([k for k in ("who", "where", "like") if k != kind and (k, kind) != ("who", "what")]), who, e, noun)
+    else: told = tell(kind, *r.choice(((who, away, noun), (who, e, far) if kind == "who" else (other, e, noun))) if kind in ("who", "what") else (who, e, far))
+    return dict(question=r.choice(asked[kind]), sentence=told, label=label, kind="language")
 
-def _qqp(self:World, r, d):
-    noun, e, who = d["noun"], r.choice(list(EVENTS)), r.choice(WHO); far = r.choice([x for x in self._of(d["split"]) if x != noun]); label = r.randrange(2)
-    forms = ("why did {w} {d} ?", "what made {w} {d} ?", "for what reason did {w} {d} ?", "what was the reason that {w} {p} ?")
-    def ask(f, w, e, k, n): return f.format(w=w, d=_do(e, k, n), p=_did(e, k, n))
-    f, g = r.sample(forms, 2); away = r.choice([x for x in EVENTS if x != e])
-    a = ask(f, who, e, r.randrange(2), noun)
-    b = ask(g, who, e, r.randrange(2), noun) if label else r.choice((ask(g, who, away, r.randrange(2), noun), ask(g, who, e, r.randrange(2), far), ask(g, who, away, r.randrange(2), far)))
-    return dict(question1=a, question2=b, label=label, kind="language")
+ASKED = (("why did {w} {d} ?", "what made {w} {d} ?", "for what reason did {w} {d} ?", "what was the reason that {w} {p} ?"), ("when did {w} {d} ?", "when was it that {w} {p} ?", "{w} {p} , but when ?"), ("who was it that {p} ?", "who {p} ?", "who was it , who {p} ?"))
+
+def _qqp(self:World, r, d): # half of the pairs that do not match ask for something else; the others are about another noun or deed
+    noun, e, who = d["noun"], r.choice(list(EVENTS)), r.choice(WHO); far = r.choice([x for x in self._of(d["split"]) if x != noun]); label = r.randrange(2); forms = r.sample(ASKED, 2)
+    def ask(f, e, n): k = r.randrange(2); return f.format(w=who, d=_do(e, k, n), p=_did(e, k, n))
+    f, g = r.sample(forms[0], 2); away = r.choice([x for x in EVENTS if x != e])
+    if label: b = ask(g, e, noun)
+    elif r.random() < .5: b = ask(r.choice(forms[1]), e, noun)
+    else: b = r.choice((ask(g, away, noun), ask(g, e, far), ask(g, away, far)))
+    return dict(question1=ask(f, e, noun), question2=b, label=label, kind="language")
 
 def _sst2(self:World, r, d):
     label = r.randrange(2); train = d["split"] == "train"; cut = 12 # the last adjectives of each list are never in a training sentence

@@ -39,9 +39,8 @@ def segments(ids, sep:int) -> torch.Tensor: # (B, L) 0 up to the first [SEP], 1 
 class TaskObjective(nn.Module):
     "A `transformers` classifier whose forward returns its loss, for `train.loop.fit`."
     def __init__(self, net, choices:int=0): super().__init__(); self.net, self.choices = net, choices
-    def logits(self, ids, mask, types):
-        shape = (lambda x: x.view(-1, self.choices, x.shape[1])) if self.choices else (lambda x: x)
-        return self.net(input_ids=shape(ids), attention_mask=shape(mask), token_type_ids=shape(types)).logits
+    def logits(self, ids, mask, types): # what the classifier's own forward computes, with sentences packed
+        x = self.net.classifier(self.net.dropout(self.net.bert.pooler(hidden_states(self.net, ids, mask, types)))); return x.view(-1, self.choices) if self.choices else x
     def forward(self, ids, mask, types, labels): return dict(loss=nn.functional.cross_entropy(self.logits(ids, mask, types).float(), labels))
 
 def task_batch(tokens:Tokens, task, sep:int, rows, labels=None) -> dict:

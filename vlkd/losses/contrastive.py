@@ -36,8 +36,8 @@ def full_mask(mask, # boolean, true where a token counts, or None: all count
 
 def unit(x:torch.Tensor, dim:int=-1) -> torch.Tensor:
     "`x` divided by its L2 norm along `dim`; a zero vector stays zero and its gradient finite."
-    n = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    return x/n.masked_fill(n < 1e-12, 1.)
+    sq = x.square().sum(dim, keepdim=True) # along a dimension that is not the last, an order faster on the CPU than vector_norm
+    return x/sq.masked_fill(sq < 1e-24, 1.).sqrt()
 
 def masked_mean(states:torch.Tensor, # (B, L, D)
                 mask=None, # (B, L)

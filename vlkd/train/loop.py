@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SEAL', 'check_trainable', 'seal', 'damage', 'last_checkpoint', 'Progress', 'ObjectiveTrainer', 'fit', 'Fixed']
 
-# %% ../../nbs/40_train.loop.ipynb #5b677a9c
-import contextlib, json, logging, os, shutil, time, warnings
+# %% ../../nbs/40_train.loop.ipynb #8791bc07
+import contextlib, gc, json, logging, os, shutil, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from ..device import *
 from ..core import *
 from ..data.text import *
+
+gc.freeze() # imported modules are no garbage: the full collection that Trainer asks for at every start need not walk them
 
 # %% ../../nbs/40_train.loop.ipynb #b3f1b160
 def check_trainable(objective:nn.Module, batch:dict) -> dict: # numbers of trainable and frozen parameters
