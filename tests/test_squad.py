@@ -221,3 +221,32 @@ def test_real_windows():
     for k in np.flatnonzero(w.labels[:, 0]):
         q = w.question[k]; a, b = w.labels[k]-w.offset(k); c = w.characters(k); text = df.context.iloc[q][c[a][0]:c[b][1]]; found[q] = True; good += normalize_answer(text) == normalize_answer(df.answers.iloc[q][0])
     assert found.mean() > .95 and good/(w.labels[:, 0] > 0).sum() > .97
+
+# ---- fine-tuning
+def test_decoding_over_windows(tok):
+    "The best span over all windows equals the best over all pairs of tokens in all windows, and its text is cut from the context."
+    from vlkd.eval.squad import SquadRecipe, decode_spans
+    g = np.random.default_rng(0); df = pd.concat([question(" ".join(f"w{i}" for i in range(n)), "w0").assign(id=f"q{n}") for n in (1, 5, 13)], ignore_index=True); w = windows(tok, df, 24, 5); r = SquadRecipe(n_best=999, max_answer=4)
+    x = [g.normal(size=(n, 2)) for n in w.lengths]; p = decode_spans(df, w, x, r); none, best = {}, {}
+    for k, q in enumerate(w.question):
+        none[q] = min(none.get(q, 9e9), x[k][0].sum())
+        for i in range(w.lo[k]-w.first[k], w.hi[k]-w.first[k]):
+            for j in range(i, min(i+4, w.n[k])): best[q] = max(best.get(q, (-9e9,)), (x[k][w.offset(k)+i, 0]+x[k][w.offset(k)+j, 1], int(w.characters(k)[i][0]), int(w.characters(k)[j][1])))
+    assert len(w) > 3
+    for q, (s, a, b) in best.items(): assert p.span[q] == df.context[q][a:b] and p.begin[q] == a and abs(p.no_answer[q]-1/(1+np.exp(s-none[q]))) < 1e-12
+
+def test_folders_that_do_not_fit(tok, tmp_path):
+    from vlkd.eval.squad import SquadRecipe, finetune_squad, span_classifier
+    from transformers import BertConfig, BertForMaskedLM
+    small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, max_position_embeddings=32); df = question("a b c", "b")
+    def save(name, **kw): BertForMaskedLM(BertConfig(**(small | dict(vocab_size=len(tok)) | kw))).save_pretrained(tmp_path/name); tok.save_pretrained(tmp_path/name); return tmp_path/name
+    with pytest.raises(FileNotFoundError, match="config.json is missing"): span_classifier(tmp_path/"none", 0)
+    m = save("fits"); r = SquadRecipe(steps=1, batch=2); out = finetune_squad(m, df, df, tmp_path/"out", r); assert out.prediction[0] in "a b c" and len(out) == 1
+    again = finetune_squad(m, df, df, tmp_path/"out2", r); pd.testing.assert_frame_equal(out, again)                                       # the head is drawn from the seed
+    with pytest.raises(ValueError, match="which has 32 positions; set max_tokens"): finetune_squad(m, df, df, tmp_path/"out", SquadRecipe(max_tokens=64))
+    with pytest.raises(ValueError, match="pieces.*do not belong together"): finetune_squad(save("vocabulary", vocab_size=len(tok)+3), df, df, tmp_path/"out", r)
+    c = json.loads((m/"config.json").read_text()); (m/"config.json").write_text(json.dumps(c | dict(num_hidden_layers=2)))
+    with pytest.raises(ValueError, match="lacks 16 weights.*another architecture"): span_classifier(m, 0)
+    (m/"config.json").write_text(json.dumps(c | dict(model_type="gpt2")))
+    with pytest.raises(ValueError, match="holds a 'gpt2' model"): span_classifier(m, 0)
+    with pytest.raises(ValueError, match="squad1 or squad2"): finetune_squad(m, df, df, tmp_path/"out", r, task="squad")
