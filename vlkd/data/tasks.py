@@ -425,7 +425,7 @@ def majority(df) -> dict: # label, rate, chance, n
 
 # %% ../../nbs/13_data.tasks.ipynb #715b8be3
 def _features(t, hypothesis_only, train):
-    "Fit word counts on `train`; return frame -> sparse features."
+    "Fit word counts on `train`; return frame -> sparse features, for a choice a list of them, one an option."
     from scipy.sparse import csr_matrix, hstack
     from sklearn.feature_extraction.text import CountVectorizer
     def count(): return CountVectorizer(token_pattern=r"\w+")
@@ -433,11 +433,11 @@ def _features(t, hypothesis_only, train):
     def make(texts): v = count(); v.fit([*texts, "x"]); return v.transform                # never an empty vocabulary
     def overlap(texts): return csr_matrix([[len(s.split())] for s in texts], dtype=float)
     if t.kind == "choice":
-        goal, a, b = t.columns; one = make([*train[a], *train[b]]); both = make([*common(train[goal], train[a]), *common(train[goal], train[b])])
+        goal, *options = t.columns; one = make([s for c in options for s in train[c]]); both = make([s for c in options for s in common(train[goal], train[c])])
         def side(df, c):
             m = common(df[goal], df[c])
             return one(df[c]) if hypothesis_only else hstack([one(df[c]), both(m), overlap(m)])
-        return lambda df: (side(df, b) - side(df, a)).tocsr()
+        return lambda df: [side(df, c).tocsr() for c in options]
     cols = t.columns[-1:] if hypothesis_only else t.columns
     parts = [make(train[c]) for c in cols]
     if len(cols) == 1: return lambda df: parts[0](df[cols[0]])
@@ -452,8 +452,13 @@ def _linear(t, train, dev, hypothesis_only) -> float:
     train, dev = canonical(t, train, "train"), canonical(t, dev, "dev"); f = _features(t, hypothesis_only, train)
     x, y = f(train), train["label"].to_numpy()
     if len(set(y)) < 2: raise ValueError(f"train: all {len(y)} examples of {t.name} have the label {t.labels[y[0]]}; a baseline needs two")
-    m = LogisticRegression(fit_intercept=t.kind != "choice", max_iter=2000).fit(x, y)
-    return float(np.mean(m.predict(f(dev)) == dev["label"].to_numpy()))
+    if t.kind == "choice": # the right option against each of the others
+        from scipy.sparse import vstack
+        duels = [(a, b, np.flatnonzero((y == a) | (y == b))) for b in range(len(x)) for a in range(b)]
+        m = LogisticRegression(fit_intercept=False, max_iter=2000).fit(vstack([x[b][i]-x[a][i] for a, b, i in duels]), np.concatenate([y[i] == b for _, b, i in duels]))
+        said = np.stack([s @ m.coef_[0] for s in f(dev)], 1).argmax(1)
+    else: said = LogisticRegression(max_iter=2000).fit(x, y).predict(f(dev))
+    return float(np.mean(said == dev["label"].to_numpy()))
 
 def bag_of_words_baseline(task, train, dev) -> float: # accuracy on dev, 0 to 1
     "Accuracy of logistic regression on word counts."
