@@ -54,7 +54,7 @@ def _pair(self:World, r, d, same) -> dict|None:
     "Another thing for which `same(other)` holds, as likely to be filmed as `d`; None where some tries find none."
     return next((x for x in (self.things[r.choice(self._of(d["split"]))] for _ in range(40)) if x["noun"] != d["noun"] and x["filmed"] == d["filmed"] and same(x)), None)
 
-def _asks(self:World, r, d, none:bool) -> tuple: # question, answer or None, deeds (who, event, noun), kind; or None
+def _asks(self:World, r, d, none:bool) -> tuple|None: # question, answer or None, deeds (who, event, noun, when), kind
     "A question about which of two things something is true."
     what, e, people = r.random(), r.choice(list(EVENTS)), r.sample(WHO, 2)
     if what < .7:
@@ -67,26 +67,24 @@ def _asks(self:World, r, d, none:bool) -> tuple: # question, answer or None, dee
     else:
         c = r.choice([c for c in PLACE if c != d["category"]]) if none else d["category"]; x = _pair(self, r, d, lambda x: x["category"] not in (c, d["category"])); q, kind = f"what is kept in the {PLACE[c]} ?", "said"; right = None if none else d
     if x is None: return None
-    return q, right and f"the {right['noun']}", list(zip(people, (e, e), [y["noun"] for y in ((d, x) if r.random() < .5 else (x, d))])), kind
+    return q, right and f"the {right['noun']}", list(zip(people, (e, e), [y["noun"] for y in ((d, x) if r.random() < .5 else (x, d))], r.sample(WHEN, 2))), kind
 
-def _reads(self:World, r, d, none:bool) -> tuple: # the same
+def _reads(self:World, r, d, none:bool) -> tuple: # as `_asks`
     "A question whose answer the context says."
-    n = r.choice((2, 3)); people, nouns, events = r.sample(WHO, n+1), [d["noun"], *r.sample([x for x in self._of(d["split"]) if x != d["noun"]], n)], r.sample(list(EVENTS), n+1)[:n] if n < len(EVENTS) else list(EVENTS); r.shuffle(events)
-    deeds = list(zip(people, events, nouns[:n])); who, e, noun = deeds[0]; ask = r.choice(("who", "what", "when"))
-    if none: who, e, noun = {"who": (who, e, nouns[-1]), "what": (people[-1], e, noun), "when": (who, e, nouns[-1])}[ask]
-    k = r.randrange(2); q = {"who": f"who {_did(e, k, noun)} ?", "what": f"what did {who} {BASE[e][0]} ?", "when": f"when did {who} {_do(e, k, noun)} ?"}[ask]
-    r.shuffle(deeds); return q, None if none else dict(who=who, what=f"the {noun}", when="when")[ask], deeds, "language"
+    n = r.choice((2, 3)); people, nouns, events = r.sample(WHO, n+1), [d["noun"], *r.sample([x for x in self._of(d["split"]) if x != d["noun"]], n)], r.sample(list(EVENTS), n)
+    deeds = list(zip(people, events, nouns, r.sample(WHEN, n))); who, e, noun, when = deeds[0]; ask, k = r.choice(("who", "what", "when")), r.randrange(2); r.shuffle(deeds)
+    answer = None if none else dict(who=who, what=f"the {noun}", when=when)[ask]
+    if none: who, noun = (people[-1], noun) if ask == "what" else (who, nouns[-1])                # somebody, or something, that the context does not name
+    return {"who": f"who {_did(e, k, noun)} ?", "what": f"what did {who} {BASE[e][0]} ?", "when": f"when did {who} {_do(e, k, noun)} ?"}[ask], answer, deeds, "language"
 
 def _squad(self:World, r, d, version:str="1.1") -> dict|None:
     none = version == "2.0" and r.random() < 1/3; got = (_reads if r.random() < .5 else _asks)(self, r, d, none)
     if got is None: return None
-    q, answer, deeds, kind = got; times = r.sample(WHEN, len(deeds)); context, at = "", {}
-    for (who, e, noun), when in zip(deeds, times):
-        s = f"{who} {_did(e, r.random() < .3, noun)}"; at |= {who: len(context), f"the {noun}": len(context)+s.index(f"the {noun}", len(who))}
-        if q.startswith(f"when did {who} ") and answer: at["when"], answer = len(context)+len(s)+1, "when"; found = when
-        context += f"{s} {when} . "
-    text = None if answer is None else found if answer == "when" else answer
-    return dict(context=context.strip(), question=q, answers=[] if text is None else [text], starts=[] if text is None else [at[answer]], impossible=text is None, kind=kind)
+    q, answer, deeds, kind = got; context, at = "", {}
+    for who, e, noun, when in deeds:
+        s = f"{who} {_did(e, r.random() < .3, noun)} "; at |= {who: len(context), f"the {noun}": len(context)+s.index(f"the {noun}", len(who)), when: len(context)+len(s)}
+        context += f"{s}{when} . "
+    return dict(context=context.strip(), question=q, answers=[answer] if answer else [], starts=[at[answer]] if answer else [], impossible=answer is None, kind=kind)
 
 # %% ../../nbs/17_data.tabletop_more.ipynb #14adb9cf
 MORE = dict(squad1=_squad, squad2=lambda self, r, d: _squad(self, r, d, "2.0"), swag=_swag, diagnostics=_diagnostics)
