@@ -123,13 +123,14 @@ def read_weights(file) -> tuple[dict, dict]: # name -> tensor, and the `config` 
 
 # %% ../../nbs/25_models.video3d.ipynb #794d85a5
 def load_resnext3d(file,             # a public checkpoint, or what `convert_resnext3d` wrote
-                   depth:int=152,    # layers of a public checkpoint; a converted file says it itself
+                   depth:int=None,   # layers; None: what a converted file says, and 152 for a public checkpoint
                    **config          # overrides, for instance mean and std of the checkpoint's family
                   ) -> ResNeXt3D: # frozen, on `device()`
     "3D-ResNeXt with the weights of `file`; its name carries their checksum."
-    if depth not in BLOCKS: raise ValueError(f"depth should be one of {', '.join(map(str, BLOCKS))}, got {depth}")
+    if depth not in (None, *BLOCKS): raise ValueError(f"depth should be one of {', '.join(map(str, BLOCKS))}, got {depth}")
     f = Path(file); state, stored = read_weights(f)
-    cfg = {**(stored or dict(blocks=BLOCKS[depth], classes=len(state.get("fc.bias", range(400))))), **config}
+    if depth and stored and tuple(stored["blocks"]) != BLOCKS[depth]: raise ValueError(f"{f} holds a 3D-ResNeXt with {stored['blocks']} bottlenecks, not the {list(BLOCKS[depth])} of 3D-ResNeXt-{depth}")
+    cfg = {**(stored or dict(blocks=BLOCKS[depth or 152], classes=len(state.get("fc.bias", range(400))))), **config}
     try: net = ResNeXt3D(**cfg)
     except TypeError as e: raise ValueError(f"{f}: its config is not that of a 3D-ResNeXt ({e})") from None
     layers = 3*sum(net.config["blocks"])+2
@@ -143,7 +144,7 @@ def save_resnext3d(net:ResNeXt3D, file) -> Path:
     with atomic(file, "wb") as f: f.write(b)
     return Path(file)
 
-def convert_resnext3d(source, target, depth:int=152, **config) -> Path:
+def convert_resnext3d(source, target, depth:int=None, **config) -> Path:
     "Convert a public checkpoint to safetensors with its `config`; what does not fit is an error and leaves nothing behind."
     if Path(target).suffix != ".safetensors": raise ValueError(f"{target}: the converted file should end in .safetensors")
     return save_resnext3d(load_resnext3d(source, depth, **config), target)
