@@ -352,6 +352,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vlkd.models.extract.VideoItem': ('models.extract.html#videoitem', 'vlkd/models/extract.py'),
                                      'vlkd.models.extract._alone': ('models.extract.html#_alone', 'vlkd/models/extract.py'),
                                      'vlkd.models.extract._checked': ('models.extract.html#_checked', 'vlkd/models/extract.py'),
+                                     'vlkd.models.extract._cores': ('models.extract.html#_cores', 'vlkd/models/extract.py'),
                                      'vlkd.models.extract._csv_videos': ('models.extract.html#_csv_videos', 'vlkd/models/extract.py'),
                                      'vlkd.models.extract._every': ('models.extract.html#_every', 'vlkd/models/extract.py'),
                                      'vlkd.models.extract._folder_videos': ('models.extract.html#_folder_videos', 'vlkd/models/extract.py'),

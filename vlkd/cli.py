@@ -62,7 +62,7 @@ def extract(source: str = typer.Argument(help="A folder of videos, or a csv with
             weights: str = typer.Option("", help="Folder of the encoders' weights; empty: weights under VLKD_DATA."),
             fps: float = typer.Option(1.0, help="Rows a second."),
             max_frames: int = typer.Option(512, help="At most so many rows a video."),
-            workers: int = typer.Option(0, help="Processes; 0: one a core."),
+            workers: int = typer.Option(0, help="Processes; 0: one a core, at most four on a GPU."),
             rank: int = typer.Option(0, envvar="RANK", help="This machine's number, from 0."),
             world_size: int = typer.Option(1, envvar="WORLD_SIZE", help="How many machines share the work."),
             shard_size: int = typer.Option(32, help="Videos a shard.")):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'VideoItem', 'find_videos', 'clip_of_row', 'encode_video', 'Shard', 'extract_videos']
 
-# %% ../../nbs/26_models.extract.ipynb #6a442540
-import contextlib, csv, hashlib, math, os, sys, time, warnings
+# %% ../../nbs/26_models.extract.ipynb #666b3662
+import contextlib, csv, hashlib, math, os, time, warnings
 from collections import Counter, deque
 from collections.abc import Mapping
 from fractions import Fraction
@@ -190,7 +190,7 @@ class Shard:
         self.left -= 1; return not self.left
 
     def write(self):
-        "Write features, then what they are; nothing where nothing changed. A failed write leaves neither."
+        "Write features, then what they are; nothing where nothing changed. A failed write leaves what was there, or neither."
         from safetensors.numpy import save
         order = lambda d: {i: d[i] for i in self.ids if i in d}
         at, items = 0, order(self.part["items"])
@@ -198,13 +198,14 @@ class Shard:
         b = save({"features": np.concatenate([self.rows[i] for i in items])}) if items else None
         part = dict(shard=dict(file=self.data.name, sha256=hashlib.sha256(b).hexdigest(), rows=at) if items else None, items=items, errors=order(self.part["errors"]), warnings=order(self.part["warnings"]))
         if part == self.before: return
+        replaced = False
         try:
-            if b is None: self.data.unlink(missing_ok=True)
-            else:
+            if b is not None:
                 with atomic(self.data, "wb") as f: f.write(b)
-            write_json(self.info, part)
+            replaced = True; write_json(self.info, part)
+            if b is None: self.data.unlink(missing_ok=True)
         except OSError as e:
-            self.data.unlink(missing_ok=True); self.info.unlink(missing_ok=True)
+            if replaced: self.data.unlink(missing_ok=True); self.info.unlink(missing_ok=True)      # new features beside an old description
             raise OSError(e.errno, f"{self.data} cannot be written ({e.strerror or e}); what was finished is kept, and the same command goes on from there") from None
 
 def _gather(out:Path, head:dict, shards) -> dict:
@@ -243,6 +244,11 @@ def _work(id, item, frames=None, clips=None, fps=1.0, max_frames=512, dtype="flo
         said = str(e) or type(e).__name__
         return None, "", False, (f"{item.where}: " if item.where else "") + (said if str(item.path) in said else f"{item.path}: {said}")
     return y, "; ".join(str(i.message) for i in w if issubclass(i.category, VideoWarning)), cut, ""
+
+def _cores() -> int:
+    "Workers where no number is given: one a core that this process may use, at most four that share a GPU."
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(n, 4) if device().type == "cuda" else n
 
 def _work_here(id, item): return _work(id, item, **_worker)
 
@@ -305,7 +311,7 @@ def extract_videos(source,             # a folder, a csv (path,start,end), a vid
                    weights=None,       # folder of the weights; None: `weights` under VLKD_DATA
                    fps:float=1.0,      # rows a second
                    max_frames:int=512, # at most so many rows a video
-                   workers:int=0,      # processes; 0: one a core
+                   workers:int=0,      # processes; 0: one a core, at most four on a GPU
                    rank:int=0, world_size:int=1,  # this machine, of how many
                    shard_size:int=32,  # videos a shard; a killed run loses unfinished shards
                    dtype:str="float16" # of the stored features
@@ -335,9 +341,9 @@ def extract_videos(source,             # a folder, a csv (path,start,end), a vid
                 if not s.left: continue
                 for i in s.todo: of[i] = s
                 for i in list(s.todo): yield i, items[i]
-        done = rows = 0; workers = min(workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1), max(len(asked), 1))
+        done = rows = 0; workers = min(workers or _cores(), max(len(asked), 1))
         with tqdm(total=len(asked), desc=f"features of {out.name}", unit="video", disable=None) as bar:
-            start = (frames, clips, weights, dict(fps=fps, max_frames=max_frames, dtype=dtype)) if workers != 1 else (f, c, weights, dict(fps=fps, max_frames=max_frames, dtype=dtype))
+            start = (*((f, c) if workers == 1 else (frames, clips)), weights, dict(fps=fps, max_frames=max_frames, dtype=dtype)); del f, c, both
             with contextlib.closing(_outcomes(tasks(), workers, start)) as found:
                 for i, (x, note, cut, error) in found:
                     if error or note: bar.write(f"no features of {i}: {error}" if error else note)

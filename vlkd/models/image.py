@@ -82,7 +82,7 @@ def find_weights(names,        # what the file's name begins with, best first
 def _package(name:str, pip:str):
     "Import an optional package, or say how to get it."
     try: return importlib.import_module(name)
-    except ImportError as e: raise ImportError(f"this encoder needs the package {name}, which cannot be imported ({e}): pip install -c constraints.txt {pip}") from None
+    except ImportError as e: raise ImportError(f"this encoder needs the package {name}, which cannot be imported ({e}); install the `encoders` extra of this library (or `{pip}` itself)") from None
 
 # %% ../../nbs/25a_models.image.ipynb #3a035edd
 def load_timm(model:str="resnet152", weights=None) -> ImageEncoder: # frozen, on `device()`
