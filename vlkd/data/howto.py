@@ -310,7 +310,7 @@ class _Rows: # an encoder whose frames are features already
     def encode(self, frames): return np.asarray(frames, np.float32)
 
 def write_standin(folder, samples:int=1000, dim:int=64, seed:int=0) -> Path:
-    "Write `howto100m/` (videos, captions as JSON and csv, features), `wikipedia_en/` and a small BERT vocabulary with the layout of the real ones; equal arguments, equal files."
+    "Write `howto100m/` (videos, captions as JSON and csv, features), `wikipedia_en/`, `wikitext103/` and a small BERT vocabulary with the layout of the real ones; equal arguments, equal files."
     if samples < 50 or dim < len(_nouns): raise ValueError(f"a stand-in has at least 50 samples and {len(_nouns)} features, got {samples} and {dim}")
     folder, r = Path(folder), rng("standin", seed); videos, captions, feats = [], {}, {}
     for v in range(math.ceil(samples/25)):
@@ -327,7 +327,8 @@ def write_standin(folder, samples:int=1000, dim:int=64, seed:int=0) -> Path:
     extract({k: k for k in feats}, _Rows(dim), h/"features", read=lambda p: (feats[str(p)], None), shard_size=16)
     text = [f" = {n.title()} = \n \n The {n} is a tool , or a thing , that people {r.choice(_verbs)} and {r.choice(_verbs)} ; it is well @-@ known . \n" for n in _nouns for _ in range(max(1, samples//100))]
     for split, part in (("train", text), ("valid", text[::7])):
-        with atomic(folder/"wikipedia_en"/f"en.{split}.raw") as o: o.writelines(part)
+        with atomic(folder/"wikitext103"/f"wiki.{split}.raw") as o: o.writelines(part)
+        with atomic(folder/"wikipedia_en"/f"en.{split}.raw") as o: o.writelines(f"{p}\n" for t in part for l in t.split("\n") if (p := clean_paragraph(l, "wikitext")))
     tok = train_tokenizer([*(t for c in captions.values() for t in c["text"]), *text], 400); vocab = sorted(tok.get_vocab(), key=tok.get_vocab().get)
     with atomic(folder/"tokenizer_vocabs/bert-base-uncased-vocab.txt.gz", "wb") as o: o.write(gzip.compress("".join(f"{w}\n" for w in vocab).encode(), mtime=0))
     return folder
