@@ -77,6 +77,9 @@ def json_entries(path, chunk:int=1 << 20):
             if buf[0] == ",":
                 drop(1)
                 if skip() == "}": raise bad("a comma before the closing brace")
+        drop(1)
+        while not end and not buf.strip(): more()
+        if buf.strip(): raise bad(f"the object ended, and {buf.strip()[:20]!r} follows")
 
 # %% ../../nbs/19_data.howto.ipynb #678fb201
 def _number(x):

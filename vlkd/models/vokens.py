@@ -182,10 +182,10 @@ class StoredVokens:
         "How many tokens each clip is the voken of."
         return sum(np.bincount(self._shard(k)[0], minlength=self.size) for k in range(self.n))
 
-# %% ../../nbs/27_models.vokens.ipynb #dad47e2a
-def voken_job(teacher, text, howto, out, *, scale_name:str="paper", clean:str="plain", pattern:str="*", size:int=0, seed:int=0, wrong:str="error", batch:int=64, rank:int=0, world:int=1) -> StoredVokens:
-    "Vokens of the text at `text` by the teacher in folder `teacher`, from a pool of the videos in `howto` (HowTo100M_v1.csv, caption.json, features/); `size` 0: the scale's."
-    s = scale(scale_name); t, tok = Teacher.load(teacher, s); howto, out = Path(howto), Path(out)
+# %% ../../nbs/27_models.vokens.ipynb #78188903
+def voken_job(teacher, text, howto, out, *, s="paper", clean:str="plain", pattern:str="*", size:int=0, seed:int=0, wrong:str="error", batch:int=64, rank:int=0, world:int=1) -> StoredVokens:
+    "Vokens of the text at `text` by the teacher in folder `teacher`, from a pool of the videos in `howto` (HowTo100M_v1.csv, caption.json, features/); `s` is the teacher's scale or its name, `size` 0: as many clips as the scale says."
+    s = scale(s) if isinstance(s, str) else s; t, tok = Teacher.load(teacher, s); howto, out = Path(howto), Path(out)
     with _locked(out):
         corpus = tokenize_corpus(open_text(text, clean=clean, pattern=pattern), tok, out/"corpus", max_tokens=s.max_tokens)
         if not (out/"pool/pool.json").is_file():
