@@ -188,9 +188,9 @@ def test_windows_against_brute_force(tok, n, size, stride, start, length):
     df = df.assign(answers=[[answer]], starts=[[len(" ".join(words[:start]))+bool(start)]], impossible=[False])
     q = tok("who ?", add_special_tokens=False)["input_ids"]
     if size-len(q)-3 < 1:
-        with pytest.raises(ValueError, match="leaves no room"): windows(tok, df, size, stride)
+        with pytest.raises(ValueError, match="leaves no room"): squad_windows(tok, df, size, stride)
         return
-    w = windows(tok, df, size, stride); room = size-len(q)-3; e = tok(context, add_special_tokens=False, return_offsets_mapping=True); T = len(e["input_ids"])
+    w = squad_windows(tok, df, size, stride); room = size-len(q)-3; e = tok(context, add_special_tokens=False, return_offsets_mapping=True); T = len(e["input_ids"])
     owner = np.full(T, -1)
     for t in range(T): # where is each token seen best?
         score = [min(t-f, f+m-1-t)+.01*m if f <= t < f+m else -1 for f, m in zip(w.first, w.n)]; owner[t] = int(np.argmax(score)); assert max(score) >= 0
@@ -204,19 +204,19 @@ def test_windows_against_brute_force(tok, n, size, stride, start, length):
 
 def test_windows_refuse(tok):
     df = question("a b c", "b")
-    with pytest.raises(ValueError, match="advance by one"): windows(tok, df, 20, 0)
-    with pytest.raises(ValueError, match="no tokens"): windows(tok, df.assign(context="\u200b", answers=[[]], starts=[[]]), 20)
-    assert len(windows(tok, question("a b c", "b", "y "*40), 30, 8, max_question=5).questions[0]) == 5
+    with pytest.raises(ValueError, match="advance by one"): squad_windows(tok, df, 20, 0)
+    with pytest.raises(ValueError, match="no tokens"): squad_windows(tok, df.assign(context="\u200b", answers=[[]], starts=[[]]), 20)
+    assert len(squad_windows(tok, question("a b c", "b", "y "*40), 30, 8, max_question=5).questions[0]) == 5
 
 def test_accents_keep_characters(tok):
-    c = "Le café d'Été."; df = question(c, "café"); w = windows(tok, df, 40); a, b = w.labels[0]; o = w.characters(0)
+    c = "Le café d'Été."; df = question(c, "café"); w = squad_windows(tok, df, 40); a, b = w.labels[0]; o = w.characters(0)
     assert a > 0 and c[o[a-w.offset(0)][0]:o[b-w.offset(0)][1]] == "café"
 
 @real
 def test_real_windows():
     from vlkd.data.text import load_vocabulary
     from vlkd.data.real import bert_vocab
-    df = read_squad(data_dir()/"squad", "dev", "1.1").iloc[::40]; tk = load_vocabulary(bert_vocab(), 512); w = windows(tk, df, 128, 64); assert len(w) > len(df)
+    df = read_squad(data_dir()/"squad", "dev", "1.1").iloc[::40]; tk = load_vocabulary(bert_vocab(), 512); w = squad_windows(tk, df, 128, 64); assert len(w) > len(df)
     found = pd.Series(False, index=range(len(df))); good = 0
     for k in np.flatnonzero(w.labels[:, 0]):
         q = w.question[k]; a, b = w.labels[k]-w.offset(k); c = w.characters(k); text = df.context.iloc[q][c[a][0]:c[b][1]]; found[q] = True; good += normalize_answer(text) == normalize_answer(df.answers.iloc[q][0])
@@ -226,7 +226,7 @@ def test_real_windows():
 def test_decoding_over_windows(tok):
     "The best span over all windows equals the best over all pairs of tokens in all windows, and its text is cut from the context."
     from vlkd.eval.squad import SquadRecipe, decode_spans
-    g = np.random.default_rng(0); df = pd.concat([question(" ".join(f"w{i}" for i in range(n)), "w0").assign(id=f"q{n}") for n in (1, 5, 13)], ignore_index=True); w = windows(tok, df, 24, 5); r = SquadRecipe(n_best=999, max_answer=4)
+    g = np.random.default_rng(0); df = pd.concat([question(" ".join(f"w{i}" for i in range(n)), "w0").assign(id=f"q{n}") for n in (1, 5, 13)], ignore_index=True); w = squad_windows(tok, df, 24, 5); r = SquadRecipe(n_best=999, max_answer=4)
     x = [g.normal(size=(n, 2)) for n in w.lengths]; p = decode_spans(df, w, x, r); none, best = {}, {}
     for k, q in enumerate(w.question):
         none[q] = min(none.get(q, 9e9), x[k][0].sum())

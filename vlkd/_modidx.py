@@ -242,7 +242,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vlkd.data.squad.normalize_answer': ('data.squad.html#normalize_answer', 'vlkd/data/squad.py'),
                                  'vlkd.data.squad.read_squad': ('data.squad.html#read_squad', 'vlkd/data/squad.py'),
                                  'vlkd.data.squad.squad_scores': ('data.squad.html#squad_scores', 'vlkd/data/squad.py'),
-                                 'vlkd.data.squad.windows': ('data.squad.html#windows', 'vlkd/data/squad.py'),
+                                 'vlkd.data.squad.squad_windows': ('data.squad.html#squad_windows', 'vlkd/data/squad.py'),
                                  'vlkd.data.squad.write_squad': ('data.squad.html#write_squad', 'vlkd/data/squad.py')},
             'vlkd.data.tabletop': { 'vlkd.data.tabletop.World': ('data.tabletop.html#world', 'vlkd/data/tabletop.py'),
                                     'vlkd.data.tabletop.World.__init__': ('data.tabletop.html#world.__init__', 'vlkd/data/tabletop.py'),

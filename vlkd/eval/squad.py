@@ -117,11 +117,11 @@ def finetune_squad(folder,                  # a transformers folder with its tok
     tok = AutoTokenizer.from_pretrained(folder); o = span_classifier(folder, seed); r = recipe; room = o.net.config.max_position_embeddings
     if len(tok) != o.net.config.vocab_size: raise ValueError(f"{folder}: the tokeniser has {len(tok)} pieces, the model {o.net.config.vocab_size}: they do not belong together")
     if r.max_tokens > room: raise ValueError(f"windows of {r.max_tokens} tokens do not fit {folder}, which has {room} positions; set max_tokens to {room} or less, or to 0")
-    size = r.max_tokens or min(384, room); cut = dict(max_tokens=size, stride=r.stride or max(1, size//3), max_question=r.max_question); w = windows(tok, train, **cut)
+    size = r.max_tokens or min(384, room); cut = dict(max_tokens=size, stride=r.stride or max(1, size//3), max_question=r.max_question); w = squad_windows(tok, train, **cut)
     if not w.labels.any() and not train.impossible.all(): raise ValueError(f"no answer of the {len(train)} training questions lies whole in a window of {size} tokens")
     steps = r.steps or -(-len(w)//r.batch)*r.epochs; seed_everything(seed)
     fit(o, lambda items: span_batch(w, [i for i, _ in items], True), len(w), Path(out)/task, steps=steps, batch=r.batch, lr=r.lr, warmup=int(r.warmup*steps), weight_decay=r.weight_decay, seed=seed, lengths=w.lengths, what=f"{run} {task}".strip())
-    v = windows(tok, test, **cut); p = decode_spans(test, v, span_logits(o, v), r); threshold = .5 if task == "squad2" else 1.
+    v = squad_windows(tok, test, **cut); p = decode_spans(test, v, span_logits(o, v), r); threshold = .5 if task == "squad2" else 1.
     s = squad_scores(test, p.span.tolist(), p.no_answer.tolist(), threshold); said = np.where(p.no_answer > threshold, "", p.span)
     return pd.DataFrame(dict(run=run, seed=seed, task=task, id=test.id.astype(str).to_numpy(), group=test.group.astype(str).to_numpy(), kind=test.kind.to_numpy(), prediction=said, span=p.span, begin=p.begin, no_answer=p.no_answer, exact=s.exact, f1=s.f1, right=s.exact == 1))
 
