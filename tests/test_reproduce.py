@@ -69,6 +69,7 @@ class Toy:
 def toy(tmp_path, monkeypatch):
     for k, v in dict(VLKD_RUNS="runs", VLKD_REPORTS="reports", VLKD_NBS=".", TOY_LOG="log").items(): monkeypatch.setenv(k, str(tmp_path/v))
     monkeypatch.setenv("VLKD_CARDS", str(path("cards")))
+    monkeypatch.setenv("VLKD_NURSERY", "0")                                 # loading torch would be most of a toy's time
     monkeypatch.setenv("VLKD_SETTINGS", str(shutil.copy(settings_file(), tmp_path)))
     return Toy(tmp_path)
 
@@ -187,6 +188,29 @@ def test_sigterm_stops_workers(toy):
     import psutil
     tree = psutil.Process(p.pid).children(recursive=True); p.send_signal(signal.SIGTERM); p.communicate(timeout=20)
     assert p.returncode != 0; wait_for(lambda: not any(q.is_running() and q.status() != "zombie" for q in tree), 3)
+
+
+def nursery(toy, monkeypatch, name="teacher"):
+    "A runner whose workers are forked, at the moment when `name` has begun to write."
+    monkeypatch.setenv("VLKD_NURSERY", "1")
+    toy.nb(name, params, start, slow, end); p = toy.runner("t1"); import psutil
+    wait_for(lambda: list((toy.d/"runs/smoke/.partial").glob(f"{name}*/checkpoint")), 90); return p, psutil.Process(p.pid).children(recursive=True)
+
+def gone(tree): return not any(q.is_running() and q.status() != "zombie" for q in tree)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_forked_workers_end_with_the_runner(toy, monkeypatch):
+    p, tree = nursery(toy, monkeypatch); assert any("_nursery" in " ".join(q.cmdline()) for q in tree) and len(tree) >= 3
+    p.kill(); p.communicate(timeout=20); wait_for(lambda: gone(tree), 10)
+    toy.nb("teacher", params, start, "say(f'teacher@{seed}'); score = seed", end); toy.ran()
+    r = toy.run(); assert r["failed"] == {} and set(toy.ran()) >= {"teacher@1", "student@1", "t1@1"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_without_its_nursery_a_runner_fails_what_ran_and_starts_interpreters(toy, monkeypatch):
+    p, tree = nursery(toy, monkeypatch, "other"); [q for q in tree if "_nursery" in " ".join(q.cmdline())][0].kill()
+    out = p.communicate(timeout=120)[0]; assert "other@1 FAILED" in out and p.returncode == 1; wait_for(lambda: gone(tree), 10)
 
 
 def test_two_runners_compute_each_run_once(toy):

@@ -18,8 +18,7 @@ def frame(name, n=6, text='" {} é\u2028\x0c\x85 {} ', **more):
     return canonical(name, pd.DataFrame({c: [text.format(c, i//2) for i in range(n)] for c in t.columns} | dict(label=[i % len(t.labels) for i in range(n)]) | more))
 
 # ---- round trips
-@pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("split", ["train", "dev"])
+@pytest.mark.parametrize("name,split", [(n, s) for n in TASKS for s in ("train", "dev") if s == "dev" or n not in ("diagnostics", "axb")])
 @pytest.mark.parametrize("gz", [False, True])
 def test_round_trip(name, split, gz, tmp_path):
     for df in (frame(name), frame(name, id=[f"w1-{i}" for i in range(6)]), frame(name, group=[f"noun{i//3}" for i in range(6)], kind=["", "hidden"]*3)):
@@ -30,7 +29,7 @@ def test_round_trip(name, split, gz, tmp_path):
         assert p.parent == tmp_path
 
 def test_no_groups_file_without_need(tmp_path):
-    for name in TASKS: write_task(name, frame(name), tmp_path/name, "dev"); assert not list((tmp_path/name).glob("*-groups.tsv"))
+    for name in TASKS: write_task(name, frame(name), tmp_path/name, "dev"); assert not list((tmp_path/name).glob("*-groups.tsv")), name
     write_task("sst2", frame("sst2", kind=["x"]*6), tmp_path/"sst2", "dev"); assert (tmp_path/"sst2/dev-groups.tsv").is_file()
     write_task("sst2", frame("sst2"), tmp_path/"sst2", "dev"); assert not (tmp_path/"sst2/dev-groups.tsv").is_file()     # nothing stale stays
 
@@ -56,25 +55,29 @@ def test_writer_refuses_and_leaves_folder(tmp_path):
         d = tmp_path/name; write_task(name, frame(name), d, "dev"); before = {f.name: f.read_bytes() for f in d.iterdir()}; c = TASKS[name].columns[0]
         for bad in ("a\tb", "a\nb", "a\rb"):
             df = frame(name); df.loc[2, c] = bad
-            if name == "piqa": write_task(name, df, tmp_path/"json", "dev"); assert read_task(name, tmp_path/"json", "dev")[c][2] == bad; continue
+            if name in ("piqa", "axb") or name == "swag" and "\r" not in bad: write_task(name, df, tmp_path/"json", "dev"); assert read_task(name, tmp_path/"json", "dev")[c][2] == bad; continue
             with pytest.raises(ValueError, match="row 2"): write_task(name, df, d, "dev")
             assert {f.name: f.read_bytes() for f in d.iterdir()} == before
     df = frame("tracie"); df.loc[1, "event"] = "a story: b"
     with pytest.raises(ValueError, match="row 1.*cannot carry"): write_task("tracie", df, tmp_path, "dev")
 
 @fuzz
-@given(st.sampled_from(sorted(TASKS)), st.lists(st.tuples(st.text(max_size=12), st.text(max_size=12), st.text(max_size=12), st.integers(0, 1)), min_size=1, max_size=4))
+@given(st.sampled_from(sorted(TASKS)), st.lists(st.tuples(*[st.text(max_size=12)]*5, st.integers(0, 1)), min_size=1, max_size=4))
 def test_fuzz_round_trip(tmp_path, name, rows):
     "Any text is written and comes back equal, or is refused as ValueError."
-    t = TASKS[name]; df = pd.DataFrame([dict(zip(t.columns, r[:3])) | dict(label=r[3]) for r in rows])
+    t = TASKS[name]; df = pd.DataFrame([dict(zip(t.columns, r[:5])) | dict(label=r[5]) for r in rows])
     try: df = canonical(t, df); write_task(name, df, tmp_path/"f", "dev")
     except ValueError: return
     pd.testing.assert_frame_equal(read_task(name, tmp_path/"f", "dev"), df)
 
 # ---- mistakes
 GOOD = {n: f"{HEADS[n]}\n{ROWS[n]}\n".encode() for n in HEADS} | dict(
+    swag=b'video-id,fold-ind,startphrase,gold-source,ending0,ending1,ending2,ending3,label\nv,7,"He nods, she",gold,"says ""no"".",b,c,d,2\n',
+    diagnostics=b"Lexical Semantics\tPredicate-Argument Structure\tLogic\tKnowledge\tDomain\tPremise\tHypothesis\tLabel\n\t\tNegation\tWorld\tNews\tIt is.\tIt was.\tneutral\n",
+    axb=b'{"idx": 7, "label": "entailment", "sentence1": "It is.", "sentence2": "It was.", "logic": "Negation"}\n',
     piqa=b'{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}\n', tracie=b"event: e starts after f story: s.\tanswer: positive\n", mnli=b"entailment\tone .\ttwo .\n")
-FILE = dict(sst2="dev.tsv", qnli="dev.tsv", qqp="dev.tsv", piqa="valid.jsonl", tracie="uniform_prior_test.txt", mnli="mnli_matched.tsv")
+FILE = dict(sst2="dev.tsv", qnli="dev.tsv", qqp="dev.tsv", piqa="valid.jsonl", tracie="uniform_prior_test.txt", mnli="mnli_matched.tsv",
+            swag="val.csv", diagnostics="diagnostic-full.tsv", axb="AX-b.jsonl")
 
 def read_bytes(folder, name, data, gz=False):
     f = folder/(FILE[name]+(".gz" if gz else "")); f.parent.mkdir(exist_ok=True, parents=True); f.write_bytes(data); return read_task(name, folder, "dev")
@@ -126,6 +129,27 @@ def test_common_mistakes(name, tmp_path):
     ("tracie", GOOD["tracie"]+b"event: e story: s answer: positive\n", "line 2: expected 'event"),
     ("tracie", GOOD["tracie"]+b"event: e story: s\tanswer: maybe\n", "line 2: label 'maybe'; expected negative or positive"),
     ("tracie", GOOD["tracie"]+b"event: e\tstory: s\tanswer: positive\n", "line 2: expected"),
+    ("swag", GOOD["swag"].replace(b"ending3", b"ending4"), "line 1: no column 'ending3'"),
+    ("swag", GOOD["swag"].replace(b"startphrase", b"start"), "line 1: no column 'startphrase'; expected startphrase .or sent1 and sent2."),
+    ("swag", GOOD["swag"].replace(b"label", b"ending3"), "line 1: a column name occurs twice"),
+    ("swag", GOOD["swag"].replace(b",2\n", b",4\n"), "line 2: label '4'; expected 0 or 1 or 2 or 3"),
+    ("swag", GOOD["swag"].replace(b",2\n", b",\n"), "line 2: label ''"),
+    ("swag", GOOD["swag"].replace(b",2\n", b"\n"), "line 2: 8 fields, expected 9"),
+    ("swag", GOOD["swag"]+b'v,8,"He\nnods",gold,a,b,c,d,1\nv,9,"open,gold,a,b,c,d,1\n', "line 5: .*a quotation mark is open or stray"),
+    ("swag", GOOD["swag"]+b'v,8,"He" nods,gold,a,b,c,d,1\n', "line 3: .*a quotation mark is open or stray"),
+    ("swag", GOOD["swag"]+GOOD["swag"].split(b"\n")[1]+b"\n", "line 3: id '7' occurs a second time"),
+    ("swag", GOOD["swag"].split(b"\n")[0]+b"\n", "no rows"),
+    ("swag", GOOD["swag"].replace(b",", b"\t"), "line 1: no column|line 2: "),
+    ("diagnostics", GOOD["diagnostics"].replace(b"Logic", b"logic"), "line 1: no column 'Logic'"),
+    ("diagnostics", GOOD["diagnostics"].replace(b"neutral", b"not_entailment"), "line 2: label 'not_entailment'; expected entailment or neutral or contradiction"),
+    ("diagnostics", GOOD["diagnostics"].replace(b"\tneutral", b""), "line 2: 7 fields, expected 8"),
+    ("diagnostics", b"index\tsentence1\tsentence2\n0\ta\tb\n", "line 1: no column 'Lexical Semantics'"),            # GLUE's test form, which has no labels
+    ("axb", GOOD["axb"]*2, "line 2: id '7' occurs a second time"),
+    ("axb", GOOD["axb"].replace(b'"entailment"', b'"neutral"'), "line 1: label 'neutral'; expected entailment or not_entailment"),
+    ("axb", GOOD["axb"].replace(b'"entailment"', b'0'), "line 1: no text under 'label'"),
+    ("axb", GOOD["axb"].replace(b'"Negation"', b'["Negation"]'), "line 1: 'logic' should be text"),
+    ("axb", GOOD["axb"].replace(b'"idx": 7, ', b''), "line 1: no number under 'idx'"),
+    ("axb", GOOD["axb"]+GOOD["axb"][:40]+b"\n", "line 2: not JSON"),
 ])
 def test_mistake(name, data, says, tmp_path):
     with pytest.raises(ValueError, match=says.replace("..", r"\.\.").replace("(", r"\(")) as e: read_bytes(tmp_path, name, data)
@@ -171,6 +195,55 @@ def test_fuzz_gzip(tmp_path, name, noise, cut):
         except ValueError as e: assert FILE[name] in str(e)
         else: assert len(df)
 
+def test_mistakes_of_a_multiline_csv_count_from_its_line(tmp_path):
+    df = read_bytes(tmp_path, "swag", GOOD["swag"]+b'v,8,"He\nnods",gold,a,b,c,d,1\nv,9,ok,gold,a,b,c,d,1\n')
+    assert df.startphrase.tolist() == ["He nods, she", "He\nnods", "ok"] and df.ending0[0] == 'says "no".' and df.group.tolist() == ["v"]*3 and df.id.tolist() == ["7", "8", "9"]
+    with pytest.raises(ValueError, match="line 5: label '7'"): read_bytes(tmp_path, "swag", GOOD["swag"]+b'v,8,"He\nnods",gold,a,b,c,d,1\nv,9,ok,gold,a,b,c,d,7\n')
+
+def test_swag_without_startphrase(tmp_path):
+    (tmp_path/"val.jsonl").write_text('{"sent1": "He nods.", "sent2": "She", "ending0": "a", "ending1": "b", "ending2": "c", "ending3": "d", "label": 3}\n')
+    df = read_task("swag", tmp_path, "dev"); assert df.startphrase[0] == "He nods. She" and df.label[0] == 3
+    with pytest.raises(ValueError, match="both val.csv and val.jsonl"): (tmp_path/"val.csv").write_bytes(GOOD["swag"]); read_task("swag", tmp_path, "dev")
+
+# ---- tags, scores
+def test_categories_survive(tmp_path):
+    df = canonical("diagnostics", pd.DataFrame([dict(sentence1=f"p{i//2}" if i % 2 else f"h{i//2}", sentence2=f"h{i//2}" if i % 2 else f"p{i//2}", label=i % 3, category=c, kind=k) for i, (c, k) in enumerate(
+        [("", ""), ("logic", "Negation"), ("logic;knowledge", "Negation;Common sense"), ("lexical semantics;predicate-argument structure", ""), ("knowledge", "hidden")])]))
+    assert df.group.nunique() == 3                                                    # both directions of a pair are one group
+    for name in ("diagnostics", "axb"):
+        d = df.assign(label=two_way(df.label)) if name == "axb" else df; d = d.drop(columns="group"); d = canonical(name, d)
+        p = write_task(name, d, tmp_path/name, "dev"); pd.testing.assert_frame_equal(read_task(name, tmp_path/name, "dev"), d)
+        (p.parent/f"{p.name.split('.')[0]}-groups.tsv").unlink(); alone = read_task(name, p.parent, "dev")                # the official file by itself keeps the categories
+        assert alone.category.tolist() == d.category.tolist() and alone.kind.tolist() == ["", "Negation", "Logic;Knowledge", "Lexical Semantics;Predicate-Argument Structure", "hidden"]
+        for bad in ("logics", "knowledge;logic", "logic;"):
+            with pytest.raises(ValueError, match="row 1: category"): write_task(name, d.assign(category=["", bad, "", "", ""]), tmp_path/"no", "dev")
+    s = category_scores(df, df.label); assert s.examples.tolist() == [1, 1, 2, 2, 5] and s.accuracy.eq(100).all()
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
+def test_matthews(pairs):
+    import warnings
+    from sklearn.metrics import matthews_corrcoef
+    y, p = map(np.array, zip(*pairs))
+    with warnings.catch_warnings(): warnings.simplefilter("ignore"); want = matthews_corrcoef(y, p)
+    assert abs(matthews(y, p)-want) < 1e-9
+
+def evaluator(rows): # the rules of TRACIE's evaluator, read line by line
+    n, ok, stories = dict(start=0, end=0), dict(start=0, end=0), {}
+    for line, label, said in rows:
+        line = line.split("\t")[0]; k = "start" if "starts before" in line or "starts after" in line else "end"; n[k] += 1; ok[k] += label == said; stories.setdefault(line.split("story:")[1], []).append(label == said)
+    return dict(overall=100*sum(ok.values())/sum(n.values()), start=100*ok["start"]/n["start"], end=100*ok["end"]/n["end"], story=100*sum(map(all, stories.values()))/len(stories))
+
+def test_hub_task(tmp_path):
+    datasets = pytest.importorskip("datasets"); n = 0
+    def load(task, split, rows, file):
+        nonlocal n; n += 1; f = tmp_path/f"{n}-{file}"; datasets.Dataset.from_list(rows).to_parquet(f); return hub_task(task, split, "parquet", data_files={f.stem.split("-")[1]: str(f)}, cache_dir=str(tmp_path/"cache"))
+    df = load("mnli", "dev_mismatched", [dict(premise="p", hypothesis="h", label=2, idx=5)], "validation_mismatched.parquet"); assert df.iloc[0][["id", "sentence1", "sentence2", "label"]].tolist() == ["5", "p", "h", 2]
+    df = load("swag", "train", [dict(startphrase="s", ending0="a", ending1="b", ending2="c", ending3="d", label=1) | {"video-id": "v", "gold-source": "gen"}], "train.parquet"); assert df.group[0] == "v" and df.kind[0] == "gen"
+    with pytest.raises(ValueError, match="row 0: label should be 0..1.*got -1"): load("sst2", "dev", [dict(sentence="s", label=-1, idx=0)], "validation.parquet")
+    with pytest.raises(ValueError, match="no column 'question2'; expected question1, question2, label"): load("qqp", "train", [dict(question1="s", label=0)], "train.parquet")
+    with pytest.raises(ValueError, match="unknown task on the Hub 'tracie'"): hub_task("tracie")
+
 # ---- QNLI from SQuAD
 def squad(**change):
     q = dict(id="q", question="What floats?", answers=[dict(text="Cork", answer_start=0)]) | change
@@ -204,9 +277,10 @@ real = pytest.mark.skipif(not os.environ.get("VLKD_DATA"), reason="VLKD_DATA is 
 @real
 @pytest.mark.parametrize("task,folder,split,rows,groups", [
     ("sst2", "glue_sst2", "train", 67349, None), ("sst2", "glue_sst2", "dev", 872, 872), ("qnli", "glue_qnli", "dev", 5463, None), ("piqa", "piqa", "train", 5601, None), ("piqa", "piqa", "dev", 1838, None),
-    ("tracie", "tracie", "train", 860, 84), ("tracie", "tracie", "dev", 4248, 342), ("tracie", "tracie", "iid_train", 1174, None), ("mnli", "mnli_1k", "dev", 1000, None), ("mnli", "mnli_1k", "dev_mismatched", 1000, None)])
+    ("swag", "swag", "dev", 11, 6), ("axb", "superglue_axb", "dev", 1104, None), ("tracie", "tracie", "train", 860, 84), ("tracie", "tracie", "dev", 4248, 342), ("tracie", "tracie", "iid_train", 1174, None), ("mnli", "mnli_1k", "dev", 1000, None), ("mnli", "mnli_1k", "dev_mismatched", 1000, None)])
 def test_real(task, folder, split, rows, groups, tmp_path):
     d = data_dir()/folder
+    if task == "swag" and (f := data_dir()/"swag_fixture_21rows"/"swag_val_first11.csv").is_file(): d = tmp_path/"in"; d.mkdir(); (d/"val.csv").write_bytes(f.read_bytes())
     if not d.is_dir(): pytest.skip(f"no {folder} under VLKD_DATA")
     df = read_task(task, d, split); assert len(df) == rows and (groups is None or df.group.nunique() == groups)
     if task == "mnli": df = df.assign(kind="")
@@ -222,3 +296,21 @@ def test_real_qnli():
     def overlap(df, y): return np.mean([len(_words(q) & _words(s))/max(1, len(_words(q))) for q, s in zip(df.question[df.label == y], df.sentence[df.label == y])])
     for y in (0, 1): assert abs(overlap(df, y)-overlap(dev, y)) < .03             # as hard as GLUE's own pairs, by shared words
     assert .45 < hypothesis_only_baseline("qnli", df, dev) < .58 and bag_of_words_baseline("qnli", df, dev) > .65
+
+@real
+def test_real_tracie_scores():
+    d = data_dir()/"tracie"
+    if not d.is_dir(): pytest.skip("no tracie under VLKD_DATA")
+    df = read_task("tracie", d, "dev"); g = np.random.default_rng(0); said = np.where(g.random(len(df)) < .9, df.label, 1-df.label)
+    with gzip.open(d/"uniform_prior_test.txt.gz", "rt", encoding="utf-8") as f: lines = [l.rstrip("\n") for l in f]
+    want = evaluator([(l, l.split("answer: ")[1], TASKS["tracie"].labels[y]) for l, y in zip(lines, said)]); got = tracie_scores(df, pd.Series(said, df.id))
+    assert set(got) == set(want) and all(abs(got[k]-want[k]) < 1e-9 for k in want) and 0 < got["story"] < got["overall"]
+    train = read_task("tracie", d, "train"); assert prior(train).tolist() == [.5]*4 and len(uniform_prior(train)) == len(train)       # the paper's training set has a uniform prior
+    iid = read_task("tracie", d, "iid_train"); u = uniform_prior(iid); assert max(abs(prior(iid)-.5)) > .1 and prior(u).tolist() == [.5]*4 and set(u.id) < set(iid.id)
+
+@real
+def test_real_axb_categories():
+    if not (data_dir()/"superglue_axb").is_dir(): pytest.skip("no superglue_axb under VLKD_DATA")
+    df = read_task("axb", data_dir()/"superglue_axb", "dev"); s = category_scores(df, np.ones(len(df), int))
+    assert s.examples.to_dict() == {"lexical semantics": 368, "predicate-argument structure": 424, "logic": 364, "knowledge": 284, "all": 1104}
+    assert abs(s.accuracy["all"]-100*644/1104) < 1e-9 and s.matthews["all"] == 0 and df.group.nunique() < 0.6*len(df)

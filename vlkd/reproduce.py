@@ -7,7 +7,7 @@ __all__ = ['notebook_parameters', 'plan_file', 'load_plan', 'imported_modules', 
            'reproduce', 'report', 'check_reports']
 
 # %% ../nbs/70_reproduce.ipynb #3fd90791
-import ast, contextlib, fcntl, functools, html, importlib.util, json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, tomllib
+import ast, contextlib, fcntl, functools, html, importlib.util, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time, tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def notebook_parameters(f) -> dict[str, tuple]: # name -> (type's name, default)
     return out
 
 # %% ../nbs/70_reproduce.ipynb #5a1b482a
-_keys = dict(run=dict(id=str, notebook=str, title=str, params=dict, needs=list, scales=list, minutes=(int, float), data=list),
+_keys = dict(run=dict(id=str, notebook=str, title=str, params=dict, needs=list, after=list, scales=list, minutes=(int, float), data=list),
              table=dict(id=str, notebook=str, title=str, params=dict, needs=list, scales=list, minutes=(int, float), data=list, paper=str, claim=str, main=bool))
 
 def plan_file(plan=None) -> Path:
@@ -95,14 +95,14 @@ def load_plan(plan=None) -> dict[str, dict]: # id -> entry with its kind and the
             if e["id"] in out: raise ValueError(f"{f}: two entries have the id {e['id']}")
             out[e["id"]] = dict(e, kind=kind, file=f.parent/e["notebook"], params=e.get("params", {}), needs=e.get("needs", []))
     for e in out.values():
-        for n in e["needs"]:
+        for n in (*e["needs"], *e.get("after", [])):
             if n not in out: raise ValueError(f"{f}: {e['id']} needs: " + str(_unknown("run", n, out)))
             if e["kind"] == "run" and out[n]["kind"] == "table": raise ValueError(f"{f}: run {e['id']} needs table {n}; only tables may need tables")
     order, state = {}, {}
     def visit(i, chain=()):
         if i in chain: raise ValueError(f"{f}: needs go round in a circle: {' -> '.join((*chain[chain.index(i):], i))}")
         if i not in order:
-            for n in out[i]["needs"]: visit(n, (*chain, i))
+            for n in (*out[i]["needs"], *out[i].get("after", [])): visit(n, (*chain, i))
             order[i] = out[i]
     for i in out: visit(i)
     return order
@@ -291,9 +291,9 @@ def _quick_imports():
     try: yield
     finally: skip and sys.modules.pop("rfc3987_syntax", None)
 
-def _worker():
-    "Execute the job read from standard input: notebook, output, parameters, cwd, parent."
-    job = json.loads(sys.stdin.read())
+def _worker(job:dict=None):
+    "Execute a job (notebook, output, parameters, cwd, parent), read from standard input where it is not given."
+    job = job or json.loads(sys.stdin.read())
     threading.Thread(target=_watch, args=(job["parent"],), daemon=True).start()
     def stop(*_): _kill_children(); os._exit(143)
     signal.signal(signal.SIGTERM, stop)
@@ -304,6 +304,114 @@ def _worker():
         write_json(Path(job["output"]).with_name("error.json"), dict(cell=_failed_cell(job["notebook"], job["output"]), error=f"{name}: {str(value).strip()}"))
         _kill_children(); os._exit(3)
 _worker_command = [sys.executable, "-c", "from vlkd.reproduce import _worker; _worker()"]
+
+# %% ../nbs/70_reproduce.ipynb #b247c95e
+_preload = ("torch", "numpy", "pandas", "scipy.stats", "sklearn.linear_model", "tokenizers", "safetensors.torch", "accelerate", "transformers.trainer", "transformers.models.auto.tokenization_auto", "transformers.models.bert.modeling_bert", "IPython.display", "ipykernel.kernelapp")
+
+def _nursery():
+    "Serve the socket that is standard input: for each job fork a worker with its lock, log and line to the runner."
+    sys.path[:] = [p for p in sys.path if p]; sock = socket.socket(fileno=os.dup(0))
+    with _quick_imports():
+        for m in ("papermill", *_preload):
+            with contextlib.suppress(ImportError): importlib.import_module(m)
+    for m in [m for m in sys.modules if m.split(".")[0] == "vlkd"]: del sys.modules[m] # a kernel imports this library as it is when the kernel starts
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)                           # nobody waits for workers here
+    while True:
+        data, fds, *_ = socket.recv_fds(sock, 4096, 3)
+        if not data: os._exit(0)
+        if os.fork() == 0:
+            with contextlib.suppress(BaseException): sock.close(); _born(data.decode(), *fds)
+            os._exit(1)
+        for fd in fds: os.close(fd)
+
+def _born(job:str, lock:int, log:int, line:int):
+    "The life of a forked worker; `lock` is held until it ends."
+    parent = os.getppid(); os.setsid(); signal.signal(signal.SIGCHLD, signal.SIG_DFL); os.write(line, f"{os.getpid()}\n".encode())
+    null = os.open(os.devnull, os.O_RDONLY)
+    for a, b in ((null, 0), (log, 1), (log, 2)): os.dup2(a, b)
+    job = read_json(job) | dict(parent=parent); os.chdir(job["cwd"]); kernel = _Kernel(line)
+    from jupyter_client.provisioning import local_provisioner as lp
+    new = lp.launch_kernel
+    lp.launch_kernel = lambda cmd, **kw: kernel.launch(cmd, kw) if not kernel.used and cmd[1:3] == ["-m", "ipykernel_launcher"] else new(cmd, **kw)
+    from vlkd.reproduce import _worker                                      # the library as it is on disk now
+    _worker(job); os.write(line, b"done"); os._exit(0)
+
+class _Kernel:
+    "A forked process that becomes an IPython kernel when it is told with which arguments; what `jupyter_client` wants of a `Popen`."
+    stdin = stdout = stderr = None
+    def __init__(self, *close):
+        self.used, self.returncode = False, None; r, self.pipe = os.pipe(); self.pid = os.fork()
+        if self.pid: os.close(r); return
+        with contextlib.suppress(BaseException):
+            for fd in (self.pipe, *close): os.close(fd)
+            os.setsid()
+            with os.fdopen(r) as f: text = f.read()
+            if text:
+                how = json.loads(text); os.environ.clear(); os.environ.update(how["env"]); os.chdir(how["cwd"]); sys.argv = how["argv"]
+                for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_DFL if s == signal.SIGTERM else signal.default_int_handler)
+                from ipykernel.kernelapp import launch_new_instance; launch_new_instance(); os._exit(0)
+        os._exit(1)
+    def launch(self, cmd, kw):
+        self.used = True
+        with os.fdopen(self.pipe, "w") as f: json.dump(dict(argv=["ipykernel_launcher", *cmd[3:]], env=dict(kw.get("env") or os.environ), cwd=str(kw.get("cwd") or os.getcwd())), f)
+        return self
+    def poll(self):
+        if self.returncode is None:
+            try: pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError: pid, status = self.pid, 0
+            if pid: self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+    def wait(self, timeout=None):
+        end = time.time()+(timeout if timeout is not None else float("inf"))
+        while self.poll() is None:
+            if time.time() > end: raise subprocess.TimeoutExpired("kernel", timeout)
+            time.sleep(.02)
+        return self.returncode
+    def send_signal(self, s):
+        if self.poll() is None: os.kill(self.pid, s)
+    def terminate(self): self.send_signal(signal.SIGTERM)
+    def kill(self): self.send_signal(signal.SIGKILL)
+
+class _Forked:
+    "The runner's handle of a forked worker: what it uses of a `Popen`. The worker's end of the line closes when the worker ends, however it ends."
+    def __init__(self, line:int): os.set_blocking(line, False); self.line, self.said, self.returncode = line, b"", None
+    @property
+    def pid(self) -> int: # 0 while it is not born
+        self.poll(); return int(self.said.split(b"\n")[0]) if b"\n" in self.said else 0
+    def poll(self):
+        while self.returncode is None:
+            try: x = os.read(self.line, 4096)
+            except BlockingIOError: break
+            self.said += x
+            if not x: self.returncode = 0 if self.said.endswith(b"done") else 1; os.close(self.line)
+        return self.returncode
+    wait = _Kernel.wait
+    def send_signal(self, s):
+        if self.pid and self.returncode is None:
+            with contextlib.suppress(ProcessLookupError): os.kill(self.pid, s)
+    def terminate(self): self.send_signal(signal.SIGTERM)
+    def kill(self): self.send_signal(signal.SIGKILL)
+
+class _Nursery:
+    "The runner's end of a nursery."
+    def __init__(self, env:dict):
+        self.sock, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with far: self.proc = subprocess.Popen([sys.executable, "-c", "from vlkd.reproduce import _nursery; _nursery()"], stdin=far.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True)
+    def start(self, job:Path, lock:int, log:int) -> _Forked:
+        r, w = os.pipe()
+        try: socket.send_fds(self.sock, [str(job).encode()], [lock, log, w])
+        finally: os.close(w)
+        return _Forked(r)
+    def close(self):
+        self.sock.close()
+        with contextlib.suppress(subprocess.TimeoutExpired): self.proc.wait(1); return
+        self.proc.kill(); self.proc.wait()
+
+def _nursery_works() -> bool:
+    "Whether workers may be forked here."
+    if os.environ.get("VLKD_NURSERY") == "0" or sys.platform != "linux" or not _device().startswith("CPU"): return False
+    spec = importlib.util.find_spec("torchvision")
+    return spec is None or not spec.origin or "+cu" not in (Path(spec.origin).parent/"version.py").read_text()
 
 # %% ../nbs/70_reproduce.ipynb #48525ec0
 def _environment(jobs:int) -> dict:
@@ -338,7 +446,7 @@ class _Job:
         try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); return fd
         except BlockingIOError: os.close(fd); return None
 
-    def start(self, nodes:dict, env:dict):
+    def start(self, nodes:dict, env:dict, nursery:_Nursery=None):
         n, p = self.node, self.node.partial
         for old in p.parent.glob(f"{n.name}-*") if p.parent.is_dir() else ():
             if old != p and re.fullmatch(re.escape(n.name) + r"-([0-9a-f]{8}|old)", old.name): shutil.rmtree(old, ignore_errors=True)
@@ -348,6 +456,9 @@ class _Job:
         job = dict(notebook=str(n.entry["file"]), output=str(p/"notebook.ipynb"), parameters={k: v for k, v in given.items() if k in has}, cwd=str(n.entry["file"].parent), parent=os.getpid())
         self.began, self.spent = time.time(), self.state().get("seconds", 0.0); self.saved = 0.
         with open(p/"worker.log", "ab") as log:
+            if nursery:
+                write_json(p/"job.json", job)
+                with contextlib.suppress(OSError): self.proc = nursery.start(p/"job.json", self.lock, log.fileno()); return
             self.proc = subprocess.Popen(_worker_command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, cwd=job["cwd"],
                                          start_new_session=True, pass_fds=(self.lock,))
         with contextlib.suppress(BrokenPipeError): self.proc.stdin.write(json.dumps(job).encode()); self.proc.stdin.close()
@@ -383,7 +494,7 @@ def _finish(job:_Job, git:dict):
     "Check the record, write the receipt, and move the folder into its place."
     n, p = job.node, job.node.partial
     r = Run(p); [r.file(k) for k in r.result["files"]]
-    for junk in ("state.json", "error.json", "worker.log"): (p/junk).unlink(missing_ok=True)
+    for junk in ("state.json", "error.json", "worker.log", "job.json"): (p/junk).unlink(missing_ok=True)
     files = {str(f.relative_to(p)): (f.stat().st_size, sha256_file(f)) for f in sorted(p.rglob("*")) if f.is_file() and f != p/"run.json"}
     write_json(p/"run.json", dict(id=n.entry["id"], name=n.name, key=n.key, scale=n.scale, seeds=n.seeds, notebook=n.entry["notebook"], params=n.parts["params"], needs=n.parts["needs"],
                                   seconds=round(job.seconds, 1), started=time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(job.began)), device=r.result.get("device") or _device(),
@@ -447,7 +558,7 @@ def _execute(nodes:dict, todo:dict, jobs:int, say:_Screen) -> dict:
     "Run the nodes in `todo` (name -> reason), `jobs` at a time, those with the longest chain first; returns done, failed and skipped."
     est = {n: _estimate(nodes[n]) for n in todo}; chain = _chains(nodes, est); git, env = git_state(), _environment(jobs)
     waiting, running, over = sorted(todo, key=lambda n: -chain[n]), {}, dict(done=[], failed={}, skipped={})
-    total, others = len(todo), set()
+    total, others = len(todo), set(); nursery = _Nursery(env) if len(todo) > jobs and _nursery_works() else None
     def eta():
         left = {**{n: est[n] for n in waiting}, **{n: _left(j, est[n]) for n, j in running.items()}}
         return max([*_chains(nodes, left).values(), sum(left.values())/jobs], default=0.)
@@ -466,7 +577,7 @@ def _execute(nodes:dict, todo:dict, jobs:int, say:_Screen) -> dict:
         while waiting or running:
             for n in list(waiting):
                 if len(running) >= jobs: break
-                if any(x in waiting or x in running for x in nodes[n].needs): continue
+                if any(x in waiting or x in running for x in (*nodes[n].needs, *(f"{i}@{w}" for i in nodes[n].entry.get("after", ()) for w in nodes[n].seeds))): continue
                 if (lock := _Job.acquire(nodes[n])) is None:
                     if n not in others: others.add(n); say.say(f"{n} is being computed by another process; waiting for it")
                     continue
@@ -475,7 +586,7 @@ def _execute(nodes:dict, todo:dict, jobs:int, say:_Screen) -> dict:
                 except (ValueError, FileNotFoundError) as e: job.release(); fail(n, str(e)); continue
                 if not why(nodes[n]): job.release(); done(n, "was finished by another process"); continue
                 if _complete(nodes[n]): _place(nodes[n]); job.release(); done(n, "was complete"); continue
-                job.start(nodes, env); running[n] = job; say.say(f"{n} starts ({nodes[n].entry['notebook']}): {todo[n]}")
+                job.start(nodes, env, nursery); running[n] = job; say.say(f"{n} starts ({nodes[n].entry['notebook']}): {todo[n]}")
             for n, job in list(running.items()):
                 job.tick()
                 if job.proc.poll() is None: continue
@@ -490,6 +601,7 @@ def _execute(nodes:dict, todo:dict, jobs:int, say:_Screen) -> dict:
     finally:
         say.close()
         for job in running.values(): job.proc and job.proc.poll() is None and job.proc.terminate()
+        if nursery: nursery.close()                                         # what it has forked ends with it
         for job in running.values(): job.stop()
     return over
 
@@ -680,19 +792,16 @@ def _claims_md(rep, results) -> str:
 def _say(v): return "–" if v in (None, "") else v if isinstance(v, str) else json.dumps(v) if isinstance(v, (dict, list)) else f"{v:.4g}" if isinstance(v, float) else str(v)
 
 # %% ../nbs/70_reproduce.ipynb #cd87d1e3
-def _folded(rows:str, cs, gap:str="") -> str: # a long list of verdicts would push the table off the first screen
-    return rows if len(cs) <= 6 else f"<details><summary>Verdicts on {len(cs)} claims: {_tally(cs)}</summary>{gap}{rows}{gap}</details>"
-
 def _head(t, r, md:bool) -> str:
     "What stands over a page: paper, claim, result, verdicts."
     cs = _claims(t, r); paper = r.get("paper") or t["paper"]
     if md:
         rows = [f"[All results](README.md) · {paper}" if paper else "[All results](README.md)", f"**Claim.** {t['claim']}" if t["claim"] else "", f"**Result.** {r['headline']}" if r.get("headline") else "",
-                _folded("\n".join(f"- **{c['verdict']}**: {c['text']} ({_say(c.get('evidence'))})" for c in cs), cs, "\n\n"), f"Worlds: {_worlds(t)}. Notebook: `nbs/experiments/{t['notebook']}`. Compute: {_span(t['seconds'])} on {t['device']}."]
+                "\n".join(f"- **{c['verdict']}**: {c['text']} ({_say(c.get('evidence'))})" for c in cs), f"Worlds: {_worlds(t)}. Notebook: `nbs/experiments/{t['notebook']}`. Compute: {_span(t['seconds'])} on {t['device']}."]
         return "\n\n".join(x for x in rows if x)
     e = html.escape
     rows = [f"<p><a href=index.html>All results</a>{' · '+e(paper) if paper else ''}</p>", f"<p><b>Claim.</b> {e(t['claim'])}</p>" if t["claim"] else "", f"<p><b>Result.</b> {e(r['headline'])}</p>" if r.get("headline") else "",
-            _folded("<ul>" + "".join(f"<li><b class={c['verdict']}>{c['verdict']}</b>: {e(c['text'])} ({e(_say(c.get('evidence')))})</li>" for c in cs) + "</ul>", cs) if cs else "",
+            "<ul>" + "".join(f"<li><b class={c['verdict']}>{c['verdict']}</b>: {e(c['text'])} ({e(_say(c.get('evidence')))})</li>" for c in cs) + "</ul>" if cs else "",
             f"<p class=note>Worlds: {_worlds(t)}. Notebook: nbs/experiments/{e(t['notebook'])}. Compute: {_span(t['seconds'])} on {e(t['device'])}.</p>"]
     return "\n".join(x for x in rows if x)
 

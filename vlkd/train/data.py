@@ -86,4 +86,5 @@ def load_data(s:Scale, seed:int=1, *, counterfactual:bool=False) -> Data:
     if s.data_kind == "tabletop": return TabletopData(s, seed, counterfactual)
     if counterfactual: raise ValueError(f"scale {s.name!r} has no counterfactual: real videos cannot be filmed again")
     if s.data_kind == "real": return RealData(s, seed)
-    raise FileNotFoundError(f"scale {s.name!r} wants the papers' own data (HowTo100M, English Wikipedia), which this release does not read yet; `vlkd data status` lists what is needed")
+    from vlkd.data.paper import PaperData
+    return PaperData(s, seed)

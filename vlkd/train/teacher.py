@@ -75,7 +75,8 @@ def train_teacher(data:Data, out, *, contrast:str="hinge", mlm:bool=True, freeze
     """Train a teacher on `data.pairs` until it converges on held-out pairs or `steps` are done (-1: the scale's; 0: a random teacher). `shuffle` gives captions other clips: "within" those of the same event, "across" any."""
     s, p = data.s, data.pairs; steps = s.teacher_steps if steps < 0 else steps; args = preset(preset_name)
     seed_everything(seed); teacher = Teacher(s, data.tokenizer, p.features.shape[-1], seed)
-    teacher.video.standardise(p.features[np.unique(p.clip[p.train])], p.mask[np.unique(p.clip[p.train])])
+    some = np.unique(p.clip[p.train]); some = some if len(some) <= 20_000 else np.sort(rng("standardise", seed).choice(some, 20_000, replace=False)) # means need no more, and memory does
+    teacher.video.standardise(p.features[some], p.mask[some])
     if shuffle: p = shuffled(p, shuffle, data, seed)
     o = TeacherObjective(teacher, contrast, mlm=mlm, freeze_video=freeze_video, hinge=args.get("token_hinge", {}) | (hinge or {}), nce=args.get("info_nce"))
     held = min(len(p.valid), 1024); held -= held % s.batch if held > s.batch else 0 # whole batches: a pair alone has no negative
