@@ -55,7 +55,7 @@ def objective_flops(s:Scale, name:str, *, batch:int, tokens:float, vocab:int=0, 
     if name == "regression": return head
     if name == "nst": return head + (4*B*2*L*L*d if kernel == "poly" else 6*B*2*d*d*L)
     if name == "nt_xent": return head + 3*L*2*(2*B)**2*d
-    if name == "crd": k = B*KEYS; return head + 5*2*k*d*s.crd_dim + 2*2*2*k*s.crd_negatives*s.crd_dim
+    if name == "crd": k = B*KEYS; return head*k/n + 5*2*k*d*s.crd_dim + 2*2*2*k*s.crd_negatives*s.crd_dim
     return head + B*encoder_flops(s, L) + 2*n*d*s.vokens                         # voken
 
 def student_flops(s:Scale, kd:str="", *, batch:int=0, tokens:float=0, masked:float=None, vocab:int=0, kernel:str="gaussian") -> dict: # part -> FLOPs of a step

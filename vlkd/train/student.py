@@ -101,11 +101,11 @@ def voken_pool(pairs:VideoText, n:int, seed:int=0) -> np.ndarray: # (n,) clip in
 @torch.no_grad()
 def voken_corpus(lm, tokens:Tokens, pool, batch:int=256) -> Tokens: # the vokens of all tokens, -100 as padding
     "Retrieve the vokens of a whole corpus before training: the teacher is frozen, so a sentence's vokens are the same in every epoch."
-    dev = next(lm.parameters()).device; lm.eval(); out = np.empty(len(tokens.ids), np.int32); order = np.argsort(tokens.lengths, kind="stable")
+    dev = next(lm.parameters()).device; lm.eval(); length = np.asarray(tokens.lengths); starts = np.concatenate([[0], np.cumsum(length)]); out = np.empty(starts[-1], np.int32); order = np.argsort(length, kind="stable")
     for k in range(0, len(order), batch):
         rows = order[k:k+batch]; ids, mask = (x.to(dev) for x in tokens[rows]); v = vokens(hidden_states(lm, ids, mask), mask, pool.to(dev)).cpu().numpy()
-        for i, r, n in zip(rows, v, tokens.lengths[rows]): out[tokens.starts[i]:tokens.starts[i]+n] = r[:n]
-    return Tokens(out, tokens.starts, pad=-100)
+        for i, r, n in zip(rows, v, length[rows]): out[starts[i]:starts[i]+n] = r[:n]
+    return Tokens(out, starts, pad=-100)
 
 # %% ../../nbs/43_train.student.ipynb #24a2b7e4
 def train_student(data:Data, out, *, teacher:Teacher=None, kd:str="", steps:int=-1, seed:int=0, preset_name:str="paper", weights:dict=None, head:bool=True, crd_keys:str="tokens", corpus:str="text", what:str="student") -> tuple[StudentObjective, list]:
