@@ -552,7 +552,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vlkd.models.extract.Shard.add': ('models.extract.html#shard.add', 'vlkd/models/extract.py'),
                                      'vlkd.models.extract.Shard.write': ('models.extract.html#shard.write', 'vlkd/models/extract.py'),
                                      'vlkd.models.extract.VideoItem': ('models.extract.html#videoitem', 'vlkd/models/extract.py'),
-                                     'vlkd.models.extract._alone': ('models.extract.html#_alone', 'vlkd/models/extract.py'),
                                      'vlkd.models.extract._checked': ('models.extract.html#_checked', 'vlkd/models/extract.py'),
                                      'vlkd.models.extract._cores': ('models.extract.html#_cores', 'vlkd/models/extract.py'),
                                      'vlkd.models.extract._csv_videos': ('models.extract.html#_csv_videos', 'vlkd/models/extract.py'),

@@ -7,7 +7,7 @@ __all__ = ['notebook_parameters', 'plan_file', 'load_plan', 'imported_modules', 
            'reproduce', 'report', 'check_reports']
 
 # %% ../nbs/70_reproduce.ipynb #3fd90791
-import ast, contextlib, fcntl, functools, html, importlib.util, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time, tomllib
+import ast, contextlib, fcntl, functools, html, importlib.util, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time, tomllib, traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -320,8 +320,9 @@ def _nursery():
         data, fds, *_ = socket.recv_fds(sock, 4096, 3)
         if not data: os._exit(0)
         if os.fork() == 0:
-            with contextlib.suppress(BaseException): sock.close(); _born(data.decode(), *fds)
-            os._exit(1)
+            try: sock.close(); _born(data.decode(), *fds)
+            except Exception: traceback.print_exc()                         # into the worker's log
+            finally: os._exit(1)
         for fd in fds: os.close(fd)
 
 def _born(job:str, lock:int, log:int, line:int):
@@ -342,15 +343,16 @@ class _Kernel:
     def __init__(self, *close):
         self.used, self.returncode = False, None; r, self.pipe = os.pipe(); self.pid = os.fork()
         if self.pid: os.close(r); return
-        with contextlib.suppress(BaseException):
+        try:
             for fd in (self.pipe, *close): os.close(fd)
             os.setsid()
             with os.fdopen(r) as f: text = f.read()
-            if text:
-                how = json.loads(text); os.environ.clear(); os.environ.update(how["env"]); os.chdir(how["cwd"]); sys.argv = how["argv"]
-                for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_DFL if s == signal.SIGTERM else signal.default_int_handler)
-                from ipykernel.kernelapp import launch_new_instance; launch_new_instance(); os._exit(0)
-        os._exit(1)
+            if not text: os._exit(0)                                        # the worker ended before it needed a kernel
+            how = json.loads(text); os.environ.clear(); os.environ.update(how["env"]); os.chdir(how["cwd"]); sys.argv = how["argv"]
+            signal.signal(signal.SIGTERM, signal.SIG_DFL); signal.signal(signal.SIGINT, signal.default_int_handler)
+            from ipykernel.kernelapp import launch_new_instance; launch_new_instance(); os._exit(0)
+        except Exception: traceback.print_exc()
+        finally: os._exit(1)
     def launch(self, cmd, kw):
         self.used = True
         with os.fdopen(self.pipe, "w") as f: json.dump(dict(argv=["ipykernel_launcher", *cmd[3:]], env=dict(kw.get("env") or os.environ), cwd=str(kw.get("cwd") or os.getcwd())), f)

@@ -228,12 +228,14 @@ def load_features(out) -> Features:
 
 # %% ../../nbs/11_data.video.ipynb #c432f694
 @contextlib.contextmanager
-def _locked(folder:Path):
-    "One process at a time works in `folder`; the lock falls with the process."
+def _locked(folder:Path, name:str=".lock"):
+    "One process at a time works in `folder`, or at what `name` stands for; others say that they wait. The lock falls with the process."
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/".lock", "w") as f:
+    with open(folder/name, "w") as f:
         with contextlib.suppress(ImportError):
-            import fcntl; fcntl.flock(f, fcntl.LOCK_EX)
+            import fcntl
+            try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError: print(f"another process works in {folder}: waiting", flush=True); fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 def _source(p) -> list:

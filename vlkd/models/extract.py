@@ -19,6 +19,7 @@ import torch
 from ..device import *
 from ..core import *
 from ..data.video import *
+from ..data.video import _locked
 from .image import *
 
 # %% ../../nbs/26_models.extract.ipynb #a52a6029
@@ -292,18 +293,6 @@ def _outcomes(tasks, workers:int, start:tuple):
             pool.shutdown(wait=not pending, cancel_futures=True)
 
 # %% ../../nbs/26_models.extract.ipynb #75731ed6
-@contextlib.contextmanager
-def _alone(f:Path):
-    "Hold the lock file `f`; say so when another process has it. The lock falls with the process."
-    f.parent.mkdir(parents=True, exist_ok=True)
-    with open(f, "w") as h:
-        with contextlib.suppress(ImportError):
-            import fcntl
-            try: fcntl.flock(h, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError: print(f"another process works in {f.parent}: waiting"); fcntl.flock(h, fcntl.LOCK_EX)
-            except OSError: pass                              # a file system without locks
-        yield
-
 def extract_videos(source,             # a folder, a csv (path,start,end), a video, or a dict id -> path
                    out,                # folder of the shards
                    frames="mobilenet", # 2-D encoder: a spec of `load_encoder`, an object, or None
@@ -328,9 +317,9 @@ def extract_videos(source,             # a folder, a csv (path,start,end), a vid
     _every(f, c, fps); both = [e for e in (f, c) if e is not None]
     head = dict(encoder="+".join(e.name for e in both), dim=sum(e.dim for e in both), dims=[e.dim for e in both], fps=float(fps), max_frames=max_frames, dtype=np.dtype(dtype).name,
                 clips=dict(frames=c.frames, rate=float(c.rate), size=c.size) if c is not None else None, reader="stream_frames")
-    with _alone(out/".lock"): shards = _plan(out, head, items, shard_size)
+    with _locked(out): shards = _plan(out, head, items, shard_size)
     mine = range(rank, len(shards), world_size); asked = [i for n in mine for i in shards[n] if i in items]
-    with _alone(out/f".lock-{rank}-of-{world_size}"):
+    with _locked(out, f".lock-{rank}-of-{world_size}"):
         for n in mine:
             for g in out.glob(f".shard-{n:05d}.*"): g.unlink(missing_ok=True)        # half-written by a run that was killed
         of = {}
@@ -350,7 +339,7 @@ def extract_videos(source,             # a folder, a csv (path,start,end), a vid
                     done += 1; rows += 0 if x is None else len(x); s = of.pop(i)
                     if s.add(i, x, note, cut, error): s.write()
                     bar.update()
-    with _alone(out/".lock"):
+    with _locked(out):
         for g in [*out.glob(".manifest.json.*"), *out.glob(".plan.json.*")]: g.unlink(missing_ok=True)
         _gather(out, head, shards)
     if done: print(f"{out.name}: {done} videos, {rows} rows in {(s := time.monotonic()-began):.1f} s ({rows/s:.1f} rows/s)")
