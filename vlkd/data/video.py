@@ -7,7 +7,7 @@ __all__ = ['VideoError', 'VideoWarning', 'write_mp4', 'Sample', 'stream_frames',
            'load_features', 'extract']
 
 # %% ../../nbs/11_data.video.ipynb #5a952091
-import contextlib, math, os, warnings
+import contextlib, math, os, sys, warnings
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -235,7 +235,7 @@ def _locked(folder:Path, name:str=".lock"):
         with contextlib.suppress(ImportError):
             import fcntl
             try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError: print(f"another process works in {folder}: waiting", flush=True); fcntl.flock(f, fcntl.LOCK_EX)
+            except BlockingIOError: print(f"another process works in {folder}: waiting", file=sys.stderr, flush=True); fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 def _source(p) -> list:
