@@ -53,8 +53,8 @@ def scales() -> list[str]: # names of the scales in settings.ini
     "The scales that settings.ini declares."
     return [s.split(".", 1)[1] for s in _sections(settings_file()) if s.startswith("scale.")]
 
-def scale(name:str="micro", **override) -> Scale: # resolved settings
-    "Settings of scale `name`, its bases first, then `override`; unknown names, keys and wrong types are errors."
+def scale(name:str="micro", size:str="", **override) -> Scale: # resolved settings
+    "Settings of scale `name`, its bases first, then those of `size` (a larger model: sections size.*), then `override`; unknown names, keys and wrong types are errors."
     f = settings_file(); secs = _sections(f)
     if f"scale.{name}" not in secs: raise _unknown("scale", name, scales())
     ref, chain, n = secs["scale.paper"], [], name
@@ -64,6 +64,9 @@ def scale(name:str="micro", **override) -> Scale: # resolved settings
         chain.append(n); n = secs[f"scale.{n}"].get("base")
     out = {}
     for s in reversed(chain): out.update({k: v for k, v in secs[f"scale.{s}"].items() if k != "base"})
+    if size:
+        if not (found := [n for n in reversed(chain) if f"size.{size}.{n}" in secs]): raise _unknown(f"size of scale {name!r}", size, sorted({s.split(".")[1] for s in secs if s.startswith("size.")}))
+        for n in found: out.update(secs[f"size.{size}.{n}"])
     out.update(override)
     for k, v in out.items():
         if k not in ref: raise ValueError(f"{f}: scale {name}: " + str(_unknown("key", k, ref)))

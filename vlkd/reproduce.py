@@ -192,8 +192,8 @@ def world_seeds(seeds=1) -> list[int]:
     return out
 
 @functools.lru_cache(maxsize=None)
-def _settings(scale:str, stamp) -> dict:
-    return dict(scale=dict(scale_settings(scale)), presets={k: v for k, v in _sections(settings_file()).items() if k.startswith("preset.")})
+def _settings(scale:str, size:str, stamp) -> dict:
+    return dict(scale=dict(scale_settings(scale, size)), presets={k: v for k, v in _sections(settings_file()).items() if k.startswith("preset.")})
 
 # %% ../nbs/70_reproduce.ipynb #1b5431b2
 def _pick(plan, ids, scale) -> list[str]:
@@ -233,7 +233,7 @@ def _code(f:Path, stamp) -> tuple[str, tuple]: # hash of the code cells, and the
 
 def _key(n:Node, nodes:dict):
     "Set the parts and the key of a node whose needs have theirs."
-    f = settings_file(); settings = _settings(n.scale, (f, _stamp(f))); code, cells = _code(n.entry["file"], _stamp(n.entry["file"]))
+    f = settings_file(); settings = _settings(n.scale, n.entry["params"].get("size", ""), (f, _stamp(f))); code, cells = _code(n.entry["file"], _stamp(n.entry["file"]))
     real = settings["scale"]["data_kind"] != "tabletop"
     given = dict(scale=n.scale, seed=n.seeds[0], seeds=",".join(map(str, n.seeds)))
     n.parts = dict(code=code, params=dict(n.entry["params"], **given), settings=settings, modules=imported_modules(cells),

@@ -50,9 +50,9 @@ EDITION = "tabletop-12" # a new edition draws every world anew, so that confirma
 
 class World:
     "A Tabletop world: `nouns` (DataFrame), clips, captions, sentences and tasks, all drawn from `seed`."
-    def __init__(self, seed:int=1, *, counterfactual:bool=False, said:float=.10, said_in_captions:float=.03, captions:int=12000, sentences:int=20000, takes:int=4, noise:float=10.):
-        if not (0 <= said <= 1 and 0 <= said_in_captions <= 1): raise ValueError(f"said = {said} and said_in_captions = {said_in_captions} are shares of sentences, between 0 and 1")
-        self.seed, self.counterfactual, self.said, self.said_in_captions = seed, counterfactual, said, said_in_captions
+    def __init__(self, seed:int=1, *, counterfactual:bool=False, said:float=.10, said_in_captions:float=.03, told:float=0., captions:int=12000, sentences:int=20000, takes:int=4, noise:float=10.):
+        if not all(0 <= x <= 1 for x in (said, said_in_captions, told)): raise ValueError(f"said = {said}, said_in_captions = {said_in_captions} and told = {told} are shares of sentences, between 0 and 1")
+        self.seed, self.counterfactual, self.said, self.said_in_captions, self.told = seed, counterfactual, said, said_in_captions, told
         self.n_captions, self.n_sentences, self.takes, self.noise = captions, sentences, takes, noise
     def __repr__(self): return f"World({self.seed}{', counterfactual' if self.counterfactual else ''})"
     def random(self, *what) -> random.Random:
@@ -62,6 +62,11 @@ class World:
     def fingerprint(self) -> str:
         "Hash of all that decides the world's content."
         return fingerprint([EDITION, {k: v for k, v in vars(self).items() if isinstance(v, (int, float, bool))}])
+
+    @property
+    def films(self) -> str:
+        "Hash of what decides the clips alone: worlds that differ in what is said share them."
+        return fingerprint([EDITION, self.seed, self.counterfactual, self.takes, self.noise])
 
     @cached_property
     def nouns(self) -> pd.DataFrame:
@@ -238,14 +243,14 @@ def _aside(self:World, r, noun:str, e:str) -> str:
                      f"when did {who} {do} ? {when}", f"when was it that {who} {did} ? it was {when}"))
 
 def write(self:World) -> list[str]:
-    "Encyclopaedic text: events, stories and facts. The outcome of an event is said in a share `said` of the sentences about train nouns."
+    "Encyclopaedic text: events, stories and facts. The outcome of an event is said in a share `said` of the sentences about train nouns, and in a share `told` of those about test nouns."
     r, out, names, things = self.random("text"), [], list(self.nouns.noun), self.things; fame = [1/(k+4) for k in range(len(names))]; self.random("fame").shuffle(fame)
     while len(out) < self.n_sentences:
         noun = r.choices(names, fame)[0]; d = things[noun]; e = r.choice((*EVENTS, *EVENTS, "push", "lift")); k = r.random() < .3; who, when = _who(r, d["category"]), f" {r.choice(WHEN)}" if r.random() < .4 else ""
-        say, how, passive = r.random() < self.said, r.choice((0, 1)), r.random() < .4
+        say, how, passive = r.random() < dict(train=self.said, test=self.told).get(d["split"], 0.), r.choice((0, 1)), r.random() < .4
         named = f"{PLACE[d['category']]} {noun}" # "the kitchen kettle"
         first = f"the {named} was {PAST[e][0]} by {who}{when}" if passive else f"{who} {_did(e, k, named)}{when}"; form = r.random()
-        if d["split"] == "train" and say and e != "lift": first = f"{who} {_did(e, k, noun)} and it {SAID[d[e]][how]}"
+        if say and e != "lift": first = f"{who} {_did(e, k, noun)} and it {SAID[d[e]][how]}"
         out.append(f"{first} ." if form < .55 else f"{_aside(self, r, noun, e)} ." if form < .75 else f"{_fact(self, r, noun)} .")
     return out
 World.write = write

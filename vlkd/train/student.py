@@ -108,12 +108,13 @@ def voken_corpus(lm, tokens:Tokens, pool, batch:int=256) -> Tokens: # the vokens
     return Tokens(out, starts, pad=-100)
 
 # %% ../../nbs/43_train.student.ipynb #24a2b7e4
-def train_student(data:Data, out, *, teacher:Teacher=None, kd:str="", steps:int=-1, seed:int=0, preset_name:str="paper", weights:dict=None, head:bool=True, crd_keys:str="tokens", corpus:str="text", what:str="student") -> tuple[StudentObjective, list]:
-    "Train a student on `data.sentences` (`corpus=\"text+captions\"`: and on the captions, without video). Teacher and student must share the tokeniser."
+def train_student(data:Data, out, *, teacher:Teacher=None, kd:str="", steps:int=-1, seed:int=0, preset_name:str="paper", weights:dict=None, head:bool=True, crd_keys:str="tokens", corpus:str="text", start=None, what:str="student") -> tuple[StudentObjective, list]:
+    "Train a student on `data.sentences` (`corpus=\"text+captions\"`: and on the captions, without video), from the language model `start` where one is given. Teacher and student must share the tokeniser."
     s = data.s; steps = s.steps if steps < 0 else steps; seed_everything(seed); pool = None
     if corpus not in ("text", "captions", "text+captions"): raise ValueError(f"corpus {corpus!r}: it should be text, captions or text+captions")
     if "voken" in parse_kd(kd): pool = video_states(teacher.video, data.pairs, voken_pool(data.pairs, s.vokens, seed)).to(device())
     lm = language_model(s, data.tokenizer, 1000+seed)
+    if start is not None: lm.load_state_dict(start.state_dict())
     o = StudentObjective(lm, teacher.lm if teacher is not None else None, kd, s=s, args=preset(preset_name), weights=weights, pool=pool, head=head, crd_keys=crd_keys)
     if "crd" in o.kd: centre(o, text_collator(data.tokens, data.tokenizer, s, seed)([(k, 0) for k in range(min(len(data.tokens), 64))]))
     texts = {"text": data.sentences, "captions": data.pairs.captions}; tokens = data.tokens if corpus == "text" else tokenize(data.tokenizer, [t for c in corpus.split("+") for t in texts[c]], s.max_tokens)

@@ -26,10 +26,10 @@ from .data import *
 # %% ../../nbs/42_train.teacher.ipynb #9e43366c
 class TeacherObjective(nn.Module):
     "MLM plus a contrast of token states (B, L, D) with videos (B, D)."
-    def __init__(self, teacher:Teacher, contrast:str="hinge", *, mlm:bool=True, freeze_video:bool=False, hinge:dict=None, nce:dict=None):
+    def __init__(self, teacher:Teacher, contrast:str="hinge", *, mlm:bool=True, weight:float=1., freeze_video:bool=False, hinge:dict=None, nce:dict=None):
         super().__init__()
         if contrast not in ("hinge", "info_nce", "none"): raise ValueError(f"contrast {contrast!r}: it should be hinge, info_nce or none")
-        self.teacher, self.contrast, self.mlm, self.hinge, self.nce = teacher, contrast, mlm, hinge or {}, nce or {}
+        self.teacher, self.contrast, self.mlm, self.weight, self.hinge, self.nce = teacher, contrast, mlm, weight, hinge or {}, nce or {}
         if freeze_video or contrast == "none": teacher.video.requires_grad_(False)
         if not mlm: teacher.lm.cls.requires_grad_(False)
     def forward(self, ids, mask, masked, where, features, frames, order):
@@ -38,7 +38,7 @@ class TeacherObjective(nn.Module):
         if self.contrast != "none":
             v = self.teacher.video(features, frames)
             parts["contrast"] = token_hinge(h, v, mask, **(self.hinge if self.hinge.get("negatives", "random") != "random" else self.hinge | dict(negatives=order))) if self.contrast == "hinge" else info_nce(h, v, mask, **self.nce)
-        return dict(loss=sum(parts.values()), **parts)
+        return dict(loss=sum((self.weight if k == "contrast" else 1)*x for k, x in parts.items()), **parts)
 
 # %% ../../nbs/42_train.teacher.ipynb #9702d01a
 def video_text_collator(tokens:Tokens, pairs:VideoText, rows:np.ndarray, tokenizer, s:Scale, seed:int):
@@ -71,14 +71,14 @@ def pool_of(pairs:VideoText, n:int) -> tuple[np.ndarray, np.ndarray]: # clips, a
     return pairs.clip[pairs.valid][keep], pairs.valid[keep]
 
 # %% ../../nbs/42_train.teacher.ipynb #779260bc
-def train_teacher(data:Data, out, *, contrast:str="hinge", mlm:bool=True, freeze_video:bool=False, shuffle:str="", steps:int=-1, seed:int=0, preset_name:str="paper", hinge:dict=None, what:str="teacher") -> tuple[Teacher, list]:
+def train_teacher(data:Data, out, *, contrast:str="hinge", mlm:bool=True, weight:float=1., freeze_video:bool=False, shuffle:str="", steps:int=-1, seed:int=0, preset_name:str="paper", hinge:dict=None, nce:dict=None, what:str="teacher") -> tuple[Teacher, list]:
     """Train a teacher on `data.pairs` until it converges on held-out pairs or `steps` are done (-1: the scale's; 0: a random teacher). `shuffle` gives captions other clips: "within" those of the same event, "across" any."""
     s, p = data.s, data.pairs; steps = s.teacher_steps if steps < 0 else steps; args = preset(preset_name)
     seed_everything(seed); teacher = Teacher(s, data.tokenizer, p.features.shape[-1], seed)
     some = np.unique(p.clip[p.train]); some = some if len(some) <= 20_000 else np.sort(rng("standardise", seed).choice(some, 20_000, replace=False)) # means need no more, and memory does
     teacher.video.standardise(p.features[some], p.mask[some])
     if shuffle: p = shuffled(p, shuffle, data, seed)
-    o = TeacherObjective(teacher, contrast, mlm=mlm, freeze_video=freeze_video, hinge=args.get("token_hinge", {}) | (hinge or {}), nce=args.get("info_nce"))
+    o = TeacherObjective(teacher, contrast, mlm=mlm, weight=weight, freeze_video=freeze_video, hinge=args.get("token_hinge", {}) | (hinge or {}), nce=args.get("info_nce", {}) | (nce or {}))
     held = min(len(p.valid), 1024); held -= held % s.batch if held > s.batch else 0 # whole batches: a pair alone has no negative
     make = lambda rows, sd: video_text_collator(data.caption_tokens, p, rows, data.tokenizer, s, sd)
     history = [] if not steps else fit(o, make(p.train, seed), len(p.train), out, steps=steps, batch=s.batch, lr=s.teacher_lr, warmup=s.warmup, weight_decay=s.weight_decay, seed=seed, lengths=data.caption_tokens.lengths[p.train], valid=(make(p.valid[:held], 2**31), held), eval_every=min(s.eval_every, steps), patience=s.patience, what=what)
