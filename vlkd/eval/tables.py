@@ -53,7 +53,7 @@ class Page:
         self.present = [i for i in rows if self.runs[i]]; self.references = [i for i in references if i in self.present]
         self.by = {i: pd.concat([r.examples for r in self.runs[i]], ignore_index=True).assign(run=i) for i in self.present}
         self.examples = pd.concat(self.by.values(), ignore_index=True); self.examples["kind"] = self.examples["kind"].fillna("")
-        self.columns = {h: c for h, c in self.columns.items() if column(c)[1] == "" or len(pick(self.by[plain], c))} # a subset that a scale does not know is no column there
+        self.gone = [h for h, c in self.columns.items() if column(c)[1] and not len(pick(self.by[plain], c))]; self.columns = {h: c for h, c in self.columns.items() if h not in self.gone} # a subset that a scale does not know is no column there
     def __repr__(self): return f"Page({self.id}: {len(self.present)} rows, worlds {', '.join(map(str, self.worlds))})"
 
     def settings(self, **more) -> pd.DataFrame:
@@ -70,7 +70,7 @@ class Page:
         w = self.per_world(); mean, sd = w.groupby("run", sort=False).mean(), w.groupby("run", sort=False).std(); self.mean = mean; several = len(self.worlds) > 1; lines = []
         for i in self.present:
             lines += [[h+":", *[""]*len(mean.columns)] for h, first in (groups or {}).items() if first == i]; lines.append([self.label[i], *["no data here" if pd.isna(v) else v for v in mean.loc[i]]])
-        table = pd.DataFrame(lines, columns=["", *mean.columns]); missing = [self.label[i] for i in self.label if i not in self.present]; notes = [f"Not run at scale {self.scale}: {', '.join(missing)}."] if missing else []
+        table = pd.DataFrame(lines, columns=["", *mean.columns]); missing = [self.label[i] for i in self.label if i not in self.present]; notes = [f"Not run at scale {self.scale}: {', '.join(missing)}."]*bool(missing) + [f"No such questions at scale {self.scale}: {', '.join(self.gone)}."]*bool(self.gone)
         spread = [f"\u00a0±\u00a0{sd.loc[i, c]:.1f}" if several else "" for i in self.present for c in mean.columns if not pd.isna(mean.loc[i, c])]; it = iter(spread)
         html = re.sub(r"(<td class=num>.*?)(</td>)", lambda m: m[1]+next(it)+m[2], table_html(table, best=list(mean.columns), digits=1, skip=[self.label[i] for i in self.references], notes=notes, caption=caption or f"Accuracy, scale {self.scale}, {len(self.worlds)} world{'s' if several else ''}"))
         html = re.sub(r"<td>([^<]*:)</td>(?:<td></td>)+", lambda m: f"<td colspan={table.shape[1]}><i>{m[1][:-1]}</i></td>", html); it = iter(spread)
