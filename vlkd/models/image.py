@@ -111,13 +111,16 @@ class _Visual(nn.Module):
 def load_clip(arch:str="ViT-B-32-quickgelu",  # of open_clip; OpenAI's weights need the quickgelu form
               weights=None) -> ImageEncoder: # frozen, on `device()`
     "CLIP's image encoder with local weights."
+    import logging
     f = find_weights([arch, "ViT-B-32", "clip"] if arch == "ViT-B-32-quickgelu" else [arch], weights); oc = _package("open_clip", "open_clip_torch")
     if f.is_dir():
         try: net, arch = oc.create_model(f"local-dir:{f}"), "clip"
         except Exception as e: raise ValueError(f"{f}: not a folder that open_clip can load ({type(e).__name__}: {str(e)[:150]})") from None
         stamp = fingerprint({p.name: sha256_file(p) for p in sorted(f.iterdir()) if p.is_file()})[:8]
     else:
-        net, stamp = oc.create_model(arch, pretrained=None), sha256_file(f)[:8]
+        quiet = logging.root.manager.disable; logging.disable(max(quiet, logging.WARNING))          # it warns that the weights are random, which they are for a moment
+        try: net, stamp = oc.create_model(arch, pretrained=None), sha256_file(f)[:8]
+        finally: logging.disable(quiet)
         net.load_state_dict(check_state(_clip_state(f), net.state_dict(), f"{f} (as open_clip's {arch})", optional=("input_resolution", "context_length", "vocab_size")))
     size = net.visual.image_size; size = size if isinstance(size, int) else size[0]
     enc = ImageEncoder(_Visual(net), f"clip-{arch}-{stamp}", 0, size, True, tuple(net.visual.image_mean), tuple(net.visual.image_std)).to(device())
