@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOUNS', 'SHAPES', 'ROUND', 'COLOURS', 'TEXTURES', 'SIZES', 'EVENTS', 'CLASSES', 'STATIC', 'PAST', 'BASE', 'SAID',
            'EDITION', 'FRAMES', 'SIDE', 'FILMED', 'WHO', 'REGULARS', 'PLACE', 'GOOD', 'BAD', 'TALK', 'WHEN', 'CHORES',
-           'ASKED', 'MAKERS', 'World', 'render', 'clips', 'frames', 'talk', 'write', 'said_of', 'task']
+           'ASKED', 'MAKERS', 'World', 'surfaces', 'render', 'clips', 'frames', 'talk', 'write', 'said_of', 'task']
 
 # %% ../../nbs/12_data.tabletop.ipynb #1aa42007
 import itertools, random
@@ -138,18 +138,29 @@ def _script(event:str, outcome:str, t:np.ndarray):
         x = np.array([-8, -8, -7, -5, -3, 0, 4, 8.]) if outcome == "roll" else np.array([-8, -8, -7, -5, -3, -2, -1.5, -1.5])
     return x, y, sx, sy, gap, dark
 
+# %% ../../nbs/12_data.tabletop.ipynb #5c1fb2a0
+def _dice(seeds) -> np.ndarray: # (N, 8) in [0, 1)
+    "The dice of each take: place (2), light, background (3), texture, colour."
+    return np.stack([np.random.default_rng(int(s)).random(8) for s in seeds]).astype(np.float32)
+
+def _pick(u, names): return (u*len(names)).astype(int)
+
+def surfaces(seeds) -> pd.DataFrame: # columns texture, colour
+    "Texture and colour of takes, by the seeds given to `render`: a noun has neither, each take has both."
+    u = _dice(seeds); return pd.DataFrame(dict(texture=np.array(TEXTURES)[_pick(u[:, 6], TEXTURES)], colour=np.array(list(COLOURS))[_pick(u[:, 7], COLOURS)]))
+
 # %% ../../nbs/12_data.tabletop.ipynb #268dc0f8
 def render(nouns:pd.DataFrame, events, outcomes, seeds, noise:float=10.) -> np.ndarray: # (N, FRAMES, SIDE, SIDE, 3) uint8
     "Film each noun (rows of `nouns`) in an event; `seeds` fix place, light and noise of each take."
     n, t = len(nouns), np.arange(FRAMES); yy, xx = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
-    u01 = np.stack([np.random.default_rng(int(s)).random(8) for s in seeds]).astype(np.float32)
+    u01 = _dice(seeds)
     P = np.stack([np.stack(_script(e, o, t)) for e, o in zip(events, outcomes)]).astype(np.float32) # (N, 6, FRAMES)
     cx, cy = 16+5*(u01[:, 0]-.5), 18+2*(u01[:, 1]-.5)
     light = .8+.4*u01[:, 2]; back = np.stack([90+70*u01[:, 3], 90+70*u01[:, 4], 90+70*u01[:, 5]], 1)
     img = np.broadcast_to(back[:, None, None, None], (n, FRAMES, SIDE, SIDE, 3)).astype(np.float32).copy()
     img[:, :, 27:] *= .6                                                     # the table
     ev, sh = np.array(list(events)), nouns["shape"].to_numpy()
-    tx = np.array(TEXTURES)[(u01[:, 6]*len(TEXTURES)).astype(int)]; rgb = np.array(list(COLOURS.values()), np.float32)[(u01[:, 7]*len(COLOURS)).astype(int)]
+    tx, rgb = np.array(TEXTURES)[_pick(u01[:, 6], TEXTURES)], np.array(list(COLOURS.values()), np.float32)[_pick(u01[:, 7], COLOURS)]
     img[ev == "heat", :, 26:29, 10:22] = (255, 150, 30)                      # a flame
     for k in np.flatnonzero(ev == "squeeze"): c = int(round(cx[k])); img[k, :, 12:25, [max(c-11, 0), min(c+11, SIDE-1)]] = 60 # the jaws
     for k in np.flatnonzero(ev == "push"): img[k, 1:5, 14:22, 0:4] = (225, 180, 150) # a hand

@@ -100,16 +100,16 @@ def _every(frames, clips, fps) -> tuple[Fraction, int]: # samples a second, samp
 
 def encode_video(item:VideoItem,     # what to read
                  frames=None,        # encoder of frames: name, dim, encode(uint8 (T, H, W, 3)) -> (T, dim)
-                 clips=None,         # encoder of clips: also `frames`, `rate`, `size`; encode(uint8 (N, frames, size, size, 3)) -> (N, dim)
+                 clips=None,         # encoder of clips: also `frames`, `rate`, `size`, perhaps `trailing`; encode(uint8 (N, frames, size, size, 3)) -> (N, dim)
                  fps:float=1.0,      # rows a second
                  max_frames:int=512, # at most so many rows
                  batch:int=16        # frames at a time, and a quarter as many clips
                 ) -> tuple[np.ndarray, bool]: # float32 (T, frames.dim + clips.dim), whether rows were left out
     "Features of one video; `VideoError` where it has no frame, `VideoWarning` where it breaks off."
-    rate, every = _every(frames, clips, fps); span = clips.frames if clips is not None else 1
-    limit = max(max_frames*every+1, (clip_of_row(max_frames-1, every, span)+1)*span)
-    wanted = {clip_of_row(i, every, span): i for i in range(max_frames)} if clips is not None else {}
-    two, three, at, held, clip, stack, size, n = [], [], {}, [], [], [], None, 0
+    rate, every = _every(frames, clips, fps); span = clips.frames if clips is not None else 1; late = getattr(clips, "trailing", False)
+    limit = max(max_frames*every+1, 0 if late else (clip_of_row(max_frames-1, every, span)+1)*span)
+    wanted = {clip_of_row(i, every, span): i for i in range(max_frames)} if clips is not None and not late else {}
+    two, three, at, held, clip, stack, size, n, recent = [], [], {}, [], [], [], None, 0, deque(maxlen=span)
     def flush(held, out, enc):
         if held: out.append(_checked(enc, enc.encode(np.stack(held)), len(held))); held.clear()
     def close():                                             # a clip is complete
@@ -122,13 +122,15 @@ def encode_video(item:VideoItem,     # what to read
             if frames is not None and k % every == 0 and k < max_frames*every: held.append(s.rgb(size[0]))
             if k//span in wanted:
                 at.setdefault(k//span, len(at)); clip.append(centre_crop(s.rgb(size[1]), clips.size))
+            if late and k < max_frames*every: recent.append(centre_crop(s.rgb(size[1]), clips.size))
         except (ValueError, OSError, NotImplementedError) as e: raise VideoError(f"{item.path}: the frame at {s.time:.2f} s cannot be converted to RGB ({e})") from None
         if len(held) == batch: flush(held, two, frames)
+        if late and k % every == 0 and k < max_frames*every: clip = [recent[0]]*(span-len(recent))+list(recent)
         if len(clip) == span: close()
     rows = min(max_frames, -(-n//every)); close()
     if frames is not None: flush(held, two, frames)
     if clips is not None: flush(stack, three, clips)
-    parts = ([np.concatenate(two)] if frames is not None else []) + ([np.concatenate(three)[[at[clip_of_row(i, every, span)] for i in range(rows)]]] if clips is not None else [])
+    parts = ([np.concatenate(two)] if frames is not None else []) + ([np.concatenate(three)[[i if late else at[clip_of_row(i, every, span)] for i in range(rows)]]] if clips is not None else [])
     return np.concatenate(parts, 1, dtype=np.float32), n > max_frames*every
 
 # %% ../../nbs/26_models.extract.ipynb #b03bb400
@@ -316,7 +318,7 @@ def extract_videos(source,             # a folder, a csv (path,start,end), a vid
     if c is not None and not hasattr(c, "frames"): raise ValueError(f"{c.name} is an encoder of frames, not of clips")
     _every(f, c, fps); both = [e for e in (f, c) if e is not None]
     head = dict(encoder="+".join(e.name for e in both), dim=sum(e.dim for e in both), dims=[e.dim for e in both], fps=float(fps), max_frames=max_frames, dtype=np.dtype(dtype).name,
-                clips=dict(frames=c.frames, rate=float(c.rate), size=c.size) if c is not None else None, reader="stream_frames")
+                clips=dict(frames=c.frames, rate=float(c.rate), size=c.size, **(dict(trailing=True) if getattr(c, "trailing", False) else {})) if c is not None else None, reader="stream_frames")
     with _locked(out): shards = _plan(out, head, items, shard_size)
     mine = range(rank, len(shards), world_size); asked = [i for n in mine for i in shards[n] if i in items]
     with _locked(out, f".lock-{rank}-of-{world_size}"):
