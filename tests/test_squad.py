@@ -241,7 +241,7 @@ def test_folders_that_do_not_fit(tok, tmp_path):
     small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, max_position_embeddings=32); df = question("a b c", "b")
     def save(name, **kw): BertForMaskedLM(BertConfig(**(small | dict(vocab_size=len(tok)) | kw))).save_pretrained(tmp_path/name); tok.save_pretrained(tmp_path/name); return tmp_path/name
     with pytest.raises(FileNotFoundError, match="config.json is missing"): span_classifier(tmp_path/"none", 0)
-    m = save("fits"); r = SquadRecipe(steps=1, batch=2); out = finetune_squad(m, df, df, tmp_path/"out", r); assert out.prediction[0] in "a b c" and len(out) == 1
+    m = save("fits"); r = SquadRecipe(steps=1, batch=2); out = finetune_squad(m, df, df, tmp_path/"out", r); assert out.said[0] in "a b c" and len(out) == 1 and (out.label == 1).all() and (out.right == (out.said == "b")).all()
     again = finetune_squad(m, df, df, tmp_path/"out2", r); pd.testing.assert_frame_equal(out, again)                                       # the head is drawn from the seed
     with pytest.raises(ValueError, match="which has 32 positions; set max_tokens"): finetune_squad(m, df, df, tmp_path/"out", SquadRecipe(max_tokens=64))
     with pytest.raises(ValueError, match="pieces.*do not belong together"): finetune_squad(save("vocabulary", vocab_size=len(tok)+3), df, df, tmp_path/"out", r)

@@ -18,7 +18,7 @@ def frame(name, n=6, text='" {} é\u2028\x0c\x85 {} ', **more):
     return canonical(name, pd.DataFrame({c: [text.format(c, i//2) for i in range(n)] for c in t.columns} | dict(label=[i % len(t.labels) for i in range(n)]) | more))
 
 # ---- round trips
-@pytest.mark.parametrize("name,split", [(n, s) for n in TASKS for s in ("train", "dev") if s == "dev" or n not in ("diagnostics", "axb")])
+@pytest.mark.parametrize("name,split", [(n, s) for n in TASKS for s in ("train", "dev") if s == "dev" or n not in ("mnli_mm", "diagnostics", "axb")])
 @pytest.mark.parametrize("gz", [False, True])
 def test_round_trip(name, split, gz, tmp_path):
     for df in (frame(name), frame(name, id=[f"w1-{i}" for i in range(6)]), frame(name, group=[f"noun{i//3}" for i in range(6)], kind=["", "hidden"]*3)):
@@ -75,8 +75,8 @@ GOOD = {n: f"{HEADS[n]}\n{ROWS[n]}\n".encode() for n in HEADS} | dict(
     swag=b'video-id,fold-ind,startphrase,gold-source,ending0,ending1,ending2,ending3,label\nv,7,"He nods, she",gold,"says ""no"".",b,c,d,2\n',
     diagnostics=b"Lexical Semantics\tPredicate-Argument Structure\tLogic\tKnowledge\tDomain\tPremise\tHypothesis\tLabel\n\t\tNegation\tWorld\tNews\tIt is.\tIt was.\tneutral\n",
     axb=b'{"idx": 7, "label": "entailment", "sentence1": "It is.", "sentence2": "It was.", "logic": "Negation"}\n',
-    piqa=b'{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}\n', tracie=b"event: e starts after f story: s.\tanswer: positive\n", mnli=b"entailment\tone .\ttwo .\n")
-FILE = dict(sst2="dev.tsv", qnli="dev.tsv", qqp="dev.tsv", piqa="valid.jsonl", tracie="uniform_prior_test.txt", mnli="mnli_matched.tsv",
+    piqa=b'{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}\n', tracie=b"event: e starts after f story: s.\tanswer: positive\n", mnli=b"entailment\tone .\ttwo .\n", mnli_mm=b"entailment\tone .\ttwo .\n")
+FILE = dict(sst2="dev.tsv", qnli="dev.tsv", qqp="dev.tsv", piqa="valid.jsonl", tracie="uniform_prior_test.txt", mnli="mnli_matched.tsv", mnli_mm="mnli_mismatched.tsv",
             swag="val.csv", diagnostics="diagnostic-full.tsv", axb="AX-b.jsonl")
 
 def read_bytes(folder, name, data, gz=False):

@@ -12,7 +12,9 @@ from pathlib import Path
 from ..device import *
 from ..core import *
 from .text import *
-from .tasks import read_task
+from ..core import _unknown
+from .tasks import TASKS, read_task
+from .squad import read_squad
 from .catalog import require
 from .real import bert_vocab
 from .corpus import *
@@ -45,5 +47,7 @@ class PaperData:
     @cached_property
     def caption_tokens(self) -> CorpusTokens: return caption_tokens(self.table, self.tokenizer, self.cache/f"captions-{self.s.max_tokens}", self.s.max_tokens)
     def task(self, name, split):
-        if name not in self.tasks: raise ValueError(f"no data for {name!r} at scale {self.s.name!r}; there is {', '.join(self.tasks)}")
-        return read_task(name, self.root/dict(piqa="piqa", tracie="tracie").get(name, f"glue_{name}"), "train" if split == "train" else "dev")
+        if name not in TASKS and name not in ("squad1", "squad2"): raise _unknown("task", name, [*TASKS, "squad1", "squad2"])
+        part = "train" if split == "train" else "dev"; folder = self.root/(dict(mnli_mm="glue_mnli", squad1="squad", squad2="squad", axb="superglue_axb") | {k: k for k in ("piqa", "tracie", "swag")}).get(name, f"glue_{name}")
+        try: return read_squad(folder, part, dict(squad1="1.1", squad2="2.0")[name]) if name.startswith("squad") else read_task(name, folder, part)
+        except FileNotFoundError as e: raise FileNotFoundError(f"scale {self.s.name!r} has no {part} data for {name!r}: {e}") from None

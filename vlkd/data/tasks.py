@@ -35,6 +35,7 @@ TASKS = {t.name: t for t in (
     Task("qnli", "pair", ("entailment", "not_entailment"), ("question", "sentence"), shared="sentence"),
     Task("qqp", "pair", ("not_duplicate", "duplicate"), ("question1", "question2")),
     Task("mnli", "pair", ("entailment", "neutral", "contradiction"), ("sentence1", "sentence2"), shared="sentence1"),
+    Task("mnli_mm", "pair", ("entailment", "neutral", "contradiction"), ("sentence1", "sentence2"), shared="sentence1"),
     Task("piqa", "choice", ("sol1", "sol2"), ("goal", "sol1", "sol2"), shared="goal"),
     Task("tracie", "pair", ("negative", "positive"), ("story", "event"), shared="story"),
     Task("swag", "choice", tuple(f"ending{i}" for i in range(4)), ("startphrase", *(f"ending{i}" for i in range(4))), shared="startphrase"),
@@ -127,13 +128,13 @@ def _tsv(p:Path, want, names=None, drop_ragged=0): # dict column -> list, line n
 # %% ../../nbs/13_data.tasks.ipynb #56561b02
 _FILES = dict( # task -> split -> file names; the first is the one that is written
     sst2=dict(train=["train.tsv"], dev=["dev.tsv"]), qnli=dict(train=["train.tsv"], dev=["dev.tsv"]), qqp=dict(train=["train.tsv"], dev=["dev.tsv"]),
-    mnli=dict(train=["train.tsv"], dev=["dev_matched.tsv", "mnli_matched.tsv"], dev_mismatched=["dev_mismatched.tsv", "mnli_mismatched.tsv"]),
+    mnli=dict(train=["train.tsv"], dev=["dev_matched.tsv", "mnli_matched.tsv"], dev_mismatched=["dev_mismatched.tsv", "mnli_mismatched.tsv"]), mnli_mm=dict(dev=["dev_mismatched.tsv", "mnli_mismatched.tsv"]),
     piqa=dict(train=["train.jsonl", "train_part_clean5601.jsonl"], dev=["valid.jsonl"]),
     tracie=dict(train=["uniform_prior_train.txt", "tracie_train_uniform_prior.txt"], dev=["uniform_prior_test.txt", "tracie_test.txt"], iid_train=["iid_train.txt", "tracie_train.txt"], iid_dev=["iid_test.txt"]),
-    swag=dict(train=["train.csv", "train.jsonl"], dev=["val.csv", "val.jsonl"]), diagnostics=dict(dev=["diagnostic-full.tsv"]), axb=dict(dev=["AX-b.jsonl"]))
+    swag=dict(train=["train.csv", "train.jsonl"], dev=["val.csv", "val.jsonl", "swag_val_first11.csv"]), diagnostics=dict(dev=["diagnostic-full.tsv"]), axb=dict(dev=["AX-b.jsonl"]))
 _GLUE = dict( # task -> id column, label column, spelling of the labels in the file
     sst2=(None, "label", ("0", "1")), qnli=("index", "label", TASKS["qnli"].labels),
-    qqp=("id", "is_duplicate", ("0", "1")), mnli=("index", "gold_label", TASKS["mnli"].labels))
+    qqp=("id", "is_duplicate", ("0", "1")), **{k: ("index", "gold_label", TASKS[k].labels) for k in ("mnli", "mnli_mm")})
 
 def _files(name, split) -> list[str]:
     t = get_task(name)
@@ -149,7 +150,7 @@ def _index(p, lines, got, spelling): # label indices
 def _read_glue(t, p, drop_ragged):
     idc, lab, spelling = _GLUE[t.name]
     bare = ("gold_label", *t.columns) if p.name.startswith("mnli_") else None
-    also = ("promptID", "genre") if t.name == "mnli" and not bare else ()
+    also = ("promptID", "genre") if t.name.startswith("mnli") and not bare else ()
     want = [*([idc] if idc and not bare else []), *also, *t.columns, lab]
     cols, lines = _tsv(p, want, bare, drop_ragged)
     df = {c: cols[c] for c in t.columns} | dict(label=_index(p, lines, cols[lab], spelling))
@@ -282,7 +283,7 @@ def _write_glue(t, df, p) -> dict:
     if t.name == "qqp": # a question keeps its number
         q = pd.factorize(np.array([*text["question1"], *text["question2"]], object))[0]+1; q = [str(i) for i in q]
         cols = dict(id=cols["id"], qid1=q[:len(df)], qid2=q[len(df):]) | text | {lab: y}
-    if t.name == "mnli":
+    if t.name.startswith("mnli"):
         empty = [""]*len(df); votes = ["label1"] if p.name.startswith("train") else [f"label{i}" for i in range(1, 6)]
         cols = dict(index=cols["index"], promptID=df["group"].tolist(), pairID=cols["index"], genre=df["kind"].tolist()) | {
             f"sentence{i}{k}": empty for k in ("_binary_parse", "_parse") for i in (1, 2)} | text | {v: y for v in votes} | {lab: y}
@@ -331,7 +332,7 @@ def write_task(name, df, folder, split="train") -> Path: # the official file
     "Write a split in its official format, with `-groups.tsv` beside it where ids, groups or kinds would be lost; `read_task` gives the same frame back. What the format cannot hold raises ValueError and leaves the folder as it was."
     t = get_task(name); df = canonical(t, df); p = Path(folder)/_files(name, split)[0]
     files = dict(piqa=_write_piqa, tracie=_write_tracie, swag=_write_swag, diagnostics=_write_diagnostics, axb=_write_axb).get(t.name, _write_glue)(t, df, p); side = _beside(p, "-groups.tsv")
-    keeps = dict(piqa=["id"], mnli=["id", "group", "kind"], qnli=["id"], qqp=["id"], swag=["id", "group", "kind"], axb=["id"]).get(t.name, []) # what the official file holds itself
+    keeps = dict(piqa=["id"], mnli=["id", "group", "kind"], mnli_mm=["id", "group", "kind"], qnli=["id"], qqp=["id"], swag=["id", "group", "kind"], axb=["id"]).get(t.name, []) # what the official file holds itself
     plain = canonical(t, df[[*t.columns, *t.extra, "label", *keeps]].assign(**dict(kind=[";".join(r.values()) for r in _tags(df)]) if t.extra else {}))
     if not plain.equals(df): files = {side: _table({c: df[c].tolist() for c in ("id", "group", "kind")}, side)} | files
     data = {n: s.encode() for n, s in files.items()}
@@ -402,7 +403,7 @@ def qnli_from_squad(squad,               # SQuAD v1.1 JSON, plain or .gz
 
 # %% ../../nbs/13_data.tasks.ipynb #b831811a
 _HUB = dict( # task -> repository, configuration, our column -> theirs
-    sst2=("nyu-mll/glue", "sst2", {}), qnli=("nyu-mll/glue", "qnli", {}), qqp=("nyu-mll/glue", "qqp", {}), mnli=("nyu-mll/glue", "mnli", dict(sentence1="premise", sentence2="hypothesis")),
+    sst2=("nyu-mll/glue", "sst2", {}), qnli=("nyu-mll/glue", "qnli", {}), qqp=("nyu-mll/glue", "qqp", {}), **{k: ("nyu-mll/glue", "mnli", dict(sentence1="premise", sentence2="hypothesis")) for k in ("mnli", "mnli_mm")},
     piqa=("ybisk/piqa", None, {}), swag=("allenai/swag", "regular", {}))
 
 def hub_task(name, split:str="train", source:str="", config:str|None=None, **kw) -> pd.DataFrame: # as `read_task`
@@ -410,7 +411,7 @@ def hub_task(name, split:str="train", source:str="", config:str|None=None, **kw)
     from datasets import load_dataset
     t = get_task(name)
     if t.name not in _HUB: raise _unknown("task on the Hub", t.name, _HUB)
-    _files(t, split); repository, usual, other = _HUB[t.name]; theirs = {"dev": "validation_matched" if t.name == "mnli" else "validation", "dev_mismatched": "validation_mismatched"}.get(split, split)
+    _files(t, split); repository, usual, other = _HUB[t.name]; theirs = {"dev": dict(mnli="validation_matched", mnli_mm="validation_mismatched").get(t.name, "validation"), "dev_mismatched": "validation_mismatched"}.get(split, split)
     d = load_dataset(source or repository, config or (None if source else usual), split=theirs, **kw); where = f"{source or repository}, split {theirs}"; need = {c: other.get(c, c) for c in (*t.columns, "label")}
     if lack := [c for c in need.values() if c not in d.column_names]: raise ValueError(f"{where}: no column {lack[0]!r}; expected {', '.join(need.values())}, found {', '.join(d.column_names)}")
     need |= {c: k for c, k in dict(id="idx", group="video-id", kind="gold-source").items() if k in d.column_names}; cols = {c: list(d[k]) for c, k in need.items()}

@@ -15,8 +15,11 @@ import numpy as np
 from ..device import *
 from ..core import *
 from ..data.text import *
-from ..data.tabletop import FRAMES, World
+from ..core import _unknown
+from ..data.tabletop import FRAMES, MAKERS, World
+from ..data.tabletop_more import MORE, more_task
 from ..data.tasks import TASKS, read_task, qnli_from_squad
+from ..data.squad import read_squad
 from ..models.encoders import load_mobilenet
 from ..models.tabletop import load_tabletop_encoder
 
@@ -61,10 +64,12 @@ class TabletopData(Data):
         captions, clip = self.captions; x = tabletop_features(self.world, "clip" if self.features == "clip" else "resnet"); held = self.world.clips.held_out.to_numpy()
         if self.features == "image": x = x[:, FRAMES//2:FRAMES//2+1, :load_tabletop_encoder().dim_2d]
         return VideoText(captions, clip, x, np.ones(x.shape[:2], bool), np.flatnonzero(~held[clip]), np.flatnonzero(held[clip]), [f"{c.event} {c.noun} ({c.take})" for c in self.world.clips.itertuples()])
-    def task(self, name, split): return self.world.task(name, split, None if self.s.captions >= 6000 else dict(train=200, dev=60, test=100)[split])
+    def task(self, name, split): # every task of `World.task` and of `more_task`
+        if name in TASKS and name not in MAKERS and name not in MORE: raise FileNotFoundError(f"Tabletop has no questions of {name!r}; there are {', '.join([*MAKERS, *MORE])}")
+        return more_task(self.world, name, split, None if self.s.captions >= 6000 else dict(train=200, dev=60, test=100).get(split))
 
 class RealData(Data):
-    "Public data under `VLKD_DATA`: Flickr8k, exercises and MSVD for the teacher, Wikipedia text for the student, the tasks' own files. Tasks without data here are absent."
+    "Public data under `VLKD_DATA`: Flickr8k, exercises and MSVD for the teacher, Wikipedia text for the student, the tasks' own files. `task` also gives what there is of the others, and a FileNotFoundError where a file is missing."
     tasks = ("sst2", "qnli", "piqa", "tracie")
     def __init__(self, s, seed, features="video"): super().__init__(s, seed); self.root, self.features = data_dir(), features
     @cached_property
@@ -81,9 +86,13 @@ class RealData(Data):
         from vlkd.data.real import real_sentences
         return real_sentences(limit=self.s.sentences, max_tokens=self.s.max_tokens)[0]
     def task(self, name, split):
-        if name not in self.tasks: raise ValueError(f"no data for {name!r} at scale {self.s.name!r}; there is {', '.join(self.tasks)}")
+        if name not in TASKS and name not in ("squad1", "squad2"): raise _unknown("task", name, [*TASKS, "squad1", "squad2"])
         if name == "qnli" and split == "train": return qnli_from_squad(self.root/"squad"/"train-v1.1.json.gz", seed=0, limit=20000)
-        folder = self.root/dict(sst2="glue_sst2", qnli="glue_qnli").get(name, name); df = read_task(name, folder, "train" if split == "train" else "dev")
+        part = "train" if split == "train" else "dev"; folder = self.root/dict(sst2="glue_sst2", qnli="glue_qnli", qqp="glue_qqp", mnli="mnli_1k", mnli_mm="mnli_1k", swag="swag_fixture_21rows", diagnostics="glue_diagnostics", axb="superglue_axb", squad1="squad", squad2="squad").get(name, name)
+        try:
+            if name.startswith("squad"): df = read_squad(folder, part, dict(squad1="1.1", squad2="2.0")[name]); return df.iloc[rng("squad", 0).permutation(len(df))[:20000]].reset_index(drop=True) if part == "train" else df
+            df = read_task(name, folder, part)
+        except FileNotFoundError as e: raise FileNotFoundError(f"scale {self.s.name!r} has no {part} data for {name!r}: {e}") from None
         if split == "train": # one PIQA training row recurs in the validation set
             text = list(TASKS[name].columns); seen = set(map(tuple, read_task(name, folder, "dev")[text].to_numpy())); df = df[[tuple(r) not in seen for r in df[text].to_numpy()]].reset_index(drop=True)
         return df
