@@ -57,8 +57,8 @@ def version():
 @app.command()
 def extract(source: str = typer.Argument(help="A folder of videos, or a csv with the columns path,start,end."),
             out: str = typer.Option(..., "--out", help="Folder of the feature shards."),
-            frames: str = typer.Option("mobilenet", help="Encoder of frames: mobilenet, resnet152, clip, timm:MODEL, open_clip:ARCH, grid, none; NAME=FILE names the weights."),
-            clips: str = typer.Option("none", help="Encoder of clips: resnext152, resnext101, resnext3d=FILE, none."),
+            frames: str = typer.Option("mobilenet", help="Encoder of frames: mobilenet, resnet152, clip, timm:MODEL, open_clip:ARCH, grid, tabletop-resnet, tabletop-clip, none; NAME=FILE names the weights."),
+            clips: str = typer.Option("none", help="Encoder of clips: resnext152, resnext101, resnext3d=FILE, tabletop-3d, none."),
             weights: str = typer.Option("", help="Folder of the encoders' weights; empty: weights under VLKD_DATA."),
             fps: float = typer.Option(1.0, help="Rows a second."),
             max_frames: int = typer.Option(512, help="At most so many rows a video."),
