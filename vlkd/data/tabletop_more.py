@@ -20,15 +20,13 @@ def _choice(r, true:str, wrong) -> dict:
     ends = sorted([true, *wrong]); r.shuffle(ends); return {f"ending{i}": s for i, s in enumerate(ends)} | dict(label=ends.index(true))
 
 def _swag(self:World, r, d) -> dict:
-    noun, e, what, how, k = d["noun"], r.choice(list(EVENTS)), r.random(), r.choice((0, 1)), r.random() < .3
-    who, other = r.sample(WHO, 2); away, third = r.sample([x for x in EVENTS if x != e], 2); far = r.choice([x for x in self._of(d["split"]) if x != noun])
-    if what < .6: # an outcome; what belongs to another event fills up the four
+    noun, e, what, how, k = d["noun"], r.choice(list(EVENTS)), r.random(), r.choice((0, 1)), r.random() < .3; few = .4 if d["split"] == "train" else .6
+    who, other = r.sample(WHO, 2); away = r.choice([x for x in EVENTS if x != e])
+    if what < few: # an outcome; what belongs to another event fills up the four
         e, outcomes = ("push", STATIC["push"]) if what < .1 else (e, EVENTS[e]); fill = r.sample([o for x, v in (EVENTS | STATIC).items() if x != e for o in v], 4-len(outcomes))
         return dict(startphrase=f"{who} {_did(e, k, noun)} and it", **_choice(r, SAID[d[e]][how], [SAID[o][how] for o in (*outcomes, *fill) if o != d[e]]), kind="static" if e == "push" else _kind(d))
-    if what < .75: return dict(startphrase=f"the {noun} is kept", **_choice(r, f"in the {PLACE[d['category']]}", [f"in the {x}" for x in r.sample([x for c, x in PLACE.items() if c != d["category"]], 3)]), kind="said")
-    a, b = (f"{who} {_did(e, k, noun)}", f"{other} {_did(away, r.random() < .3, far)}")[::1 if r.random() < .5 else -1]
-    wrong = (f"{PAST[e][0]} by {other}", f"{PAST[away][0]} by {who}", r.choice((f"{PAST[third][0]} by {who}", f"{PAST[away][0]} by {other}")))
-    return dict(startphrase=f"{a} and {b} . the {noun} was", **_choice(r, f"{PAST[e][0]} by {who}", wrong), kind="language")
+    if what < few+(1-few)/2: return dict(startphrase=f"the {noun} is kept", **_choice(r, f"in the {PLACE[d['category']]}", [f"in the {x}" for x in r.sample([x for c, x in PLACE.items() if c != d["category"]], 3)]), kind="said")
+    return dict(startphrase=f"{who} {_did(e, k, noun)} . the {noun} was", **_choice(r, f"{PAST[e][0]} by {who}", [f"{PAST[x][0]} by {w}" for x, w in ((e, other), (away, who), (away, other))]), kind="language")
 
 # %% ../../nbs/17_data.tabletop_more.ipynb #36215c69
 def _diagnostics(self:World, r, d) -> dict:
@@ -54,31 +52,27 @@ def _pair(self:World, r, d, same) -> dict|None:
     "Another thing for which `same(other)` holds, as likely to be filmed as `d`; None where some tries find none."
     return next((x for x in (self.things[r.choice(self._of(d["split"]))] for _ in range(40)) if x["noun"] != d["noun"] and x["filmed"] == d["filmed"] and same(x)), None)
 
-def _asks(self:World, r, d, none:bool) -> tuple|None: # question, answer or None, deeds (who, event, noun, when), kind
+def _asks(self:World, r, d) -> tuple|None: # question, answer or None, deeds (who, event, noun, when), kind
     "A question about which of two things something is true."
     what, e, people = r.random(), r.choice(list(EVENTS)), r.sample(WHO, 2)
-    if what < .7:
-        o = r.choice(EVENTS[e]); said = r.choice(SAID[o]); keys = (e, e+"_other")
-        x = _pair(self, r, d, (lambda x: not any(y[k] == o for y in (d, x) for k in keys)) if none else (lambda x: all((x[k] == o) != (d[k] == o) for k in keys))); q, kind = f"what {said} ?", _kind(d)
-        right = None if none or x is None else d if d[e] == o else x
-    elif what < .85:
-        e = "push"; o = r.choice(STATIC["push"]); x = _pair(self, r, d, (lambda x: o not in (d[e], x[e])) if none else (lambda x: x[e] != d[e])); q, kind = f"what {r.choice(SAID[o])} ?", "static"
-        right = None if none or x is None else d if d[e] == o else x
-    else:
-        c = r.choice([c for c in PLACE if c != d["category"]]) if none else d["category"]; x = _pair(self, r, d, lambda x: x["category"] not in (c, d["category"])); q, kind = f"what is kept in the {PLACE[c]} ?", "said"; right = None if none else d
+    if what < .7: o = r.choice(EVENTS[e]); keys = (e, e+"_other"); x = _pair(self, r, d, lambda x: all((x[k] == o) != (d[k] == o) for k in keys)); q, kind = f"what {r.choice(SAID[o])} ?", _kind(d)
+    elif what < .85: e = "push"; o = r.choice(STATIC["push"]); x = _pair(self, r, d, lambda x: x[e] != d[e]); q, kind = f"what {r.choice(SAID[o])} ?", "static"
+    else: x = _pair(self, r, d, lambda x: x["category"] != d["category"]); q, kind = f"what is kept in the {PLACE[d['category']]} ?", "said"
     if x is None: return None
-    return q, right and f"the {right['noun']}", list(zip(people, (e, e), [y["noun"] for y in ((d, x) if r.random() < .5 else (x, d))], r.sample(WHEN, 2))), kind
+    right = d if kind == "said" or d[e] == o else x
+    return q, f"the {right['noun']}", list(zip(people, (e, e), [y["noun"] for y in ((d, x) if r.random() < .5 else (x, d))], r.sample(WHEN, 2))), kind
 
 def _reads(self:World, r, d, none:bool) -> tuple: # as `_asks`
-    "A question in the words of the context, which says the answer."
-    people, nouns, events = r.sample(WHO, 3), [d["noun"], *r.sample([x for x in self._of(d["split"]) if x != d["noun"]], 2)], r.sample(list(EVENTS), 2)
+    "A question in the words of the context, which says the answer or, with `none`, does not."
+    people, nouns, events = r.sample(WHO, 2), [d["noun"], *r.sample([x for x in self._of(d["split"]) if x != d["noun"]], 2)], r.sample(list(EVENTS), 3)
     deeds = list(zip(people, events, nouns, r.sample(WHEN, 2))); who, e, noun, when = deeds[0]; ask = r.choice(("who", "when")); r.shuffle(deeds)
     answer = None if none else dict(who=who, when=when)[ask]
-    if none: noun = nouns[-1]                                                                     # something that the context does not name
+    if none: e, noun = events[-1], nouns[-1]                                                      # a deed and a thing that the context does not name
     return {"who": f"who {_did(e, 0, noun)} ?", "when": f"when was the {noun} {PAST[e][0]} ?"}[ask], answer, deeds, "language"
 
 def _squad(self:World, r, d, version:str="1.1") -> dict|None:
-    none = version == "2.0" and r.random() < 1/3; got = (_reads if r.random() < (.8 if d["split"] == "train" else .5) else _asks)(self, r, d, none) # reading is slow to learn while most questions cannot be read
+    train = d["split"] == "train"; reads = r.random() < (.8 if train else .5) # reading is slow to learn while most questions cannot be read
+    got = _reads(self, r, d, version == "2.0" and r.random() < (.25 if train else .5)) if reads else _asks(self, r, d)
     if got is None: return None
     q, answer, deeds, kind = got; context, at = "", {}
     for who, e, noun, when in deeds:
