@@ -63,7 +63,7 @@ def top_table(found:dict, clips, texts, names, k:int=3, n:int=8) -> pd.DataFrame
 
 def retrieval(o:StudentObjective, teacher:Teacher, data, *, n:int=8) -> tuple: # recall table, top table
     "Recall and nearest clips of held-out captions against held-out clips, in every space of the student."
-    clips, caps = pool_of(data.pairs, data.s.clip_pool); fit = rng("map", data.seed).permutation(len(data.sentences))[:2000]
+    clips, caps = pool_of(data.pairs, data.s.clip_pool); fit = rng("map", data.seed).permutation(len(data.tokens))[:2000]
     found = spaces(o, teacher, data, data.caption_tokens, caps, clips, fit)
     return recall_table(found), top_table(found, clips, [data.pairs.captions[c] for c in caps], data.pairs.names, n=n)
 

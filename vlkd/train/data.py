@@ -103,8 +103,7 @@ def load_data(s:Scale, seed:int=1, *, counterfactual:bool=False, features:str="v
     if features not in FEATURES: raise ValueError(f"features {features!r}: it should be {', '.join(FEATURES)}")
     if s.data_kind == "tabletop": return TabletopData(s, seed, counterfactual, features, told)
     if counterfactual or told: raise ValueError(f"scale {s.name!r} has no {'counterfactual: real videos cannot be filmed again' if counterfactual else 'share of told outcomes: its text is what it is'}")
-    if features == "clip": raise ValueError(f"scale {s.name!r} has no CLIP features here; extract them with vlkd extract and give their folder")
+    if features == "clip" and s.data_kind != "paper": raise ValueError(f"scale {s.name!r} has no CLIP features here; extract them with vlkd extract and give their folder")
     if s.data_kind == "real": return RealData(s, seed, features)
-    if features != "video": raise ValueError(f"scale {s.name!r} takes the features in its own folder; features = {features!r} is for tabletop and real")
     from vlkd.data.paper import PaperData
-    return PaperData(s, seed)
+    return PaperData(s, seed, features=features)
