@@ -522,6 +522,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'vlkd.explore.nouns_of': ('explore.html#nouns_of', 'vlkd/explore.py'),
                               'vlkd.explore.open_explorer': ('explore.html#open_explorer', 'vlkd/explore.py'),
                               'vlkd.explore.panel': ('explore.html#panel', 'vlkd/explore.py'),
+                              'vlkd.explore.picture': ('explore.html#picture', 'vlkd/explore.py'),
                               'vlkd.explore.rollout': ('explore.html#rollout', 'vlkd/explore.py'),
                               'vlkd.explore.show': ('explore.html#show', 'vlkd/explore.py'),
                               'vlkd.explore.small_explorer': ('explore.html#small_explorer', 'vlkd/explore.py'),
