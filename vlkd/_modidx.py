@@ -490,6 +490,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'vlkd.explore._noun_states': ('explore.html#_noun_states', 'vlkd/explore.py'),
                               'vlkd.explore._pool': ('explore.html#_pool', 'vlkd/explore.py'),
                               'vlkd.explore._probed': ('explore.html#_probed', 'vlkd/explore.py'),
+                              'vlkd.explore._quoted': ('explore.html#_quoted', 'vlkd/explore.py'),
                               'vlkd.explore._short': ('explore.html#_short', 'vlkd/explore.py'),
                               'vlkd.explore._split': ('explore.html#_split', 'vlkd/explore.py'),
                               'vlkd.explore._states': ('explore.html#_states', 'vlkd/explore.py'),

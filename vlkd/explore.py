@@ -249,6 +249,7 @@ _FIT = {"both": ("●", palette[0], "this thing in this event"), "one": ("◐", 
 def _short(name:str) -> str: return name.replace("student-", "").replace("teacher-", "") if name not in ("student", "teacher") else name
 def _label(x, name) -> str: k = x.kinds[name]; s = _short(name); return k if s == k else f"{k}\n{s}"
 def _colours(names) -> dict: return {n: palette[i % 8] for i, n in enumerate(names)}
+def _quoted(s:str, width:int=84) -> str: return textwrap.fill(f"“{s}”", width)
 def _finish(fig): plt.close(fig); return fig # a figure that is open when its cell ends is shown a second time
 
 def clips_figure(x:Explorer, found:pd.DataFrame, title:str=""):
@@ -264,7 +265,7 @@ def clips_figure(x:Explorer, found:pd.DataFrame, title:str=""):
             ax.set_title(f"{mark} {label}  {r.similarity:.2f}".strip(), color=colour, fontsize=10.5, pad=3)
             ax.set_xlabel(textwrap.fill(f"“{textwrap.shorten(r.caption.rstrip(' .'), 80, placeholder=' ...')}”", 43), fontsize=8.5, color="#555555", labelpad=3)
         line[0].set_ylabel(_label(x, name), rotation=0, ha="right", va="center", fontsize=10.5, labelpad=8)
-    if title: fig.suptitle(f"“{title}”", fontsize=12.5)
+    if title: fig.suptitle(_quoted(title), fontsize=12.5)
     if marks: fig.legend(handles=[plt.Line2D([], [], ls="", label=f"{m} {t}") for m, _, t in _FIT.values()], labelcolor=[c for _, c, _ in _FIT.values()], loc="outside lower center", ncol=3, handlelength=0, handletextpad=0, fontsize=9.5)
     return _finish(fig)
 
@@ -298,10 +299,10 @@ def _heat(ax, m, tokens, labels=True, vmax=None, size=10):
     ax.tick_params(length=0)
 
 def attention_figure(x:Explorer, sentence:str, models=None, layer:int=None, head:int=None):
-    "Heat maps, a model each: the row is the token that looks, the column what it looks at."
-    style(); names = list(x.shown if models is None else models); got = {n: attention(x, n, sentence) for n in names}; L = max(len(t) for _, t in got.values()); side = min(max(2.6, .34*L), 5.2, 11/len(names)-.8); size = max(4, min(10, 44*side/L))
+    "Heat maps, a model each: the row is the token that looks, the column what it looks at. Of the rollout, the darkest colour is the strongest look at another token: each looks at itself most."
+    style(); names = list(x.shown if models is None else models); got = {n: attention(x, n, sentence) for n in names}; L = max(len(t) for _, t in got.values()); side = min(max(2.6, .34*L), 5.2, (11 if L < 17 else 14.5)/len(names)-.8); size = max(5, min(10, 56*side/L))
     fig, axes = plt.subplots(1, len(names), figsize=((side+.8)*len(names), side+1.75), squeeze=False)
-    for ax, n in zip(axes[0], names): a, tok = got[n]; _heat(ax, attention_of(a, layer, head), tok, size=size); ax.set_title(_label(x, n), fontsize=10.5)
+    for ax, n in zip(axes[0], names): a, tok = got[n]; m = attention_of(a, layer, head); _heat(ax, m, tok, size=size, vmax=m[~np.eye(len(m), dtype=bool)].max() if layer is None else None); ax.set_title(_label(x, n), fontsize=10.5)
     fig.suptitle(("attention rollout" if layer is None else f"attention of layer {layer}, "+("mean of heads" if head is None else f"head {head}"))+": a row's token looks at a column's", fontsize=12); return _finish(fig)
 
 def heads_figure(x:Explorer, sentence:str, name:str):
@@ -433,7 +434,7 @@ def guess_figure(x:Explorer, sentence:str, guesses:pd.DataFrame):
             if i == masks[-1]: ax.set_xlabel("probability")
         if len(masks) > 1: line[0].set_ylabel(f"[MASK] {i}")
     if marked: fig.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=c, label=t) for c, t in ((palette[0], "the true outcome"), (palette[1], "another outcome"), ("#c9c9c9", "neither"))], loc="outside lower center", ncol=3)
-    fig.suptitle(f"“{clean_sentence(sentence)}”", fontsize=12.5); return _finish(fig)
+    fig.suptitle(_quoted(clean_sentence(sentence)), fontsize=12.5); return _finish(fig)
 
 def masked_version(x:Explorer, sentence:str) -> str:
     "A sentence to guess at: itself where it holds `[MASK]`; where it names a thing of Tabletop and an event, one in the words of the written text that asks for the outcome; else its last word masked."
