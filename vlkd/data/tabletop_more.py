@@ -63,12 +63,10 @@ def _asks(self:World, r, d) -> tuple|None: # question, answer or None, deeds (wh
     return q, f"the {right['noun']}", list(zip(people, (e, e), [y["noun"] for y in ((d, x) if r.random() < .5 else (x, d))], r.sample(WHEN, 2))), kind
 
 def _reads(self:World, r, d, none:bool) -> tuple: # as `_asks`
-    "A question in the words of the context, which says the answer or, with `none`, does not."
-    people, nouns, events = r.sample(WHO, 2), [d["noun"], *r.sample([x for x in self._of(d["split"]) if x != d["noun"]], 2)], r.sample(list(EVENTS), 3)
-    deeds = list(zip(people, events, nouns, r.sample(WHEN, 2))); who, e, noun, when = deeds[0]; ask = r.choice(("who", "when")); r.shuffle(deeds)
-    answer = None if none else dict(who=who, when=when)[ask]
-    if none: e, noun = events[-1], nouns[-1]                                                      # a deed and a thing that the context does not name
-    return {"who": f"who {_did(e, 0, noun)} ?", "when": f"when was the {noun} {PAST[e][0]} ?"}[ask], answer, deeds, "language"
+    "A question in the words of the context, which says who and when, and never where."
+    people, nouns, events = r.sample(WHO, 2), [d["noun"], r.choice([x for x in self._of(d["split"]) if x != d["noun"]])], r.sample(list(EVENTS), 2)
+    deeds = list(zip(people, events, nouns, r.sample(WHEN, 2))); who, e, noun, when = deeds[0]; ask = "where" if none else r.choice(("who", "when")); r.shuffle(deeds)
+    return f"who {_did(e, 0, noun)} ?" if ask == "who" else f"{ask} was the {noun} {PAST[e][0]} ?", dict(who=who, when=when).get(ask), deeds, "language"
 
 def _squad(self:World, r, d, version:str="1.1") -> dict|None:
     train = d["split"] == "train"; reads = r.random() < (.8 if train else .5) # reading is slow to learn while most questions cannot be read
