@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINSHIP', 'outcome_counts', 'differing', 'answer_name', 'with_texts', 'question_table', 'scene', 'filmed',
            'text_queries', 'nearest_clips', 'fits', 'kinship', 'own_film', 'peers', 'rate_table', 'chance_rates',
-           'constant_rates', 'agreement', 'shared_words', 'crossed', 'shown_answer', 'clip_answers', 'sentences_of',
-           'save_distillation', 'load_distillation', 'text_retrieval', 'retrieval_records']
+           'constant_rates', 'own_and_others', 'found_by', 'shared_words', 'crossed', 'shown_answer', 'clip_answers',
+           'sentences_of', 'save_distillation', 'load_distillation', 'text_retrieval', 'retrieval_records']
 
 # %% ../../nbs/55a_eval.examples.ipynb #3824ce00
 import re
@@ -160,12 +160,21 @@ def constant_rates(world:World, queries) -> dict: # noun, event, outcome, peer i
     q = queries.assign(outcome=[world.things[n][e] for n, e in zip(queries["noun"], queries["event"])]); best = lambda d, c: 100*d.groupby(c).size().max()/len(q)
     return dict(noun=best(q, "noun"), event=best(q, "event"), outcome=best(q, ["event", "outcome"]), peer=sum(best(d, "outcome") for _, d in q.groupby("event")))
 
-# %% ../../nbs/55a_eval.examples.ipynb #a09525c7
-def agreement(top, reference:tuple) -> pd.Series: # (model, space) -> per cent
-    "Share of a query's first clips that are also among those of the `reference`, a (model, space) of `top`."
-    sets = {key: d["clip"].map(lambda c: {c}).groupby(d["query"]).agg(lambda s: set().union(*s)) for key, d in top.groupby(["model", "space"], sort=False)}
-    if reference not in sets: raise ValueError(f"no {reference} in the table; there are {', '.join(map(str, sets))}")
-    return pd.Series({key: 100*float(np.mean([len(a & b)/len(b) for a, b in zip(s, sets[reference])])) for key, s in sets.items() if key != reference})
+# %% ../../nbs/55a_eval.examples.ipynb #210a8f48
+def own_and_others(top, pool, right) -> pd.DataFrame: # model, space, own, others in per cent
+    "Share of each query's clips that are `right` (Q, N; columns as `pool`) for it, and the same with the clips of all other queries; one row a model and space."
+    at, right, rows = {int(c): i for i, c in enumerate(pool)}, np.asarray(right, float), []
+    for (m, sp), d in top.groupby(["model", "space"], sort=False):
+        s = np.zeros_like(right); s[d["query"], d["clip"].map(at)] = 1
+        if (bare := s.sum(1) == 0).any(): raise ValueError(f"{m}, {sp}: no clip for query {bare.argmax()} of {len(right)}")
+        x = s/s.sum(1, keepdims=True) @ right.T; n = len(x); rows.append(dict(model=m, space=sp, own=100*x.trace()/n, others=100*(x.sum()-x.trace())/(n*(n-1)) if n > 1 else np.nan))
+    return pd.DataFrame(rows)
+
+def found_by(top, pool, model:str, space:str, n:int) -> np.ndarray: # (n, N) boolean
+    "Which clips of `pool` a model found for each of `n` queries: what `own_and_others` takes to measure agreement with it."
+    d = top[(top["model"] == model) & (top["space"] == space)]
+    if not len(d): raise ValueError(f"no {model}, {space} in the table; there are {', '.join(sorted(set(top['model']+', '+top['space'])))}")
+    out = np.zeros((n, len(pool)), bool); out[d["query"], d["clip"].map({int(c): i for i, c in enumerate(pool)})] = True; return out
 
 def shared_words(texts, captions, rare:float=.1) -> np.ndarray: # (texts, captions) boolean
     "Whether a text and a caption share a word of at least four letters that stands in fewer than a share `rare` of the captions."
@@ -208,16 +217,19 @@ def sentences_of(task, row:dict) -> list[str]:
 # %% ../../nbs/55a_eval.examples.ipynb #27405509
 def save_distillation(o:StudentObjective, folder) -> Path:
     "Write the heads of a student, and CRD's `f1` and `f2`, to `distillation.safetensors` in its folder."
-    from safetensors.torch import save_file
-    state = {k: v.detach().cpu().contiguous() for k, v in o.state_dict().items() if k.startswith(("heads.", "crd.f1.", "crd.f2."))}; f = Path(folder)/"distillation.safetensors"; f.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, f, metadata={"kd": "+".join(o.kd), "head": str(int(any(k.startswith("heads.") for k in state)))}); return f
+    from safetensors.torch import save
+    state = {k: v.detach().cpu().contiguous() for k, v in o.state_dict().items() if k.startswith(("heads.", "crd.f1.", "crd.f2."))}
+    with atomic(f := Path(folder)/"distillation.safetensors", "wb") as h: h.write(save(state, {"kd": "+".join(o.kd), "head": str(int(any(k.startswith("heads.") for k in state)))}))
+    return f
 
 def load_distillation(folder, teacher_lm, s:Scale) -> tuple: # student in eval mode, tokeniser
     "Load a student with its heads; a folder without `distillation.safetensors` gives a student without heads. ValueError where they do not fit teacher or scale."
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     lm, tok = load_model(folder); f = Path(folder)/"distillation.safetensors"
     if not f.is_file(): return StudentObjective(lm, s=s).eval(), tok
-    with safe_open(str(f), "pt") as h: meta, state = h.metadata() or {}, {k: h.get_tensor(k) for k in h.keys()}
+    try:
+        with safe_open(str(f), "pt") as h: meta, state = h.metadata() or {}, {k: h.get_tensor(k) for k in h.keys()}
+    except SafetensorError as e: raise ValueError(f"{f} is cut off or no safetensors file ({e}); run the student again") from None
     if lack := [k for k in ("kd", "head") if k not in meta]: raise ValueError(f"{f}: no {lack[0]!r} in its metadata; save_distillation writes it")
     o = StudentObjective(lm, teacher_lm, meta["kd"], s=s, pool=state.get("heads.voken.2.weight"), head=meta["head"] == "1") if meta["kd"] else StudentObjective(lm, s=s)
     try: info = o.load_state_dict(state, strict=False)
