@@ -9,9 +9,10 @@ import torch
 from vlkd.core import preset, scale
 from vlkd.data.tabletop import BASE, EVENTS, FILMED, PAST, World, _did, _do
 from vlkd.data.text import train_tokenizer
-from vlkd.eval.examples import (chance_rates, clip_answers, constant_rates, crossed, differing, filmed, fits, found_by, kinship, load_distillation, nearest_clips, outcome_counts, own_and_others, own_film,
-                                peers, question_table, rate_table, retrieval_records, save_distillation, scene, sentences_of, shared_words, shown_answer, text_queries, with_texts)
+from vlkd.eval.examples import (chance_rates, clip_answers, constant_rates, crossed, differing, filmed, fits, found_by, kinship, nearest_clips, outcome_counts, own_and_others, own_film,
+                                peers, question_table, rate_table, retrieval_records, scene, sentences_of, shared_words, shown_answer, text_queries, with_texts)
 from vlkd.eval.stats import check_examples
+from vlkd.train.student import load_distillation, save_distillation
 from vlkd.models.language import language_model, save_model
 from vlkd.train.student import StudentObjective
 

@@ -25,7 +25,8 @@ def mend_torchvision() -> bool: # whether the operators had to be declared
     if torch.version.cuda or spec is None or _kept: return bool(_kept)
     if "+cu" not in (Path(spec.origin).parent/"version.py").read_text(): return False
     lib = torch.library.Library("torchvision", "FRAGMENT"); _kept.append(lib)
-    for op in ("nms", "qnms"): lib.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for op in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError): lib.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor") # somebody has declared it already
     return True
 
 # %% ../nbs/01_device.ipynb #4673386c

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, BertTokenizer
 
 from ..device import *
 from ..core import *
+from transformers import PreTrainedTokenizerFast, BertTokenizer
 
 # %% ../../nbs/10_data.text.ipynb #2be7b3ee
 @dataclass

@@ -6,7 +6,7 @@
 __all__ = ['KINSHIP', 'outcome_counts', 'differing', 'answer_name', 'with_texts', 'question_table', 'scene', 'filmed',
            'text_queries', 'nearest_clips', 'fits', 'kinship', 'own_film', 'peers', 'rate_table', 'chance_rates',
            'constant_rates', 'own_and_others', 'found_by', 'shared_words', 'crossed', 'shown_answer', 'clip_answers',
-           'sentences_of', 'save_distillation', 'load_distillation', 'text_retrieval', 'retrieval_records']
+           'sentences_of', 'text_retrieval', 'retrieval_records']
 
 # %% ../../nbs/55a_eval.examples.ipynb #3824ce00
 import re
@@ -26,7 +26,7 @@ from ..models.video import *
 from ..models.retrieval import *
 from ..losses.contrastive import unit
 from ..train.teacher import pool_of, sentence_states, video_states
-from ..train.student import StudentObjective, parse_kd
+from ..train.student import StudentObjective, parse_kd, load_distillation
 from .retrieval import ridge, spaces
 from .stats import _paired
 
@@ -213,29 +213,6 @@ def sentences_of(task, row:dict) -> list[str]:
     "The sentences of a question for which clips are looked up: the first text column, in sentences."
     t = get_task(task); text = row[t.columns[0]]
     return [text] if t.kind == "choice" else [p for s in sentences(text) for p in re.split(r"(?<= [.!?]) ", s) if p]
-
-# %% ../../nbs/55a_eval.examples.ipynb #27405509
-def save_distillation(o:StudentObjective, folder) -> Path:
-    "Write the heads of a student, and CRD's `f1` and `f2`, to `distillation.safetensors` in its folder."
-    from safetensors.torch import save
-    state = {k: v.detach().cpu().contiguous() for k, v in o.state_dict().items() if k.startswith(("heads.", "crd.f1.", "crd.f2."))}
-    with atomic(f := Path(folder)/"distillation.safetensors", "wb") as h: h.write(save(state, {"kd": "+".join(o.kd), "head": str(int(any(k.startswith("heads.") for k in state)))}))
-    return f
-
-def load_distillation(folder, teacher_lm, s:Scale) -> tuple: # student in eval mode, tokeniser
-    "Load a student with its heads; a folder without `distillation.safetensors` gives a student without heads. ValueError where they do not fit teacher or scale."
-    from safetensors import SafetensorError, safe_open
-    lm, tok = load_model(folder); f = Path(folder)/"distillation.safetensors"
-    if not f.is_file(): return StudentObjective(lm, s=s).eval(), tok
-    try:
-        with safe_open(str(f), "pt") as h: meta, state = h.metadata() or {}, {k: h.get_tensor(k) for k in h.keys()}
-    except SafetensorError as e: raise ValueError(f"{f} is cut off or no safetensors file ({e}); run the student again") from None
-    if lack := [k for k in ("kd", "head") if k not in meta]: raise ValueError(f"{f}: no {lack[0]!r} in its metadata; save_distillation writes it")
-    o = StudentObjective(lm, teacher_lm, meta["kd"], s=s, pool=state.get("heads.voken.2.weight"), head=meta["head"] == "1") if meta["kd"] else StudentObjective(lm, s=s)
-    try: info = o.load_state_dict(state, strict=False)
-    except RuntimeError as e: raise ValueError(f"{f} does not fit: {str(e).splitlines()[1].strip()}") from None
-    if lost := info.unexpected_keys or [k for k in info.missing_keys if k.startswith(("heads.", "crd.f1.", "crd.f2."))]: raise ValueError(f"{f}: {lost[0]} is missing or not expected with {meta['kd']}")
-    return o.eval(), tok
 
 # %% ../../nbs/55a_eval.examples.ipynb #9a1e1973
 def text_retrieval(data, teacher:Teacher, students:dict, n:int=500, k:int=3, fit:int=2000) -> dict: # queries, pool, top, among

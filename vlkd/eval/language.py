@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from transformers import AutoTokenizer, BertForMultipleChoice, BertForSequenceClassification
 
 from ..device import *
 from ..core import *
@@ -23,6 +22,7 @@ from ..data.tasks import TASKS, get_task, two_way
 from ..models.language import *
 from ..train.loop import *
 from .squad import bert_with_head, finetune_squad, squad_recipe
+from transformers import AutoTokenizer, BertForMultipleChoice, BertForSequenceClassification
 
 # %% ../../nbs/50_eval.language.ipynb #b4ee6b23
 def encode(tokenizer, task, df:pd.DataFrame, max_tokens:int=128) -> Tokens: # one row an example, or one an answer

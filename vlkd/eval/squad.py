@@ -15,8 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from transformers import AutoTokenizer, BertForQuestionAnswering
-from transformers.utils import logging
 
 from ..device import *
 from ..core import *
@@ -24,6 +22,8 @@ from ..core import _unknown
 from ..data.squad import *
 from ..models.language import *
 from ..train.loop import *
+from transformers import AutoTokenizer, BertForQuestionAnswering
+from transformers.utils import logging
 
 # %% ../../nbs/49_eval.squad.ipynb #f765f3d2
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def check_claim(c, where="claim") -> dict:
     for k, t in types.items():
         if k in c and (isinstance(c[k], bool) or not isinstance(c[k], (int, float) if t is float else t)): raise ValueError(f"{where}: {k} = {c[k]!r} should be {t.__name__}")
     for t in c.get("tasks", []):
-        if t not in (known := (*TASKS, "squad1", "squad2")): raise ValueError(f"{where}: " + str(_unknown("task", t, known)))
+        if t not in (known := (*TASKS, "squad1", "squad2", *(f"retrieval-{k}" for k in ("noun", "event", "outcome", "peer")))): raise ValueError(f"{where}: " + str(_unknown("task", t, known)))
     if "tasks" in c and (not c["tasks"] or len(set(c["tasks"])) < len(c["tasks"])): raise ValueError(f"{where}: tasks should name at least one task, each once")
     for k, ok in (("min_effect", lambda v: 0 <= v <= 100), ("bound", lambda v: 0 < v <= 100), ("chance", lambda v: 0 <= v <= 100)):
         if k in c and not ok(c[k]): raise ValueError(f"{where}: {k} = {c[k]} should be in points, {'above 0' if k == 'bound' else '0'} to 100")

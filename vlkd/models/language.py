@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 from ..device import *
 from ..core import *
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 # %% ../../nbs/20_models.language.ipynb #ba70e89e
 def bert_config(s:Scale, vocab_size:int, **more) -> BertConfig:

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import BertModel
 
 from ..device import *
 from ..core import *
 from .language import *
+from transformers import BertModel
 
 # %% ../../nbs/21_models.video.ipynb #713b393d
 def temporal_mean(x, mask=None) -> torch.Tensor: # (B, L, D), (B, L) -> (B, D)

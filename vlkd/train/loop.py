@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_model as load_weights, save_model as save_weights
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..device import *
 from ..core import *
 from ..data.text import *
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 gc.freeze() # imported modules are no garbage: the full collection that Trainer asks for at every start need not walk them
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'KD', 'parse_kd', 'StudentObjective', 'text_collator', 'centre', 'voken_pool', 'voken_corpus', 'on_disk',
-           'stored_pool', 'stored_vokens', 'train_student']
+           'stored_pool', 'stored_vokens', 'train_student', 'save_distillation', 'load_distillation']
 
 # %% ../../nbs/43_train.student.ipynb #08a3d5e1
 from pathlib import Path
@@ -143,3 +143,26 @@ def train_student(data:Data, out, *, teacher:Teacher=None, kd:str="", steps:int=
     known = None if pool is None or not steps else voken_corpus(teacher.lm.to(device()), tokens, pool) if store is None else stored_vokens(data, teacher, tokens, store, out)
     history = fit(o, text_collator(tokens, data.tokenizer, s, seed, known), len(tokens), out, steps=steps, batch=s.batch, lr=s.lr, warmup=s.warmup, weight_decay=s.weight_decay, seed=seed, save_every=s.save_every, what=what) if steps else []
     return o.eval(), history
+
+# %% ../../nbs/43_train.student.ipynb #27405509
+def save_distillation(o:StudentObjective, folder) -> Path:
+    "Write the heads of a student, and CRD's `f1` and `f2`, to `distillation.safetensors` in its folder."
+    from safetensors.torch import save
+    state = {k: v.detach().cpu().contiguous() for k, v in o.state_dict().items() if k.startswith(("heads.", "crd.f1.", "crd.f2."))}
+    with atomic(f := Path(folder)/"distillation.safetensors", "wb") as h: h.write(save(state, {"kd": "+".join(o.kd), "head": str(int(any(k.startswith("heads.") for k in state)))}))
+    return f
+
+def load_distillation(folder, teacher_lm, s:Scale) -> tuple: # student in eval mode, tokeniser
+    "Load a student with its heads; a folder without `distillation.safetensors` gives a student without heads. ValueError where they do not fit teacher or scale."
+    from safetensors import SafetensorError, safe_open
+    lm, tok = load_model(folder); f = Path(folder)/"distillation.safetensors"
+    if not f.is_file(): return StudentObjective(lm, s=s).eval(), tok
+    try:
+        with safe_open(str(f), "pt") as h: meta, state = h.metadata() or {}, {k: h.get_tensor(k) for k in h.keys()}
+    except SafetensorError as e: raise ValueError(f"{f} is cut off or no safetensors file ({e}); run the student again") from None
+    if lack := [k for k in ("kd", "head") if k not in meta]: raise ValueError(f"{f}: no {lack[0]!r} in its metadata; save_distillation writes it")
+    o = StudentObjective(lm, teacher_lm, meta["kd"], s=s, pool=state.get("heads.voken.2.weight"), head=meta["head"] == "1") if meta["kd"] else StudentObjective(lm, s=s)
+    try: info = o.load_state_dict(state, strict=False)
+    except RuntimeError as e: raise ValueError(f"{f} does not fit: {str(e).splitlines()[1].strip()}") from None
+    if lost := info.unexpected_keys or [k for k in info.missing_keys if k.startswith(("heads.", "crd.f1.", "crd.f2."))]: raise ValueError(f"{f}: {lost[0]} is missing or not expected with {meta['kd']}")
+    return o.eval(), tok
