@@ -505,6 +505,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vlkd.eval.stats.detectable_effect': ('eval.stats.html#detectable_effect', 'vlkd/eval/stats.py'),
                                  'vlkd.eval.stats.equivalence': ('eval.stats.html#equivalence', 'vlkd/eval/stats.py'),
                                  'vlkd.eval.stats.holm': ('eval.stats.html#holm', 'vlkd/eval/stats.py'),
+                                 'vlkd.eval.stats.in_subset': ('eval.stats.html#in_subset', 'vlkd/eval/stats.py'),
                                  'vlkd.eval.stats.judge': ('eval.stats.html#judge', 'vlkd/eval/stats.py'),
                                  'vlkd.eval.stats.judge_all': ('eval.stats.html#judge_all', 'vlkd/eval/stats.py'),
                                  'vlkd.eval.stats.mean_interval': ('eval.stats.html#mean_interval', 'vlkd/eval/stats.py'),

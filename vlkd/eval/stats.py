@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'check_examples', 'accuracy_table', 'paired_difference', 'mean_interval', 'detectable_effect',
-           'equivalence', 'holm', 'check_claim', 'read_claims', 'judge_all', 'judge']
+           'equivalence', 'holm', 'check_claim', 'read_claims', 'in_subset', 'judge_all', 'judge']
 
 # %% ../../nbs/52_eval.stats.ipynb #104fde32
 import tomllib
@@ -194,11 +194,16 @@ def read_claims(path) -> list[dict]:
     return d["claim"]
 
 # %% ../../nbs/52_eval.stats.ipynb #4a0bf468
+def in_subset(examples, name:str): # boolean, a value an example
+    "Which examples are of a kind, or have a category (several are joined by `;`)."
+    here = examples["kind"] == name
+    return here | (";"+examples["category"].fillna("")+";").str.contains(f";{name};", regex=False) if "category" in examples else here
+
 def _worlds(claim, examples, runs): # records of each run on the worlds that all have, remark; or None, reason
     parts = []
     for r in runs:
         d = examples[(examples["run"] == r) & examples["task"].isin(claim["tasks"])]
-        if "subset" in claim: d = d[(d["kind"] == claim["subset"]) | (d["category"] == claim["subset"] if "category" in d else False)]
+        if "subset" in claim: d = d[in_subset(d, claim["subset"])]
         if lack := [t for t in claim["tasks"] if t not in set(d["task"])]: return None, f"no records of {r} on {', '.join(lack)}" + (f" of kind {claim['subset']}" if "subset" in claim else "")
         parts.append(d)
     full = [{s for s, t in d.groupby("seed")["task"].nunique().items() if t == len(claim["tasks"])} for d in parts]; common = set.intersection(*full); gone = set.union(*(set(d["seed"]) for d in parts)) - common

@@ -28,7 +28,7 @@ def column(spec:str) -> tuple[tuple, str]: # tasks, subset
 def pick(examples:pd.DataFrame, spec:str) -> pd.DataFrame:
     "The examples that a column counts; none where one of its tasks has no record."
     tasks, subset = column(spec); d = examples[examples.task.isin(tasks)]
-    if subset: d = d[(d["kind"] == subset) | (d["category"] == subset if "category" in d else False)]
+    if subset: d = d[in_subset(d, subset)]
     return d if set(d.task) == set(tasks) else d[:0]
 
 # %% ../../nbs/55_eval.tables.ipynb #219f5f22
