@@ -108,13 +108,13 @@ def cost(scale: str = typer.Option("paper", help="Section of settings.ini."),
 
 @app.command()
 def rehearse(samples: int = typer.Option(1000, help="Size of the stand-in."),
-             steps: int = typer.Option(4, help="Steps of each training."),
+             steps: int = typer.Option(0, help="Steps of each training; 0: 4, and 40 with --notebooks, whose pages check that losses fall."),
              out: str = typer.Option("", help="Folder to keep what it makes; empty: nothing is kept."),
              notebooks: bool = typer.Option(False, "--notebooks", help="Through vlkd reproduce itself: runner, notebooks, all tasks, pages (minutes).")):
     "Run the code of scale paper, with toy sizes, on a stand-in for its data: every teacher and student that the plan has there."
     import time; from vlkd.rehearse import rehearse, rehearse_plan; from vlkd.reproduce import plan_runs
-    if notebooks: raise typer.Exit(rehearse_plan(out or None, samples=samples, steps=steps))
-    began = time.time(); done = rehearse(out or None, samples=samples, steps=steps, runs=plan_runs(scale="paper"), say=lambda x: print(x, flush=True))
+    if notebooks: raise typer.Exit(rehearse_plan(out or None, samples=samples, steps=steps or 40))
+    began = time.time(); done = rehearse(out or None, samples=samples, steps=steps or 4, runs=plan_runs(scale="paper"), say=lambda x: print(x, flush=True))
     print(f"{len(done)} runs of scale paper rehearsed on {samples:,} samples in {time.time()-began:.0f} s; every loss is finite")
 
 # %% ../nbs/71_cli.ipynb #d9ea56e3

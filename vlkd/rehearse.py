@@ -40,12 +40,13 @@ def task_folder(root, name:str) -> Path:
     "Where the files of a fine-tuning task lie."
     return Path(root)/(dict(squad1="squad", squad2="squad", mnli_mm="glue_mnli", axb="superglue_axb") | {k: k for k in ("piqa", "tracie", "swag")}).get(name, f"glue_{name}")
 
-def missing_tasks(names, data=None) -> list[str]: # a line a file
-    "Files of fine-tuning tasks that are not under the folder of data sets, as `PaperData.task` looks for them."
+def missing_tasks(names, data=None, told=()) -> list[str]: # a line a file
+    "Files of fine-tuning tasks that are not under the folder of data sets, as `PaperData.task` looks for them; those that lines of `missing_data` (`told`) name already are left out."
     root = Path(data or data_dir(need=False) or "VLKD_DATA"); out = []
     for n in dict.fromkeys(names):
         folder = task_folder(root, n); files = SQUAD_FILES[dict(squad1="1.1", squad2="2.0")[n]] if n.startswith("squad") else TASK_FILES[get_task(n).name]
-        out += [f"{n}: no {split} data; {' or '.join(files[split])} (or .gz) should be in {folder}" for split in ("train", "dev") if split in files and not any((folder/f"{f}{z}").is_file() for f in files[split] for z in ("", ".gz"))]
+        out += [f"{n}: no {split} data; {' or '.join(files[split])} (or .gz) should be in {folder}" for split in ("train", "dev") if split in files and not any((folder/f"{f}{z}").is_file() for f in files[split] for z in ("", ".gz"))
+                and not any(l.startswith(f"{folder.name} is ") and any(f in l for f in files[split]) for l in told)]
     return out
 
 def _data_lines(lack, scale_name) -> str: return f"data for scale {scale_name}: " + (f"{len(lack)} sets are missing\n  " + "\n  ".join(lack) if lack else "all is here")
@@ -59,7 +60,7 @@ def report_plan(runs, scale_name:str="paper", *, tables=(), seeds:int=1, data=No
     import pandas as pd
     lack = missing_data(scale_name, data, tables or None); root = status(data).set_index("data set")["where"].get("howto100m", "howto100m"); used = {p.get("features", "video") for _, p in runs}
     if "clip" in used and not Path(root, "features-clip").is_dir(): lack.append(f"howto100m lacks features-clip/: runs with features = \"clip\" need it. Make it with vlkd extract VIDEOS --out {root}/features-clip --frames clip --clips resnext152.")
-    asked = [t.strip() for _, p in runs if "kd" in p for t in (p.get("tasks", "") or ",".join(PaperData.tasks)).split(",") if t.strip()]; lack += [x for x in missing_tasks(asked, data) if not any(l.startswith(f"{Path(x.rsplit(' in ', 1)[1]).name} is missing") for l in lack)]
+    asked = [t.strip() for _, p in runs if "kd" in p for t in (p.get("tasks", "") or ",".join(PaperData.tasks)).split(",") if t.strip()]; lack += missing_tasks(asked, data, lack)
     df = plan_cost(runs, scale_name, name=name, utilisation=utilisation, caption_tokens=caption_tokens, frames=frames); s = scale(scale_name)
     if not len(df): return _data_lines(lack, scale_name)
     big = any(p.get("size") for _, p in runs); shared = {k: v for k, v in storage(s, text=PAPER["wiki103"]).items() if k in ("features", "captions", "caption_tokens", "corpus")} | ({"features-clip": storage(scale(scale_name, feature_dim=sum(WIDTHS["clip"])))["features"]} if "clip" in used else {}) | ({"corpus of English Wikipedia": storage(s)["corpus"]} if big else {})
@@ -137,11 +138,11 @@ def toy_settings(out, **toy) -> Path: # a settings.ini
     with atomic(Path(out)/"settings.ini") as f: f.write("\n".join(lines))
     return Path(out)/"settings.ini"
 
-def rehearse_plan(out=None, ids=("all",), *, samples:int=1000, steps:int=4, jobs:int=2, **toy) -> int: # exit code of the command
-    "`vlkd reproduce IDS --scale paper` on the stand-in, with toy sizes; runs, reports and cache stay under `out`."
+def rehearse_plan(out=None, ids=("all",), *, samples:int=1000, steps:int=40, jobs:int=2, **toy) -> int: # exit code of the command
+    "`vlkd reproduce IDS --scale paper` on the stand-in, with toy sizes; runs, reports and cache stay under `out`. The pages check that losses fall and that a teacher finds its clips, for which it needs ten times `steps`."
     out, keep = Path(out or tempfile.mkdtemp(prefix="vlkd-rehearse-")).resolve(), out is not None
     try:
-        root = write_rehearsal(out/"data", samples, (TOY | toy)["feature_dim"]); f = toy_settings(out, **(dict(steps=steps, teacher_steps=steps, eval_every=max(1, steps//2), save_every=steps, ft_epochs=1) | toy))
+        root = write_rehearsal(out/"data", samples, (TOY | toy)["feature_dim"]); f = toy_settings(out, **(dict(steps=steps, teacher_steps=10*steps, eval_every=max(1, 5*steps//2), save_every=steps, teacher_lr=3e-3, warmup=max(1, steps//4), ft_epochs=1) | toy))
         env = dict(os.environ, VLKD_SETTINGS=str(f), VLKD_DATA=str(root), **{f"VLKD_{k.upper()}": str(out/k) for k in ("runs", "reports", "cache")}, **{f"VLKD_{k.upper()}": str(path(k)) for k in ("nbs", "cards")})
         return subprocess.run([sys.executable, "-c", "from vlkd.cli import main; main()", "reproduce", *ids, "--scale", "paper", "--jobs", str(jobs)], env=env).returncode
     finally:
