@@ -35,7 +35,8 @@ def pick(examples:pd.DataFrame, spec:str) -> pd.DataFrame:
 def show(df:pd.DataFrame, html:str=None, digits:int=1, **kw) -> None:
     "Display a frame as html, as markdown and as text; `kw` goes to `plots.table_html`."
     notes = "".join(f"\n{n}\n" for n in kw.get("notes", ()))
-    display({"text/html": html or table_html(df, digits=digits, **kw), "text/markdown": table_md(df, digits)+notes, "text/plain": df.to_string(index=False)}, raw=True)
+    html = (html or table_html(df, digits=digits, **kw)).replace("<tr><td>", "<tr><td style='white-space:nowrap'>") if len(df.columns) and df.iloc[:, 0].astype(str).str.len().max() < 40 else html or table_html(df, digits=digits, **kw)
+    display({"text/html": html, "text/markdown": table_md(df, digits)+notes, "text/plain": df.to_string(index=False)}, raw=True)
 
 def points(d) -> str: # +3.2 (+1.0 to +5.4)
     "A difference and its 95 % interval in words."
@@ -94,26 +95,27 @@ class Page:
         heads = [h for h in (heads or self.columns) if h in self.columns]; pairs = pairs or [(i, against or self.plain) for i in self.present if i != (against or self.plain)]
         rows = [dict(run=a, against=b, row=self.label[a] if len({b for _, b in pairs}) == 1 else f"{self.label[a]} − {self.label[b]}", measure=h, **{k: d[k] for k in ("diff", "low", "high", "p", "n_worlds", "n_clusters", "n_examples", "detectable")}) for a, b in pairs for h in heads if (d := self.compare(a, b, self.columns[h]))]
         d = pd.DataFrame(rows, columns=["run", "against", "row", "measure", "diff", "low", "high", "p", "n_worlds", "n_clusters", "n_examples", "detectable"]); heads = [h for h in heads if (d.measure == h).any()]; n = d.row.nunique()
-        style(); fig, axes = plt.subplots(1, len(heads), figsize=(width*len(heads)+1.5, 1.2+.32*n), sharey=True, squeeze=False)
-        for ax, h in zip(axes[0], heads): bars_with_ci(d[d.measure == h], x="row", y="diff", lo="low", hi="high", title=h, xlabel="points", ax=ax); ax.axvline(0, color="#666666", ls="--", lw=1.2)
+        style(); one = n == 1; fig, axes = plt.subplots(1, 1 if one else len(heads), figsize=(6, 1.2+.32*len(heads)) if one else (width*len(heads)+1.5, 1.2+.32*n), sharey=True, squeeze=False)
+        if one: bars_with_ci(d, x="measure", y="diff", lo="low", hi="high", title=d.row[0], xlabel="points", ax=axes[0, 0]); axes[0, 0].axvline(0, color="#666666", ls="--", lw=1.2)
+        for ax, h in zip(axes[0], () if one else heads): bars_with_ci(d[d.measure == h], x="row", y="diff", lo="low", hi="high", title=h, xlabel="points", ax=ax); ax.axvline(0, color="#666666", ls="--", lw=1.2)
         self.figures["differences"] = fig; self.tables["differences"] = d; plt.show()
         show(pd.DataFrame([{"difference, points (95 % interval)": r, **{h: points(x.iloc[0]) if len(x := d[(d.row == r) & (d.measure == h)]) else "–" for h in heads}} for r in dict.fromkeys(d.row)])); return d
 
-    def kinds(self, task:str, ids:list=None, order=("hidden", "static", "said", "language", "unfilmed"), chance:float=50.) -> pd.DataFrame|None:
-        "Draw accuracy by kind of question; None where the scale knows no kinds."
+    def kinds(self, task:str, ids:list=None, order=("hidden", "static", "said", "language", "unfilmed"), chance:float=50.) -> None:
+        "Draw accuracy by kind of question, where the scale knows kinds."
         ids = [i for i in (ids or self.present) if i in self.present]; here = [k for k in order if len(pick(self.by[self.plain], f"{task}:{k}"))]
         if not here: display(Markdown("The questions of this scale have no kinds.")); return
         d = pd.DataFrame([dict(kind=k, run=i, row=self.label[i], **{c: r[c] for c in ("mean", "low", "high", "n_examples")}) for k in here for i in ids for r in [mean_interval(pick(self.by[i], f"{task}:{k}"), n_boot=self.n_boot)]])
-        ax = bars_with_ci(d, x="kind", y="mean", lo="low", hi="high", hue="row", chance=chance, xlabel=f"accuracy on {task.upper()}"); self.figures[f"{task}_kinds"] = ax.figure; self.tables[f"{task}_kinds"] = d; plt.show(); return d
+        ax = bars_with_ci(d, x="kind", y="mean", lo="low", hi="high", hue="row", chance=chance, xlabel=f"accuracy on {task.upper()}"); self.figures[f"{task}_kinds"] = ax.figure; self.tables[f"{task}_kinds"] = d; plt.show()
 
-    def probes(self, models:dict) -> pd.DataFrame|None: # run id -> label
-        "Draw what a linear probe reads from the states of filmed test nouns; None where the scale has no attributes."
+    def probes(self, models:dict) -> None: # run id -> label
+        "Draw what a linear probe reads from the states of filmed test nouns, where the scale has attributes."
         found = [r.table("probe").assign(run=i, world=w) for i in models for w in self.worlds for r in [self.all.get(f"{i}@{w}")] if r is not None and "tables/probe.csv" in r.result["files"]]
         if not found: display(Markdown("These data have no attributes to probe.")); return
         p = pd.concat(found, ignore_index=True); self.tables["probe"] = p; p = p[p.kind == "filmed"].groupby(["run", "type", "attribute"], sort=False)[["accuracy", "majority"]].mean().mul(100).reset_index(); p["model"] = p.run.map(models)
         p = pd.concat([p, p.drop_duplicates("attribute").assign(model="majority", accuracy=lambda d: d.majority)]); style(); fig, axes = plt.subplots(1, 2, figsize=(11, 1.2+.12*len(p.model.unique())*4), sharex=True)
         for ax, t in zip(axes, ("dynamic", "static")): bars_with_ci(p[p.type == t], x="attribute", y="accuracy", lo=None, hi=None, hue="model", xlabel="probe accuracy", title=t, ax=ax)
-        axes[0].get_legend().remove(); self.figures["probe"] = fig; plt.show(); return p
+        axes[0].get_legend().remove(); self.figures["probe"] = fig; plt.show()
 
     def judge(self, extra:pd.DataFrame=None) -> list[dict]:
         "Judge the claims of this table; show verdict and evidence. `extra` are examples of runs that are no rows."
