@@ -60,7 +60,7 @@ def test_odd_sentences_are_shown(x, s):
     pages = ex.look(x, s); assert "The nearest clips" in pages and "Where they look" in pages
 
 def test_unknown_names(x):
-    for f in (lambda: x.model("student-tex"), lambda: ex.find_clips(x, "drop it", ["student-tex"]), lambda: ex.look(x, "drop it", "student-tex"), lambda: ex.answers(x, "student-tex", "student-text")):
+    for f in (lambda: x.model("student-tex"), lambda: ex.find_clips(x, "drop it", ["student-tex"]), lambda: ex.look(x, "drop it", "student-tex"), lambda: ex.recorded_answers(x, "student-tex", "student-text")):
         with pytest.raises(ValueError, match="unknown run .*'student-tex'; did you mean 'student-text'.*teacher-micro"): f()
     with pytest.raises(ValueError, match="unknown noun 'ketle'; did you mean 'kettle'"): ex.noun_attributes(x, "ketle")
     with pytest.raises(ValueError, match="unknown scale 'mcro'; did you mean 'micro'"): ex.open_explorer("mcro")
@@ -79,7 +79,7 @@ def test_runs_of_other_data_are_refused(x, copies):
 def test_answers_of_other_questions_are_refused(x, copies):
     from vlkd.core import record
     folder, inputs = copies; run = x.runs["student-text"]; e = run.examples; e["label"] = 1-e["label"].clip(upper=1); record(folder/f"student-text@{x.seed}", metrics={}, examples=e)
-    with pytest.raises(ValueError, match="recorded label of .* was run on other data"): ex.answers(ex.Explorer("smoke", x.seed, inputs(), s=x.s), "student-text", "student-nst-crd-micro")
+    with pytest.raises(ValueError, match="recorded label of .* was run on other data"): ex.recorded_answers(ex.Explorer("smoke", x.seed, inputs(), s=x.s), "student-text", "student-nst-crd-micro")
 
 def test_broken_model_is_named(x, copies):
     folder, inputs = copies; (folder/f"student-text@{x.seed}"/"student"/"config.json").unlink()

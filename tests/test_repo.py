@@ -250,7 +250,7 @@ def test_ci_stops_at_a_failing_test(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("VLKD_", "MAKE", "MFLAGS"))}
     ci = lambda: subprocess.run(["bash", str(d/".ci"/"run")], cwd=tmp_path, capture_output=True, text=True, env=env)
     make(0); r = ci(); assert r.returncode == 0, r.stderr
-    assert r.stdout.splitlines()[-3:] == [f"vlkd reproduce --scale smoke {tmp_path}/shared/data", f"vlkd report --check {tmp_path}/shared/data", "pytest: 3 passed, 1 skipped in 2.50s"]
+    assert r.stdout.splitlines()[-3:] == [f"vlkd reproduce all --scale smoke {tmp_path}/shared/data", f"vlkd report --check {tmp_path}/shared/data", "pytest: 3 passed, 1 skipped in 2.50s"]
     make(3); r = ci(); assert r.returncode and "vlkd" not in r.stdout and r.stdout.splitlines()[-1].startswith("pytest: 3 passed")
     (d/".ci"/"run").stat().st_mode & 0o111 or pytest.fail(".ci/run is not executable")
 

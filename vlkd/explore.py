@@ -7,7 +7,7 @@ __all__ = ['Model', 'Explorer', 'model_table', 'small_explorer', 'open_explorer'
            'unread', 'nouns_of', 'noun_in', 'example', 'event_in', 'find_clips', 'clip_pictures', 'clips_figure',
            'attention', 'rollout', 'attention_of', 'attention_figure', 'heads_figure', 'template_of', 'near_nouns',
            'near_figure', 'noun_facts', 'noun_attributes', 'facts_sentence', 'attributes_figure', 'guess',
-           'guess_figure', 'masked_version', 'answers', 'differences', 'answers_figure', 'look', 'panel']
+           'guess_figure', 'masked_version', 'recorded_answers', 'differences', 'answers_figure', 'look', 'panel']
 
 # %% ../nbs/62_explore.ipynb #e4670cad
 import contextlib, io, json, os, re, shutil, tempfile, textwrap
@@ -443,7 +443,7 @@ def masked_version(x:Explorer, sentence:str) -> str:
     return f"the woman {PAST[event][0]} the {noun} and it [MASK] ." if x.world and noun and event else re.sub(r"\w+(\W*)$", r"[MASK]\1", s if re.search(r"[.!?]$", s) else f"{s} .")
 
 # %% ../nbs/62_explore.ipynb #5e744ab7
-def answers(x:Explorer, a:str, b:str, noun:str="", task:str="") -> pd.DataFrame: # task, kind, question, truth, a's answer, b's answer, who
+def recorded_answers(x:Explorer, a:str, b:str, noun:str="", task:str="") -> pd.DataFrame: # task, kind, question, truth, a's answer, b's answer, who
     "Recorded answers of two students to the same test questions, of one `task` and about one `noun` where they are named. `who` was right: both, a, b or neither. Its columns of answers have the students' names."
     for n in (a, b):
         if x.model(n).kind != "student": raise ValueError(f"{n} is a teacher; only students answered questions: {', '.join(x.students)}")
@@ -491,7 +491,7 @@ def look(x:Explorer, sentence:str, a:str="", b:str="", k:int=4) -> dict: # title
     out["The nearest nouns"] = near_figure(x, noun, near_nouns(x, noun, names, template_of(s, noun)), event)
     out["What they know of it"] = attributes_figure(x, noun, noun_attributes(x, noun, names)) if x.world else facts_sentence(x, noun)
     if len(names) > 2 and all("examples.parquet" in x.runs[n].result["files"] for n in names[1:]):
-        d = answers(x, *names[1:], noun)
+        d = recorded_answers(x, *names[1:], noun)
         out["Test questions about it"] = answers_figure(x, d, f"test questions about the {noun}") if len(d) else f"No test question is about the {noun}"+(f", which is a {noun_facts(x, noun)['split']} noun." if x.world else ".")
         if len(differences(d)): out["Where the students differ"] = differences(d).replace({"who": {"a": _short(names[1]), "b": _short(names[2])}}).rename(columns={"who": "right", names[1]: _short(names[1]), names[2]: _short(names[2])})
     return out

@@ -435,9 +435,7 @@ class _Nursery:
 
 def _nursery_works() -> bool:
     "Whether workers may be forked here."
-    if os.environ.get("VLKD_NURSERY") == "0" or sys.platform != "linux" or not _device().startswith("CPU"): return False
-    spec = importlib.util.find_spec("torchvision")
-    return spec is None or not spec.origin or "+cu" not in (Path(spec.origin).parent/"version.py").read_text()
+    return os.environ.get("VLKD_NURSERY") != "0" and sys.platform == "linux" and _device().startswith("CPU")
 
 # %% ../nbs/70_reproduce.ipynb #48525ec0
 def _environment(jobs:int) -> dict:
