@@ -65,6 +65,21 @@ def test_links_of_the_pages_lead_somewhere():
         text = re.sub(r"^```.*?^```", "", (ROOT/f).read_text(encoding="utf-8"), flags=re.S|re.M)
         for l in re.findall(r"\]\((?!\w+:|#)([^)\s#]+)", text): assert (ROOT/l).exists(), f"{f} links to {l}"
 
+def test_commands_of_the_pages_exist():
+    "Commands of `vlkd` with their options, and targets of make, in shell blocks and in backticks."
+    import shlex
+    from typer.main import get_command
+    from vlkd.cli import app
+    text = "\n".join((ROOT/f).read_text(encoding="utf-8") for f in ("README.md", "CONTRIBUTING.md")); targets = re.findall(r"^([a-z]+):", (ROOT/"Makefile").read_text(), re.M)
+    shell = [l.split("#")[0].strip() for b in re.findall(r"^```sh\n(.*?)^```", text, re.S|re.M) for l in b.splitlines()]; inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S|re.M))
+    said = [l for l in [*shell, *inline] if re.match(r"(\.venv/bin/)?(vlkd|make) ", l)]; assert len(said) > 10
+    for l in said:
+        tool, *words = shlex.split(l)
+        if tool == "make": assert words[0] in targets, l; continue
+        c = get_command(app)
+        while words and hasattr(c, "commands"): assert words[0] in c.commands, l; c = c.commands[words.pop(0)]
+        if words: c.make_context(c.name, words) # a usage error where an option or an argument is none of the command's
+
 
 def test_settings_agree_with_pyproject():
     import vlkd

@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from .device import *
 from .core import *
@@ -36,6 +37,8 @@ from .train.student import *
 from .eval.language import finetune_all
 from .eval.probe import STATIC_ATTRIBUTES, noun_states
 from .eval.retrieval import ridge
+
+disable_progress_bar() # in Jupyter every model that is opened would leave a bar above the figures
 
 # %% ../nbs/62_explore.ipynb #8ec90335
 class Model:
