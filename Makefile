@@ -2,7 +2,7 @@
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && exit; done; echo python3)
 ARGS ?=
 bin = .venv/bin
-quiet = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1 MPLBACKEND=agg TOKENIZERS_PARALLELISM=false
+quiet = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1 MPLBACKEND=agg TOKENIZERS_PARALLELISM=false
 
 .PHONY: help reproduce test lab export readme clean distclean
 .DEFAULT_GOAL := help

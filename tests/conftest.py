@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-for k, v in dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1", MPLBACKEND="agg", TOKENIZERS_PARALLELISM="false").items(): os.environ.setdefault(k, v)
+for k, v in dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1", MPLBACKEND="agg", TOKENIZERS_PARALLELISM="false").items(): os.environ.setdefault(k, v)
 
 
 import vlkd # noqa: E402,F401 a torchvision that imports

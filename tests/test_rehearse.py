@@ -29,7 +29,7 @@ def test_what_differs_at_paper_leaves_other_keys_alone(tmp_path):
 def test_dry_run_without_any_data(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "VLKD_DATA"} | dict(VLKD_RUNS=str(tmp_path))
     r = subprocess.run([sys.executable, "-c", "from vlkd.cli import main; main()", "reproduce", "m1", "m4", "--scale", "paper", "--dry-run"], capture_output=True, text=True, env=env); assert r.returncode == 0, r.stderr
-    for s in ("two-stage@1: would run: never run", "howto100m is missing", "wikipedia_en is missing", "howto100m lacks features-clip/", "swag: no train data", "squad2: no train data", "GPU_hours", "12L/768H", "assumed 30% of its peak", "in all, 12 runs", "shared by all runs"): assert s in r.stdout, s
+    for s in ("two-stage@1: would run: never run", "howto100m is missing", "wikipedia_en is missing", "howto100m lacks features-clip/", "swag is missing", "squad2: no train data", "GPU_hours", "12L/768H", "assumed 30% of its peak", "in all, 12 runs", "shared by all runs"): assert s in r.stdout, s
     assert r.stdout.count("howto100m is missing") == 1 and not list(tmp_path.rglob("*.json"))
     r = subprocess.run([sys.executable, "-c", "from vlkd.cli import main; main()", "reproduce", "m4", "--scale", "paper"], capture_output=True, text=True, env=env); assert r.returncode == 2 and "VLKD_DATA" in r.stderr
 

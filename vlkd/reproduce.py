@@ -440,7 +440,7 @@ def _nursery_works() -> bool:
 # %% ../nbs/70_reproduce.ipynb #48525ec0
 def _environment(jobs:int) -> dict:
     "Environment of a worker: absolute paths, few threads, no progress bars, no network."
-    env = dict(os.environ, OMP_NUM_THREADS=str(max(1, _cores()//jobs)), TQDM_DISABLE="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONHASHSEED="0",
+    env = dict(os.environ, OMP_NUM_THREADS=str(max(1, _cores()//jobs)), TQDM_DISABLE="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", PYTHONHASHSEED="0",
                OMP_WAIT_POLICY="PASSIVE", JUPYTER_PREFER_ENV_PATH="1", PYDEVD_DISABLE_FILE_VALIDATION="1", VLKD_SETTINGS=str(settings_file()))
     env.pop("MPLBACKEND", None)                                             # the kernel then draws figures into the notebook
     env["PYTHONPATH"] = os.pathsep.join([str(_library().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
