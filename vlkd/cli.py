@@ -36,7 +36,8 @@ def report(scale: str = typer.Option("micro", help="Section of settings.ini."),
            publish: bool = typer.Option(False, "--publish", help="Write reports/SCALE, the committed reference, instead of reports/latest."),
            check: bool = typer.Option(False, "--check", help="Only check that the published pages say what the recorded results beside them say.")):
     "Render the pages of finished tables."
-    from vlkd.reproduce import check_reports, report
+    from vlkd.core import scale as settings; from vlkd.reproduce import check_reports, report
+    settings(scale)                                                         # an unknown scale is an error, not one without results
     if check: print(f"published reports that agree with their records: {', '.join(check_reports()) or 'none is published'}")
     else: report(scale, seeds or None, publish=publish)
 
@@ -126,5 +127,6 @@ def main(args=None):
     except (KeyboardInterrupt, typer.Abort): print("vlkd: interrupted; the same command goes on from here", file=sys.stderr); sys.exit(130)
     except Exception as e:
         if not hasattr(e, "format_message"): raise                          # a usage error of click has it
-        print(f"vlkd: {e.format_message()}", file=sys.stderr); sys.exit(2)
+        if said := e.format_message(): print(f"vlkd: {said}", file=sys.stderr)                                      # without a command the help has been shown
+        sys.exit(2)
     sys.exit(r if isinstance(r, int) else 0)

@@ -115,6 +115,7 @@ CASES = [("teacher", dict(contrast="hinge")), ("text", dict(kd="")), *((k, dict(
 def rehearse(out=None,       # folder to work in; None: a temporary one
              *, samples:int=1000, steps:int=4, runs=CASES, say=lambda *_: None, **toy) -> dict: # run -> loss and what else it says, seconds
     "Run `runs` (id, parameters), teachers before their students, through the code of scale `paper` on a stand-in; what is not finite is an error. `say` is called with each line of progress."
+    if steps < 1: raise ValueError(f"steps should be at least 1, got {steps}")
     out, keep = Path(out or tempfile.mkdtemp(prefix="vlkd-rehearse-")), out is not None; done, teachers = {}, {}
     try:
         root = write_rehearsal(out/"data", samples, (TOY | toy)["feature_dim"])
@@ -140,6 +141,7 @@ def toy_settings(out, **toy) -> Path: # a settings.ini
 
 def rehearse_plan(out=None, ids=("all",), *, samples:int=1000, steps:int=40, jobs:int=2, **toy) -> int: # exit code of the command
     "`vlkd reproduce IDS --scale paper` on the stand-in, with toy sizes; runs, reports and cache stay under `out`. The pages check that losses fall and that a teacher finds its clips, for which it needs ten times `steps`."
+    if steps < 1: raise ValueError(f"steps should be at least 1, got {steps}")
     out, keep = Path(out or tempfile.mkdtemp(prefix="vlkd-rehearse-")).resolve(), out is not None
     try:
         root = write_rehearsal(out/"data", samples, (TOY | toy)["feature_dim"]); f = toy_settings(out, **(dict(steps=steps, teacher_steps=10*steps, eval_every=max(1, 5*steps//2), save_every=steps, teacher_lr=3e-3, warmup=max(1, steps//4), ft_epochs=1) | toy))

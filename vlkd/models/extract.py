@@ -32,10 +32,21 @@ class VideoItem(NamedTuple):
     end: float = None     # seconds; None: the end
     where: str = ""
 
+def _said(x) -> str: # bytes of a file's name that are not UTF-8 as \\xe9
+    return str(x).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+def _walk(root:Path):
+    "Yield the files below `root`, through links to folders but each folder once; a folder that cannot be read is an error, because its videos would be missing without a word."
+    def bad(e): raise ValueError(f"{_said(e.filename)}: this folder cannot be read ({e.strerror}); make it readable, or leave it out by a leading dot in its name")
+    seen = set()
+    for d, ds, fs in os.walk(root, onerror=bad, followlinks=True):
+        if (r := os.path.realpath(d)) in seen: ds.clear(); continue
+        seen.add(r); ds[:] = sorted(x for x in ds if not x.startswith(".")); yield from (Path(d)/x for x in fs if not x.startswith("."))
+
 def _folder_videos(root:Path) -> dict[str, VideoItem]:
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not any(q.startswith(".") for q in p.relative_to(root).parts))
+    files = sorted(p for p in _walk(root) if p.suffix.lower() in SUFFIXES and (p.is_file() or not p.exists()))       # a link that leads nowhere is reported, not left out
     if not files: raise ValueError(f"{root}: no videos in this folder (looked for {' '.join(sorted(SUFFIXES))})")
-    names = [p.relative_to(root) for p in files]; stems = Counter(n.with_suffix("").as_posix() for n in names)
+    names = [Path(_said(p.relative_to(root))) for p in files]; stems = Counter(n.with_suffix("").as_posix() for n in names)
     return {(n if stems[n.with_suffix("").as_posix()] > 1 else n.with_suffix("")).as_posix(): VideoItem(p) for n, p in zip(names, files)}
 
 def _seconds(text:str, what:str) -> float|None:
@@ -55,6 +66,7 @@ def _csv_videos(f:Path) -> dict[str, VideoItem]:
         at = f"{f}, line {rows.line_num}"
         if None in r or None in r.values(): raise ValueError(f"{at}: {sum(v is not None for v in r.values()) if None not in r else len(cols)+len(r[None])} values for {len(cols)} columns ({','.join(cols)})")
         if not r["path"].strip(): raise ValueError(f"{at}: the path is empty")
+        if "\0" in r["path"]: raise ValueError(f"{at}: a NUL character in the path")
         try: start, end = (_seconds(r.get(k, ""), k) for k in ("start", "end"))
         except ValueError as e: raise ValueError(f"{at}: {e}") from None
         if end is not None and end <= (start or 0): raise ValueError(f"{at}: end should be later than start, got start={start or 0:g}, end={end:g}")
@@ -71,7 +83,7 @@ def find_videos(source) -> dict[str, VideoItem]: # id -> item, in order
     p = Path(source).expanduser()
     if p.is_dir(): return _folder_videos(p.absolute())
     if not p.is_file(): raise FileNotFoundError(f"{p}: no such folder or csv")
-    if p.suffix.lower() in SUFFIXES: return {p.stem: VideoItem(p.absolute())}
+    if p.suffix.lower() in SUFFIXES: return {_said(p.stem): VideoItem(p.absolute())}
     if p.suffix.lower() != ".csv": raise ValueError(f"{p}: should be a folder, a video, or a csv with the columns path,start,end")
     return _csv_videos(p.absolute())
 
@@ -143,8 +155,8 @@ def _stamp(item:VideoItem) -> list:
             if size <= 1 << 20: h.update(f.read())
             else:
                 for i in range(16): f.seek(i*(size-(1 << 12))//15); h.update(f.read(1 << 12))
-        return [p.name, size, h.hexdigest()[:16], *times]
-    except OSError: return [p.name, -1, "", *times]
+        return [_said(p.name), size, h.hexdigest()[:16], *times]
+    except OSError: return [_said(p.name), -1, "", *times]
 
 def _plan(out:Path, head:dict, ids, shard_size:int) -> list[list[str]]:
     "Shards as lists of ids: those of `plan.json`, then new ones for new ids."
@@ -245,8 +257,8 @@ def _work(id, item, frames=None, clips=None, fps=1.0, max_frames=512, dtype="flo
         if not np.isfinite(y).all(): raise ValueError(f"features that are not finite in {dtype} (largest {np.abs(x).max():.3g}): the encoder's weights are damaged, or float32 is needed")
     except (ValueError, OSError, MemoryError) as e:       # VideoError is a ValueError
         said = str(e) or type(e).__name__
-        return None, "", False, (f"{item.where}: " if item.where else "") + (said if str(item.path) in said else f"{item.path}: {said}")
-    return y, "; ".join(str(i.message) for i in w if issubclass(i.category, VideoWarning)), cut, ""
+        return None, "", False, _said((f"{item.where}: " if item.where else "") + (said if str(item.path) in said else f"{item.path}: {said}"))
+    return y, _said("; ".join(str(i.message) for i in w if issubclass(i.category, VideoWarning))), cut, ""
 
 def _cores() -> int:
     "Workers where no number is given: one a core that this process may use, at most four that share a GPU."
@@ -287,7 +299,7 @@ def _outcomes(tasks, workers:int, start:tuple):
             except BrokenProcessPool:
                 there = [*pending.values(), *([t] if t else [])]; pending.clear(); pool.shutdown(wait=False); pool = t = None
                 if len(there) > 1: suspects.extend(there)
-                else: yield there[0][0], (None, "", False, f"{there[0][1].path}: decoding or encoding it ends the process (a crash, or lack of memory)")
+                else: yield there[0][0], (None, "", False, f"{_said(there[0][1].path)}: decoding or encoding it ends the process (a crash, or lack of memory)")
     finally:
         if pool is not None:
             if pending:                                          # stopped in the middle: do not wait for the videos at hand
@@ -310,9 +322,10 @@ def extract_videos(source,             # a folder, a csv (path,start,end), a vid
     "Features of all videos as checksummed shards; what cannot be read is printed and listed under `errors` in the manifest."
     from tqdm import tqdm
     for n, v, low in (("fps", fps, 0), ("max_frames", max_frames, 1), ("shard_size", shard_size, 1), ("world_size", world_size, 1), ("workers", workers, 0)):
-        if not (v > 0 if n == "fps" else v >= low): raise ValueError(f"{n} should be {'more than 0' if n == 'fps' else f'at least {low}'}, got {v}")
+        if not (1e-6 <= v < math.inf if n == "fps" else v >= low): raise ValueError(f"{n} should be {'more than 0 and finite' if n == 'fps' else f'at least {low}'}, got {v}")
     if not 0 <= rank < world_size: raise ValueError(f"rank should be from 0 to world_size-1 = {world_size-1}, got {rank}")
     items, out, began = find_videos(source), Path(out), time.monotonic()
+    if out.exists() and not out.is_dir(): raise ValueError(f"{out}: this is a file; the features go into a folder")
     f, c = _load(frames, weights), _load(clips, weights)
     if f is not None and hasattr(f, "frames"): raise ValueError(f"{f.name} is an encoder of clips, not of frames")
     if c is not None and not hasattr(c, "frames"): raise ValueError(f"{c.name} is an encoder of frames, not of clips")

@@ -89,7 +89,9 @@ def _package(name:str, pip:str):
 def load_timm(model:str="resnet152", weights=None) -> ImageEncoder: # frozen, on `device()`
     "A timm network without its classifier, with local weights."
     f = find_weights([model, "tv_"+model], weights); timm = _package("timm", "timm")
-    net = timm.create_model(model, pretrained=False, num_classes=0); head = (getattr(net, "default_cfg", None) or {}).get("classifier", "fc")
+    try: net = timm.create_model(model, pretrained=False, num_classes=0)
+    except RuntimeError as e: raise ValueError(f"timm cannot make the model {model!r} ({str(e)[:150]}); timm.list_models() names those that it has") from None
+    head = (getattr(net, "default_cfg", None) or {}).get("classifier", "fc")
     heads = (head,) if isinstance(head, str) else tuple(head); state, _ = read_weights(f)
     state = {k: v for k, v in state.items() if not k.startswith(tuple(h+"." for h in heads))}
     net.load_state_dict(check_state(state, net.state_dict(), f"{f} (as timm's {model})"))
@@ -120,6 +122,7 @@ def load_clip(arch:str="ViT-B-32-quickgelu",  # of open_clip; OpenAI's weights n
     else:
         quiet = logging.root.manager.disable; logging.disable(max(quiet, logging.WARNING))          # it warns that the weights are random, which they are for a moment
         try: net, stamp = oc.create_model(arch, pretrained=None), sha256_file(f)[:8]
+        except RuntimeError as e: raise ValueError(f"open_clip cannot make the model {arch!r} ({str(e)[:100]}); open_clip.list_models() names those that it has") from None
         finally: logging.disable(quiet)
         net.load_state_dict(check_state(_clip_state(f), net.state_dict(), f"{f} (as open_clip's {arch})", optional=("input_resolution", "context_length", "vocab_size")))
     size = net.visual.image_size; size = size if isinstance(size, int) else size[0]
@@ -134,13 +137,17 @@ ENCODERS = dict(mobilenet="MobileNetV2, ImageNet, 1280 features", resnet152="Res
 def load_encoder(spec:str, weights=None):
     "The frozen encoder that `spec` names, `NAME` or `NAME=FILE`, from the folder `weights` (None: under VLKD_DATA); 3-D ones have `frames` and `rate`."
     name, _, file = str(spec).partition("="); w = file or weights
-    if name == "grid": return GridPixels()
+    if name == "grid":
+        if file: raise ValueError(f"{spec}: grid has no weights")
+        return GridPixels()
     if name == "mobilenet":
         p = Path(w) if w else None
         return load_mobilenet(p.parent if p and p.is_file() else p)
     if name == "resnet152": return load_timm("resnet152", w)
     if name == "clip": return load_clip(weights=w)
-    if name in ("tabletop-resnet", "tabletop-clip", "tabletop-3d"): return tabletop_part(name[9:], file or None)
+    if name in ("tabletop-resnet", "tabletop-clip", "tabletop-3d"):
+        if file and not (Path(file)/"encoders").is_dir(): raise FileNotFoundError(f"{file}: no folder encoders here; a cache of this library has it, and without ={file} the usual cache is taken") # else a slip would train them anew
+        return tabletop_part(name[9:], file or None)
     if name.startswith("timm:"): return load_timm(name[5:], w)
     if name.startswith("open_clip:"): return load_clip(name[10:], w)
     if name == "resnext3d": return load_resnext3d(find_weights(["resnext3d"], w))
