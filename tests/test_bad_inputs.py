@@ -22,10 +22,11 @@ def vlkd(*a):
 def content(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir() if not p.name.startswith(".lock")}
 
 def forked(f, *, size=None, after=None):
-    "Exit code of `f()` in a process of its own, whose files end at `size` bytes as on a full disk; it is killed `after` seconds."
+    "Exit code of `f()` in a process of its own, whose files end at `size` bytes as on a full disk; it is killed `after` seconds, and fails where it has not ended in two minutes."
     if (pid := os.fork()) == 0:
         try:
             with open(os.devnull, "w") as n: os.dup2(n.fileno(), 1); os.dup2(n.fileno(), 2)
+            signal.alarm(120)                                                      # a fork of a process with threads may wait for a lock that none of its own holds
             if size is not None:
                 import resource
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

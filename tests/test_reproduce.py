@@ -204,6 +204,11 @@ def test_sigterm_stops_workers(toy):
     assert p.returncode != 0; wait_for(lambda: gone(tree), 3)
 
 
+def is_nursery(q):
+    import psutil
+    try: return "_nursery" in " ".join(q.cmdline())
+    except psutil.Error: return False                                          # it has ended, or is about to
+
 def nursery(toy, monkeypatch, name="teacher"):
     "A runner whose workers are forked, at the moment when `name` has begun to write."
     monkeypatch.setenv("VLKD_NURSERY", "1")
@@ -212,7 +217,7 @@ def nursery(toy, monkeypatch, name="teacher"):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 def test_forked_workers_end_with_the_runner(toy, monkeypatch):
-    p, tree = nursery(toy, monkeypatch); assert any("_nursery" in " ".join(q.cmdline()) for q in tree) and len(tree) >= 3
+    p, tree = nursery(toy, monkeypatch); assert any(map(is_nursery, tree)) and len(tree) >= 3
     p.kill(); p.communicate(timeout=20); wait_for(lambda: gone(tree), 2.5)      # the notebook alone would go on for longer
     assert not run_folder("teacher", "smoke", 1).exists()
     toy.nb("teacher", params, start, "say(f'teacher@{seed}'); score = seed", end); toy.ran()
@@ -221,7 +226,7 @@ def test_forked_workers_end_with_the_runner(toy, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 def test_without_its_nursery_a_runner_fails_what_ran_and_starts_interpreters(toy, monkeypatch):
-    p, tree = nursery(toy, monkeypatch, "other"); [q for q in tree if "_nursery" in " ".join(q.cmdline())][0].kill()
+    p, tree = nursery(toy, monkeypatch, "other"); next(filter(is_nursery, tree)).kill()
     out = p.communicate(timeout=120)[0]; assert "other@1 FAILED" in out and p.returncode == 1; wait_for(lambda: gone(tree), 10)
 
 

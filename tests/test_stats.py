@@ -137,11 +137,12 @@ def test_verdicts():
     c = BASE | dict(kind="above_chance", run="a", tasks=["piqa"], chance=50.); assert judge(c, r)["verdict"] == "holds" and judge(c | dict(run="b", min_effect=20.), r)["verdict"] == "fails"
     assert judge(BASE | dict(kind="noted"), r)["verdict"] == "noted"
 
-def test_missing_records_are_undecided():
-    r = pd.concat([worlds("a", .8), worlds("b", .5, w=3)])
+def test_missing_records_are_not_tested():
+    r = pd.concat([worlds("a", .8), worlds("b", .5, w=3)]); on = judge(greater(tasks=["piqa", "mnli"]), r); assert on["diff"] == judge(greater(), r)["diff"] and "on piqa alone, since no run has records of mnli" in on["evidence"]
+    r = pd.concat([r, worlds("b", .5, w=3).assign(task="mnli")])
     j = judge(greater(), r); assert j["n_worlds"] == 3 and "worlds 4, 5 left out" in j["evidence"]
     for claim, says in ((greater(better="c"), "no records of c on piqa"), (greater(tasks=["piqa", "mnli"]), "no records of a on mnli"), (greater(subset="hidden"), "of kind hidden")):
-        j = judge(claim, r); assert j["verdict"] == "undecided" and says in j["evidence"] and j["p"] is None and j["n"] == 0
+        j = judge(claim, r); assert j["verdict"] == "not tested" and says in j["evidence"] and j["p"] is None and j["n"] == 0
     assert judge(greater(), r[(r.run == "b") | (r.seed > 3)])["evidence"].startswith("no world in which")
     assert "one world" in judge(greater(), r[r.seed == 1])["evidence"]
 

@@ -767,13 +767,17 @@ def _notebook_md(cells, folder:Path) -> str:
     return "\n\n".join(out)
 
 # %% ../nbs/70_reproduce.ipynb #d18a8ff3
-_verdicts = ("holds", "fails", "undecided")
+_verdicts = ("holds", "fails", "undecided", "not tested")
 
 def _claims(t:dict, r:dict) -> list[dict]:
     out = r.get("claims") or []
     for c in out:
-        if not isinstance(c, dict) or c.get("verdict") not in _verdicts or not c.get("text"): raise ValueError(f"{t['id']}: result.json: a claim needs a text and a verdict (holds, fails, undecided), got {c!r}")
+        if not isinstance(c, dict) or c.get("verdict") not in _verdicts or not c.get("text"): raise ValueError(f"{t['id']}: result.json: a claim needs a text and a verdict ({', '.join(_verdicts)}), got {c!r}")
     return [dict(c, paper=c.get("paper") or r.get("paper") or t["paper"], table=t["id"]) for c in out]
+
+def _tested(cs) -> tuple[list, str]: # claims that were tested; a sentence about the others
+    n = len(cs) - len(tested := [c for c in cs if c["verdict"] != "not tested"])
+    return tested, f"Not tested here, since this scale lacks the rows or the questions: {n} claim{'s' if n > 1 else ''} of this table, in the [ledger](claims.md)." if n else ""
 
 def _tally(cs) -> str: return ", ".join(f"{n} {v}" for v in _verdicts if (n := sum(c["verdict"] == v for c in cs))) or "–"
 
@@ -803,7 +807,7 @@ def _index(rep, results) -> str:
     body = table_html(_frame(rep, results, lambda t: f"@@{t['id']}@@"))
     for i, m in marks.items(): body = body.replace(f"@@{i}@@", m)
     claims = "\n".join(f"<h3>{html.escape(p)}</h3>\n{table_html(df)}" for p, df in _ledger(rep, results).items())
-    return _html(f"Results at scale {rep['scale']}", f"<h1>Results at scale {rep['scale']}</h1>\n{body}\n<p><a href=runs.csv>All runs</a></p>\n<h2>Claims</h2>\n{claims or '<p>No finished table states a claim.</p>'}", html.escape(_footer(rep)))
+    return _html(f"Results at scale {rep['scale']}", f"<h1>Results at scale {rep['scale']}</h1>\n{body}\n<p><a href=runs.csv>All runs</a></p>\n<h2 id=claims>Claims</h2>\n{claims or '<p>No finished table states a claim.</p>'}", html.escape(_footer(rep)))
 
 def _ledger(rep, results) -> dict: # paper -> frame, one row a claim
     import pandas as pd
@@ -821,14 +825,14 @@ def _say(v): return "–" if v in (None, "") else v if isinstance(v, str) else j
 # %% ../nbs/70_reproduce.ipynb #cd87d1e3
 def _head(t, r, md:bool) -> str:
     "What stands over a page: paper, claim, result, verdicts."
-    cs = _claims(t, r); paper = r.get("paper") or t["paper"]
+    cs, rest = _tested(_claims(t, r)); paper = r.get("paper") or t["paper"]
     if md:
         rows = [f"[All results](README.md) · {paper}" if paper else "[All results](README.md)", f"**Claim.** {t['claim']}" if t["claim"] else "", f"**Result.** {r['headline']}" if r.get("headline") else "",
-                "\n".join(f"- **{c['verdict']}**: {c['text']} ({_say(c.get('evidence'))})" for c in cs), f"Worlds: {_worlds(t)}. Notebook: `nbs/experiments/{t['notebook']}`. Compute: {_span(t['seconds'])} on {t['device']}."]
+                "\n".join(f"- **{c['verdict']}**: {c['text']} ({_say(c.get('evidence'))})" for c in cs), rest, f"Worlds: {_worlds(t)}. Notebook: `nbs/experiments/{t['notebook']}`. Compute: {_span(t['seconds'])} on {t['device']}."]
         return "\n\n".join(x for x in rows if x)
     e = html.escape
     rows = [f"<p><a href=index.html>All results</a>{' · '+e(paper) if paper else ''}</p>", f"<p><b>Claim.</b> {e(t['claim'])}</p>" if t["claim"] else "", f"<p><b>Result.</b> {e(r['headline'])}</p>" if r.get("headline") else "",
-            "<ul>" + "".join(f"<li><b class={c['verdict']}>{c['verdict']}</b>: {e(c['text'])} ({e(_say(c.get('evidence')))})</li>" for c in cs) + "</ul>" if cs else "",
+            "<ul>" + "".join(f"<li><b class={c['verdict']}>{c['verdict']}</b>: {e(c['text'])} ({e(_say(c.get('evidence')))})</li>" for c in cs) + "</ul>" if cs else "", f"<p>{rest.replace('[ledger](claims.md)', '<a href=index.html#claims>ledger</a>')}</p>" if rest else "",
             f"<p class=note>Worlds: {_worlds(t)}. Notebook: nbs/experiments/{e(t['notebook'])}. Compute: {_span(t['seconds'])} on {e(t['device'])}.</p>"]
     return "\n".join(x for x in rows if x)
 

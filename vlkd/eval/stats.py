@@ -200,15 +200,16 @@ def in_subset(examples, name:str): # boolean, a value an example
     return here | (";"+examples["category"].fillna("")+";").str.contains(f";{name};", regex=False) if "category" in examples else here
 
 def _worlds(claim, examples, runs): # records of each run on the worlds that all have, remark; or None, reason
-    parts = []
+    parts = []; d = examples[examples["task"].isin(claim["tasks"])]
+    if "subset" in claim: d = d[in_subset(d, claim["subset"])]
+    here = set(d["task"]); tasks = [t for t in claim["tasks"] if t in here] or claim["tasks"]; absent = [t for t in claim["tasks"] if t not in tasks] # some scales have no data for some tasks
     for r in runs:
-        d = examples[(examples["run"] == r) & examples["task"].isin(claim["tasks"])]
-        if "subset" in claim: d = d[in_subset(d, claim["subset"])]
-        if lack := [t for t in claim["tasks"] if t not in set(d["task"])]: return None, f"no records of {r} on {', '.join(lack)}" + (f" of kind {claim['subset']}" if "subset" in claim else "")
-        parts.append(d)
-    full = [{s for s, t in d.groupby("seed")["task"].nunique().items() if t == len(claim["tasks"])} for d in parts]; common = set.intersection(*full); gone = set.union(*(set(d["seed"]) for d in parts)) - common
-    if not common: return None, f"no world in which {' and '.join(runs)} have all of {', '.join(claim['tasks'])}"
-    return [d[d["seed"].isin(common)] for d in parts], f"; worlds {', '.join(map(str, sorted(gone)))} left out, incomplete" if gone else ""
+        p = d[d["run"] == r]
+        if lack := [t for t in tasks if t not in set(p["task"])]: return None, f"no records of {r} on {', '.join(lack)}" + (f" of kind {claim['subset']}" if "subset" in claim else "")
+        parts.append(p)
+    full = [{s for s, t in d.groupby("seed")["task"].nunique().items() if t == len(tasks)} for d in parts]; common = set.intersection(*full); gone = set.union(*(set(d["seed"]) for d in parts)) - common
+    if not common: return None, f"no world in which {' and '.join(runs)} have all of {', '.join(tasks)}"
+    return [d[d["seed"].isin(common)] for d in parts], (f"; on {', '.join(tasks)} alone, since no run has records of {', '.join(absent)}" if absent else "") + (f"; worlds {', '.join(map(str, sorted(gone)))} left out, incomplete" if gone else "")
 
 def _measure(claim, examples, n_boot, seed): # numbers of a claim, without verdict
     kind = claim["kind"]
@@ -229,7 +230,7 @@ def _evidence(r, family): # a computed sentence
     return s + f"; p = {r['p']:.2g}, {r['p_holm']:.2g} after Holm over {family} claims; detectable {r['detectable']:.1f} points{r['note']}"
 
 def _verdict(c, r) -> str:
-    if r["p"] is None: return "noted" if c["kind"] == "noted" else "undecided"
+    if r["p"] is None: return "noted" if c["kind"] == "noted" else "not tested"
     if c["kind"] == "equivalent": return "holds" if r["outcome"] == "equivalent" and r["p_holm"] < .05 else "fails" if r["outcome"] == "different" else "undecided"
     least = c.get("min_effect", 0.)
     if r["p_holm"] < .05 and r["low"] > 0 and r["diff"] >= least: return "holds"
@@ -237,7 +238,7 @@ def _verdict(c, r) -> str:
 
 # %% ../../nbs/52_eval.stats.ipynb #2396e276
 def judge_all(claims, examples, n_boot=4000, seed=0) -> list[dict]: # a dict per claim, in order
-    "Judge claims on per-example records, with Holm's correction within each table. A claim without records is undecided, and its evidence says what is missing."
+    "Judge claims on per-example records, with Holm's correction within each table. A claim over tasks of which some have no record at all is judged on the others, and says so; one without records is not tested, and its evidence says what is missing."
     check_examples(examples); claims = [check_claim(c, f"claim {c.get('id')}") for c in claims]; z = NormalDist().inv_cdf
     found = [dict(p=None, p_holm=None, diff=None, low=None, high=None, n=0, n_worlds=0, n_clusters=0, detectable=None) | _measure(c, examples, n_boot, seed) for c in claims]
     for t in {c["table"] for c in claims}:

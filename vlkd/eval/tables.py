@@ -127,7 +127,7 @@ class Page:
         "Judge the claims of this table; show verdict and evidence. `extra` are examples of runs that are no rows."
         ex = self.examples if extra is None else pd.concat([self.examples, extra], ignore_index=True)
         judged = judge_all([c for c in read_claims(path("nbs")/"experiments"/"claims.toml") if c["table"] == self.id], ex, n_boot=2*self.n_boot); self.claims, self.remarks = [c for c in judged if c["verdict"] != "noted"], [c for c in judged if c["verdict"] == "noted"]
-        if self.claims: show_table(pd.DataFrame([{"claim": c["text"], "paper": c["where"], "verdict": c["verdict"], "difference": "–" if c["diff"] is None else points(c)} for c in self.claims]))
+        if tested := [c for c in self.claims if c["verdict"] != "not tested"]: show_table(pd.DataFrame([{"claim": c["text"], "paper": c["where"], "verdict": c["verdict"], "difference": points(c)} for c in tested]))
         for c in self.remarks: _display(_markdown(f"*{c['where']}*: {c['text']}"))
         return self.claims
 
