@@ -198,3 +198,9 @@ def test_smallest_effects_are_under_those_of_the_paper():
             x, y = (paper(c[k]) for k in (("better", "worse") if c["kind"] == "greater" else ("a", "b"))); least = c.get("min_effect", c.get("bound"))
             assert least < x-y if c["kind"] == "greater" else abs(x-y) < least, c["id"]; n += 1
     assert n == 47
+
+def test_a_claim_that_cannot_be_tested_at_a_scale():
+    r = pd.concat([worlds("a", .8), worlds("b", .5)]); c = greater(not_at=dict(real="clips are stills"))
+    assert judge_all([c], r, scale="micro")[0]["verdict"] == "holds"; j = judge_all([c], r, scale="real")[0]; assert j["verdict"] == "not tested" and j["evidence"] == "at scale real clips are stills" and j["diff"] is None
+    for bad, says in ((dict(reel="x"), "did you mean 'real'"), (dict(real=""), "should say why"), ("real", "should be dict")):
+        with pytest.raises(ValueError, match=says): judge(greater(not_at=bad), r)

@@ -525,6 +525,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'vlkd.eval.tables.Page.per_world': ('eval.tables.html#page.per_world', 'vlkd/eval/tables.py'),
                                   'vlkd.eval.tables.Page.probes': ('eval.tables.html#page.probes', 'vlkd/eval/tables.py'),
                                   'vlkd.eval.tables.Page.settings': ('eval.tables.html#page.settings', 'vlkd/eval/tables.py'),
+                                  'vlkd.eval.tables.Page.spec': ('eval.tables.html#page.spec', 'vlkd/eval/tables.py'),
                                   'vlkd.eval.tables._display': ('eval.tables.html#_display', 'vlkd/eval/tables.py'),
                                   'vlkd.eval.tables._markdown': ('eval.tables.html#_markdown', 'vlkd/eval/tables.py'),
                                   'vlkd.eval.tables.column': ('eval.tables.html#column', 'vlkd/eval/tables.py'),

@@ -153,6 +153,7 @@ def holm(pvalues) -> np.ndarray: # adjusted, same order
 
 # %% ../../nbs/52_eval.stats.ipynb #8dbce4a3
 _TEXT = ("id", "table", "paper", "where", "text", "kind")
+_ANY = dict(not_at=dict) # of a claim of any kind: scale -> why it cannot be tested there
 _KINDS = dict( # kind of claim -> required keys, optional keys
     greater=(dict(better=str, worse=str, tasks=list, min_effect=float), dict(subset=str)),
     equivalent=(dict(a=str, b=str, tasks=list, bound=float), dict(subset=str)),
@@ -164,7 +165,7 @@ def check_claim(c, where="claim") -> dict:
     for k in _TEXT:
         if not isinstance(c.get(k), str) or not c[k].strip(): raise ValueError(f"{where}: needs {k} = \"...\"; every claim has {', '.join(_TEXT)}")
     if c["kind"] not in _KINDS: raise ValueError(f"{where}: " + str(_unknown("kind of claim", c["kind"], _KINDS)))
-    need, may = _KINDS[c["kind"]]; types = need | may
+    need, may = _KINDS[c["kind"]]; types = need | may | _ANY
     for k in c:
         if k not in _TEXT and k not in types: raise ValueError(f"{where}: " + str(_unknown(f"key of a claim of kind {c['kind']}", k, (*_TEXT, *types))))
     if lack := [k for k in need if k not in c]: raise ValueError(f"{where}: a claim of kind {c['kind']} needs {', '.join(lack)}")
@@ -175,6 +176,9 @@ def check_claim(c, where="claim") -> dict:
     if "tasks" in c and (not c["tasks"] or len(set(c["tasks"])) < len(c["tasks"])): raise ValueError(f"{where}: tasks should name at least one task, each once")
     for k, ok in (("min_effect", lambda v: 0 <= v <= 100), ("bound", lambda v: 0 < v <= 100), ("chance", lambda v: 0 <= v <= 100)):
         if k in c and not ok(c[k]): raise ValueError(f"{where}: {k} = {c[k]} should be in points, {'above 0' if k == 'bound' else '0'} to 100")
+    for k, v in c.get("not_at", {}).items():
+        if k not in scales(): raise ValueError(f"{where}: not_at: " + str(_unknown("scale", k, scales())))
+        if not isinstance(v, str) or not v.strip(): raise ValueError(f"{where}: not_at: {k} should say why, got {v!r}")
     for x, y in (("better", "worse"), ("a", "b")):
         if x in c and c[x] == c[y]: raise ValueError(f"{where}: {x} and {y} are both {c[x]!r}")
     return c
@@ -211,9 +215,10 @@ def _worlds(claim, examples, runs): # records of each run on the worlds that all
     if not common: return None, f"no world in which {' and '.join(runs)} have all of {', '.join(tasks)}"
     return [d[d["seed"].isin(common)] for d in parts], (f"; on {', '.join(tasks)} alone, since no run has records of {', '.join(absent)}" if absent else "") + (f"; worlds {', '.join(map(str, sorted(gone)))} left out, incomplete" if gone else "")
 
-def _measure(claim, examples, n_boot, seed): # numbers of a claim, without verdict
+def _measure(claim, examples, n_boot, seed, scale=""): # numbers of a claim, without verdict
     kind = claim["kind"]
     if kind == "noted": return dict(test="none: a remark on the paper", evidence="not tested")
+    if why := claim.get("not_at", {}).get(scale): return dict(test="none", evidence=f"at scale {scale} {why}")
     runs = dict(greater=("better", "worse"), equivalent=("a", "b"), above_chance=("run",))[kind]; runs = [claim[k] for k in runs]
     parts, note = _worlds(claim, examples, runs); test = {"greater": "hierarchical bootstrap, two-sided, Holm within the table", "equivalent": "two one-sided tests, hierarchical bootstrap, Holm within the table", "above_chance": "hierarchical bootstrap against chance, two-sided, Holm within the table"}[kind]
     if parts is None: return dict(test=test, evidence=note)
@@ -237,10 +242,10 @@ def _verdict(c, r) -> str:
     return "fails" if r["high"] < least else "undecided"
 
 # %% ../../nbs/52_eval.stats.ipynb #2396e276
-def judge_all(claims, examples, n_boot=4000, seed=0) -> list[dict]: # a dict per claim, in order
-    "Judge claims on per-example records, with Holm's correction within each table. A claim over tasks of which some have no record at all is judged on the others, and says so; one without records is not tested, and its evidence says what is missing."
+def judge_all(claims, examples, n_boot=4000, seed=0, scale="") -> list[dict]: # a dict per claim, in order
+    "Judge claims on per-example records, with Holm's correction within each table. A claim over tasks of which some have no record at all is judged on the others, and says so; one without records is not tested, as is one that says why it cannot be at this `scale`; its evidence says what is missing."
     check_examples(examples); claims = [check_claim(c, f"claim {c.get('id')}") for c in claims]; z = NormalDist().inv_cdf
-    found = [dict(p=None, p_holm=None, diff=None, low=None, high=None, n=0, n_worlds=0, n_clusters=0, detectable=None) | _measure(c, examples, n_boot, seed) for c in claims]
+    found = [dict(p=None, p_holm=None, diff=None, low=None, high=None, n=0, n_worlds=0, n_clusters=0, detectable=None) | _measure(c, examples, n_boot, seed, scale) for c in claims]
     for t in {c["table"] for c in claims}:
         rows = [r for c, r in zip(claims, found) if c["table"] == t and r["p"] is not None]
         for r, p in zip(rows, holm([r["p"] for r in rows])): 

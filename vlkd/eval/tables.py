@@ -66,8 +66,13 @@ class Page:
         self.present = [i for i in rows if self.runs[i]]; self.references = [i for i in references if i in self.present]
         self.by = {i: pd.concat([r.examples for r in self.runs[i]], ignore_index=True).assign(run=i) for i in self.present}
         self.examples = pd.concat(self.by.values(), ignore_index=True); self.examples["kind"] = self.examples["kind"].fillna("")
+        self.tasks = set(self.examples.task); self.partly = {h: c for h, c in self.columns.items() if self.spec(c) != c}; self.columns = {h: self.spec(c) for h, c in self.columns.items()}
         self.gone = [h for h, c in self.columns.items() if column(c)[1] and not len(pick(self.by[plain], c))]; self.columns = {h: c for h, c in self.columns.items() if h not in self.gone} # a subset that a scale does not know is no column there
     def __repr__(self): return f"Page({self.id}: {len(self.present)} rows, worlds {', '.join(map(str, self.worlds))})"
+
+    def spec(self, spec:str) -> str:
+        "A column's tasks without those of which no row has a record, as long as one is left: an average over four tasks is one over two where a scale has data for two."
+        tasks, subset = column(spec); return "+".join([t for t in tasks if t in self.tasks] or tasks) + (f":{subset}" if subset else "")
 
     def settings(self, **more) -> pd.DataFrame:
         "What was run, for the reader."
@@ -83,7 +88,7 @@ class Page:
         w = self.per_world(); mean, sd = w.groupby("run", sort=False).mean(), w.groupby("run", sort=False).std(); self.mean = mean; several = len(self.worlds) > 1; lines = []
         for i in self.present:
             lines += [[h+":", *[""]*len(mean.columns)] for h, first in (groups or {}).items() if first == i]; lines.append([self.label[i], *["no data here" if pd.isna(v) else v for v in mean.loc[i]]])
-        table = pd.DataFrame(lines, columns=["", *mean.columns]); missing = [self.label[i] for i in self.label if i not in self.present]; notes = [f"Not run at scale {self.scale}: {', '.join(missing)}."]*bool(missing) + [f"No such questions at scale {self.scale}: {', '.join(self.gone)}."]*bool(self.gone) + [w for w in [wanting(h for h in mean if mean[h].isna().all())] if w]
+        table = pd.DataFrame(lines, columns=["", *mean.columns]); missing = [self.label[i] for i in self.label if i not in self.present]; notes = [f"{h} is over {', '.join(column(self.columns[h])[0])} here." for h in self.partly] + [f"Not run at scale {self.scale}: {', '.join(missing)}."]*bool(missing) + [f"No such questions at scale {self.scale}: {', '.join(self.gone)}."]*bool(self.gone) + [w for w in [wanting(h for h in mean if mean[h].isna().all())] if w]
         spread = [f"\u00a0±\u00a0{sd.loc[i, c]:.1f}" if several else "" for i in self.present for c in mean.columns if not pd.isna(mean.loc[i, c])]; it = iter(spread)
         html = re.sub(r"(<td class=num>.*?)(</td>)", lambda m: m[1]+next(it)+m[2], table_html(table, best=list(mean.columns), digits=1, skip=[self.label[i] for i in self.references], notes=notes, caption=caption or f"Accuracy, scale {self.scale}, {len(self.worlds)} world{'s' if several else ''}"))
         html = re.sub(r"<td>([^<]*:)</td>(?:<td></td>)+", lambda m: f"<td colspan={table.shape[1]}><i>{m[1][:-1]}</i></td>", html); it = iter(spread)
@@ -100,7 +105,7 @@ class Page:
     def compare(self, a:str, b:str, spec:str) -> dict|None: # paired_difference, None where either has no record
         "Row `a` minus row `b` over the questions of a column, with a 95 % interval."
         if not {a, b} <= set(self.present): return None
-        x, y = pick(self.by[a], spec), pick(self.by[b], spec); return paired_difference(x, y, n_boot=self.n_boot) if len(x) and len(y) else None
+        x, y = pick(self.by[a], self.spec(spec)), pick(self.by[b], self.spec(spec)); return paired_difference(x, y, n_boot=self.n_boot) if len(x) and len(y) else None
 
     def differences(self, heads:list=None, against:str="", pairs:list=None, width:float=3.2) -> pd.DataFrame:
         "Draw and show each row's difference to `against` (default: the plain row), or those of `pairs` (a, b), over the columns `heads`."
@@ -116,7 +121,7 @@ class Page:
     def kinds(self, task:str, ids:list=None, order=("hidden", "static", "said", "language", "unfilmed"), chance:float=50.) -> None:
         "Draw accuracy by kind of question, where the scale knows kinds."
         ids = [i for i in (ids or self.present) if i in self.present]; here = [k for k in order if len(pick(self.by[self.plain], f"{task}:{k}"))]
-        if not here: _display(_markdown("The questions of this scale have no kinds.")); return
+        if not here: _display(_markdown(f"At scale {self.scale} the questions of {task.upper()} have no kinds.")); return
         d = pd.DataFrame([dict(kind=k, run=i, row=self.label[i], **{c: r[c] for c in ("mean", "low", "high", "n_examples")}) for k in here for i in ids for r in [mean_interval(pick(self.by[i], f"{task}:{k}"), n_boot=self.n_boot)]])
         ax = bars_with_ci(d, x="kind", y="mean", lo="low", hi="high", hue="row", chance=chance, xlabel=f"accuracy on {task.upper()}"); self.figures[f"{task}_kinds"] = ax.figure; self.tables[f"{task}_kinds"] = d; plt.show()
 
@@ -132,7 +137,7 @@ class Page:
     def judge(self, extra:pd.DataFrame=None) -> list[dict]:
         "Judge the claims of this table; show verdict and evidence. `extra` are examples of runs that are no rows."
         ex = self.examples if extra is None else pd.concat([self.examples, extra], ignore_index=True)
-        judged = judge_all([c for c in read_claims(path("nbs")/"experiments"/"claims.toml") if c["table"] == self.id], ex, n_boot=2*self.n_boot); self.claims, self.remarks = [c for c in judged if c["verdict"] != "noted"], [c for c in judged if c["verdict"] == "noted"]
+        judged = judge_all([c for c in read_claims(path("nbs")/"experiments"/"claims.toml") if c["table"] == self.id], ex, n_boot=2*self.n_boot, scale=self.scale); self.claims, self.remarks = [c for c in judged if c["verdict"] != "noted"], [c for c in judged if c["verdict"] == "noted"]
         if tested := [c for c in self.claims if c["verdict"] != "not tested"]: show_table(pd.DataFrame([{"claim": c["text"], "paper": c["where"], "verdict": c["verdict"], "difference": points(c)} for c in tested]))
         for c in self.remarks: _display(_markdown(f"*{c['where']}*: {c['text']}"))
         return self.claims
