@@ -1032,6 +1032,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vlkd.reproduce._portable': ('reproduce.html#_portable', 'vlkd/reproduce.py'),
                                 'vlkd.reproduce._quick_imports': ('reproduce.html#_quick_imports', 'vlkd/reproduce.py'),
                                 'vlkd.reproduce._readme': ('reproduce.html#_readme', 'vlkd/reproduce.py'),
+                                'vlkd.reproduce._remark': ('reproduce.html#_remark', 'vlkd/reproduce.py'),
                                 'vlkd.reproduce._run_rows': ('reproduce.html#_run_rows', 'vlkd/reproduce.py'),
                                 'vlkd.reproduce._running': ('reproduce.html#_running', 'vlkd/reproduce.py'),
                                 'vlkd.reproduce._runs': ('reproduce.html#_runs', 'vlkd/reproduce.py'),

@@ -794,12 +794,16 @@ def _frame(rep:dict, results:dict, link):
              "claims": _tally(_claims(t, results[t["id"]])), "worlds": _worlds(t), "compute": _span(t["seconds"]), "code": "current" if t["fresh"] else "older"} for t in rep["tables"]]
     return pd.DataFrame(rows)
 
+def _remark(scale:str) -> str: # empty: none
+    "What settings.ini says under [remarks] that the results of a scale can tell."
+    return str(_sections(settings_file()).get("remarks", {}).get(scale, ""))
+
 def _title(t, r): return r.get("title") or t["title"]
 
 def _readme(rep, results) -> str:
     from vlkd.plots import table_md
     link = lambda t: f"**{t['id']}** {_title(t, results[t['id']])}" if t["private"] and not rep["latest"] else f"[**{t['id']}** {_title(t, results[t['id']])}]({t['id']}.md)"
-    return f"# Results at scale {rep['scale']}\n\n{table_md(_frame(rep, results, link))}\n[Claims ledger](claims.md) · [all runs](runs.csv)\n\n{_footer(rep)}\n"
+    return f"# Results at scale {rep['scale']}\n\n{_remark(rep['scale'])}\n\n{table_md(_frame(rep, results, link))}\n[Claims ledger](claims.md) · [all runs](runs.csv)\n\n{_footer(rep)}\n"
 
 def _index(rep, results) -> str:
     from vlkd.plots import table_html
@@ -807,7 +811,7 @@ def _index(rep, results) -> str:
     body = table_html(_frame(rep, results, lambda t: f"@@{t['id']}@@"))
     for i, m in marks.items(): body = body.replace(f"@@{i}@@", m)
     claims = "\n".join(f"<h3>{html.escape(p)}</h3>\n{table_html(df)}" for p, df in _ledger(rep, results).items())
-    return _html(f"Results at scale {rep['scale']}", f"<h1>Results at scale {rep['scale']}</h1>\n{body}\n<p><a href=runs.csv>All runs</a></p>\n<h2 id=claims>Claims</h2>\n{claims or '<p>No finished table states a claim.</p>'}", html.escape(_footer(rep)))
+    return _html(f"Results at scale {rep['scale']}", f"<h1>Results at scale {rep['scale']}</h1>\n<p>{html.escape(_remark(rep['scale']))}</p>\n{body}\n<p><a href=runs.csv>All runs</a></p>\n<h2 id=claims>Claims</h2>\n{claims or '<p>No finished table states a claim.</p>'}", html.escape(_footer(rep)))
 
 def _ledger(rep, results) -> dict: # paper -> frame, one row a claim
     import pandas as pd
@@ -823,15 +827,15 @@ def _claims_md(rep, results) -> str:
 def _say(v): return "–" if v in (None, "") else v if isinstance(v, str) else json.dumps(v) if isinstance(v, (dict, list)) else f"{v:.4g}" if isinstance(v, float) else str(v)
 
 # %% ../nbs/70_reproduce.ipynb #cd87d1e3
-def _head(t, r, md:bool) -> str:
+def _head(t, r, md:bool, remark:str="") -> str:
     "What stands over a page: paper, claim, result, verdicts."
     cs, rest = _tested(_claims(t, r)); paper = r.get("paper") or t["paper"]
     if md:
-        rows = [f"[All results](README.md) · {paper}" if paper else "[All results](README.md)", f"**Claim.** {t['claim']}" if t["claim"] else "", f"**Result.** {r['headline']}" if r.get("headline") else "",
+        rows = [f"[All results](README.md) · {paper}" if paper else "[All results](README.md)", f"*{remark}*" if remark else "", f"**Claim.** {t['claim']}" if t["claim"] else "", f"**Result.** {r['headline']}" if r.get("headline") else "",
                 "\n".join(f"- **{c['verdict']}**: {c['text']} ({_say(c.get('evidence'))})" for c in cs), rest, f"Worlds: {_worlds(t)}. Notebook: `nbs/experiments/{t['notebook']}`. Compute: {_span(t['seconds'])} on {t['device']}."]
         return "\n\n".join(x for x in rows if x)
     e = html.escape
-    rows = [f"<p><a href=index.html>All results</a>{' · '+e(paper) if paper else ''}</p>", f"<p><b>Claim.</b> {e(t['claim'])}</p>" if t["claim"] else "", f"<p><b>Result.</b> {e(r['headline'])}</p>" if r.get("headline") else "",
+    rows = [f"<p><a href=index.html>All results</a>{' · '+e(paper) if paper else ''}</p>", f"<p><i>{e(remark)}</i></p>" if remark else "", f"<p><b>Claim.</b> {e(t['claim'])}</p>" if t["claim"] else "", f"<p><b>Result.</b> {e(r['headline'])}</p>" if r.get("headline") else "",
             "<ul>" + "".join(f"<li><b class={c['verdict']}>{c['verdict']}</b>: {e(c['text'])} ({e(_say(c.get('evidence')))})</li>" for c in cs) + "</ul>" if cs else "", f"<p>{rest.replace('[ledger](claims.md)', '<a href=index.html#claims>ledger</a>')}</p>" if rest else "",
             f"<p class=note>Worlds: {_worlds(t)}. Notebook: nbs/experiments/{e(t['notebook'])}. Compute: {_span(t['seconds'])} on {e(t['device'])}.</p>"]
     return "\n".join(x for x in rows if x)
@@ -845,9 +849,9 @@ def _copy_table(dst:Path, n:Node, t:dict, receipt:dict, pages:bool) -> dict:
     if pages:
         cells = _page_cells(n, receipt); links = " · ".join(f"[{Path(k).name}]({t['id']}/{Path(k).name})" for k in run.result["files"] if k.startswith(("tables/", "figures/")))
         k = 1 if cells and cells[0]["kind"] == "markdown" else 0            # the head goes below the title
-        md = "\n\n".join([*(c["source"] for c in cells[:k]), _head(t, run.result, True), _notebook_md(cells[k:], d), *([f"Files: {links}"] if links else [])]) + "\n"
+        md = "\n\n".join([*(c["source"] for c in cells[:k]), _head(t, run.result, True, _remark(n.scale)), _notebook_md(cells[k:], d), *([f"Files: {links}"] if links else [])]) + "\n"
         (dst/f"{t['id']}.md").write_text(md, encoding="utf-8")
-        (dst/f"{t['id']}.html").write_text(_html(_title(t, run.result), _notebook_html(cells[:k]) + _head(t, run.result, False) + _notebook_html(cells[k:]), html.escape(f"Scale {n.scale}, worlds {_worlds(t)}, commit {t['commit'][:10] or 'none'}{' with local changes' if t['dirty'] else ''}. ") + html.escape(", ".join(f"{k} {v}" for k, v in receipt["versions"].items()))), encoding="utf-8")
+        (dst/f"{t['id']}.html").write_text(_html(_title(t, run.result), _notebook_html(cells[:k]) + _head(t, run.result, False, _remark(n.scale)) + _notebook_html(cells[k:]), html.escape(f"Scale {n.scale}, worlds {_worlds(t)}, commit {t['commit'][:10] or 'none'}{' with local changes' if t['dirty'] else ''}. ") + html.escape(", ".join(f"{k} {v}" for k, v in receipt["versions"].items()))), encoding="utf-8")
     return run.result
 
 # %% ../nbs/70_reproduce.ipynb #7e630ace
@@ -878,7 +882,7 @@ def report(scale:str="micro", seeds=None, publish:bool=False, plan=None) -> Path
     if publish and (old := [n.name for n, _, fresh, _ in done if not fresh]): raise ValueError(f"not published: {', '.join(old)} was made by other code than the present; run `vlkd reproduce {' '.join(o.split('@')[0] for o in old)} --scale {scale}` first")
     rows = _run_rows(done)
     tables = [_entry(*d, rows, not publish) for d in done]; files = [*(n.entry["file"] for n, *_ in done), plan_file(plan), _library()/"reproduce.py", _library()/"plots.py"]
-    rep = dict(scale=scale, latest=not publish, versions=done[0][1]["versions"] if done else read_json(before)["versions"], tables=tables, stamp=fingerprint(tables, [sha256_file(f) for f in files]))
+    rep = dict(scale=scale, latest=not publish, versions=done[0][1]["versions"] if done else read_json(before)["versions"], tables=tables, stamp=fingerprint(tables, _remark(scale), [sha256_file(f) for f in files]))
     if not publish and before.is_file():
         with contextlib.suppress(ValueError, KeyError):
             if read_json(before)["stamp"] == rep["stamp"]: _where(dst, len(tables)); return dst
