@@ -777,7 +777,7 @@ def _claims(t:dict, r:dict) -> list[dict]:
 
 def _tested(cs) -> tuple[list, str]: # claims that were tested; a sentence about the others
     n = len(cs) - len(tested := [c for c in cs if c["verdict"] != "not tested"])
-    return tested, f"Not tested here, since this scale lacks the rows or the questions: {n} claim{'s' if n > 1 else ''} of this table, in the [ledger](claims.md)." if n else ""
+    return tested, f"Not tested here (this scale lacks the rows or the questions, or cannot tell): {n} claim{'s' if n > 1 else ''} of this table, in the [ledger](claims.md)." if n else ""
 
 def _tally(cs) -> str: return ", ".join(f"{n} {v}" for v in _verdicts if (n := sum(c["verdict"] == v for c in cs))) or "–"
 
