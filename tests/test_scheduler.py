@@ -67,3 +67,105 @@ def test_a_killed_worker_and_the_same_records(toy, dask, capfd):
     assert len(killed) > 2 and gone(killed) and "teacher@1: its worker on" in out
     assert records(toy) == alone and list((toy.d/"runs/smoke/.partial").iterdir()) == [] and not list((toy.d/"runs/smoke/.cluster").iterdir())
     assert toy.why() == {}
+
+
+# A worker's own process for a notebook that executes cells in plain Python: for what does not depend on kernels.
+plain = """
+import json, sys, threading
+from vlkd.reproduce import _watch
+job = json.loads(sys.stdin.read()); nb = json.load(open(job["notebook"])); g = {}
+threading.Thread(target=_watch, args=(job["parent"],), daemon=True).start()
+for c in nb["cells"]:
+    if c["cell_type"] == "code": exec(c["source"], g)
+    if "parameters" in c["metadata"].get("tags", []): g.update(job["parameters"])
+json.dump(nb, open(job["output"], "w"))
+"""
+
+@pytest.fixture
+def quick(toy):
+    (toy.d/"plain.py").write_text(f"import sys, vlkd.reproduce as R\nR._worker_command = [sys.executable, '-c', {plain!r}]\n"); toy.preload = ("--preload", str(toy.d/"plain.py")); return toy
+
+
+def refused(toy, dask, says, error=ValueError, **kw):
+    with pytest.raises(error, match=says) as e: toy.run(["other"], cluster=Cluster(dask.address, **kw))
+    assert toy.ran() == [] and not list((toy.d/"runs/smoke/.cluster").glob("*")) and not run_folder("other", "smoke", 1).exists()
+    return str(e.value)
+
+
+def test_a_worker_with_other_code_is_refused(toy, dask, tmp_path):
+    lib = tmp_path/"lib"/"vlkd"; shutil.copytree(R._library(), lib, ignore=shutil.ignore_patterns("__pycache__")); f = lib/"plots.py"; s = f.read_text(); assert "palette = [" in s
+    f.write_text(s.replace("palette = [", "palette = ['#123456', ")); assert library_code(lib) != library_code()
+    dask.worker(PYTHONPATH=str(lib.parent)); said = refused(toy, dask, r"worker tcp://\S+ on \S+ has another vlkd: vlkd.plots differs from the client's")
+    f.write_text("# a comment\n" + s); assert library_code(lib) == library_code() and toy.run(["other"], cluster=Cluster(dask.address))["done"] == ["other@1"], said    # comments are no other code
+
+
+def test_a_worker_without_slot_is_refused(toy, dask):
+    dask.run("worker", dask.address, "--nthreads", "1", "--no-dashboard"); assert "--resources vlkd=1" in refused(toy, dask, "offers no slot")
+
+
+def test_a_runs_folder_that_is_not_shared_is_refused(toy, dask):
+    runs = toy.d/"runs"; runs.mkdir()
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(runs)], capture_output=True).returncode: pytest.skip("no mount namespaces here, so all processes share all folders")
+    p = subprocess.Popen(["unshare", "-rm", "sh", "-c", f"mount -t tmpfs none '{runs}' && exec '{sys.executable}' -m dask worker {dask.address} --nthreads 1 --resources vlkd=1 --no-dashboard"], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); dask.procs.append(p)
+    said = refused(toy, dask, r"worker tcp://\S+ on \S+ does not see what this machine writes"); assert str(runs/"smoke") in said and "shared" in said
+
+
+def test_no_workers_and_no_scheduler(toy, dask):
+    assert "--resources vlkd=1" in refused(toy, dask, "has no workers after 1 s", ConnectionError, patience=1)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0)); free = s.getsockname()[1]
+    deaf = socket.socket(); deaf.bind(("127.0.0.1", 0)); deaf.listen()         # takes connections and says nothing
+    for where, says in [(f"tcp://127.0.0.1:{free}", "no scheduler answers at tcp://127.0.0.1"), ("tcp://nowhere.invalid:8786", "no scheduler answers"), ("localhost", "local:N"), ("local:0", "local:N"), ("tcp://localhost", "a host and a port"),
+                        (f"tcp://127.0.0.1:{deaf.getsockname()[1]}", "is no Dask scheduler")]:
+        with pytest.raises((ValueError, OSError), match=says): toy.run(["other"], cluster=Cluster(where))
+    deaf.close()
+    r = vlkd("reproduce", "other", "--scale", "smoke", "--scheduler", f"tcp://127.0.0.1:{free}", timeout=60); assert r.returncode == 2 and len(r.stderr.strip().splitlines()) == 1 and "no scheduler answers" in r.stderr, r
+    assert vlkd("reproduce", "other", "--scale", "smoke", "--dry-run", "--scheduler", f"tcp://127.0.0.1:{free}").returncode == 0                                           # needs none
+    r = subprocess.run([sys.executable, "-c", "import sys; sys.modules['distributed'] = None; from vlkd.cli import main; main()", "reproduce", "other", "--scale", "smoke", "--scheduler", "local:1"], capture_output=True, text=True)
+    assert r.returncode == 2 and "vlkd[cluster]" in r.stderr and len(r.stderr.strip().splitlines()) == 1, r
+    assert toy.ran() == []
+
+
+def test_workers_that_come_later(quick, dask, tmp_path, capfd):
+    toy = quick; toy.nb("teacher", params, start, training.replace("40", "120"), end); lib = tmp_path/"lib"/"vlkd"; shutil.copytree(R._library(), lib, ignore=shutil.ignore_patterns("__pycache__")); (lib/"plots.py").write_text("x = 1\n")
+    dask.worker(*toy.preload)
+    def more(): wait_for(lambda: list((toy.d/"runs/smoke/.partial").glob("teacher@1-*/checkpoint")), 60); dask.worker(PYTHONPATH=str(lib.parent)); dask.worker(*toy.preload)
+    t = threading.Thread(target=more); t.start(); r = toy.run(["teacher", "other"], cluster=Cluster(dask.address)); t.join(); out = capfd.readouterr().out
+    assert r["failed"] == {} and r["done"] == ["other@1", "teacher@1"] and len(re.findall("not used: worker .* has another vlkd: vlkd.plots differs", out)) == 1, out    # one slot at first, and teacher had it
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "kill"])
+def test_the_runner_goes_and_nothing_is_left(toy, how):
+    toy.nb("teacher", params, start, training.replace("40", "600"), end)
+    p = subprocess.Popen([sys.executable, "-c", "from vlkd.cli import main; main()", "reproduce", "teacher", "--scale", "smoke", "--scheduler", "local:2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    part = lambda: next((toy.d/"runs/smoke/.partial").glob("teacher@1-*"), None)
+    wait_for(lambda: p.poll() is not None or (part() and (part()/"checkpoint").exists()), 120); left = tree([p]); assert len(left) >= 5 and p.poll() is None, p.communicate()[0]
+    os.killpg(p.pid, signal.SIGINT) if how == "ctrl-c" else p.kill()
+    out = p.communicate(timeout=60)[0]; wait_for(lambda: gone(left), 1 if how == "ctrl-c" else 15)
+    if how == "ctrl-c": assert p.returncode == 130 and "the same command goes on from here" in out and "Traceback" not in out, out
+    n = json.loads((part()/"checkpoint").read_text())[0]; assert toy.why(ids=["teacher"]) == {"teacher@1": "was interrupted, goes on"}; time.sleep(.5); assert json.loads((part()/"checkpoint").read_text())[0] == n
+
+
+def test_a_runner_that_is_killed_leaves_its_remote_runs_to_nobody(quick, dask):
+    toy = quick; toy.nb("teacher", params, start, training.replace("40", "600"), end); w = dask.worker(*toy.preload)
+    p = subprocess.Popen([sys.executable, "-c", "from vlkd.cli import main; main()", "reproduce", "teacher", "--scale", "smoke", "--scheduler", dask.file], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part = lambda: next((toy.d/"runs/smoke/.partial").glob("teacher@1-*"), None)
+    wait_for(lambda: part() and (part()/"checkpoint").exists(), 90); run = psutil.Process(read_json(part()/"attempt.json")["pid"]).children(); assert len(run) == 1 and R._held(toy.d/"runs/smoke/.locks/teacher@1.run")
+    p.kill(); p.wait(); n = R.graph(["teacher"], "smoke", 1, toy.plan)["teacher@1"]
+    assert R._Job.acquire(n) is None or gone(run)                             # while it writes nobody else may
+    wait_for(lambda: gone(run), 15); assert w.poll() is None and not R._held(toy.d/"runs/smoke/.locks/teacher@1.run")
+    os.close(R._Job.acquire(n))
+
+
+def test_a_scheduler_that_goes_ends_the_run_and_the_trainings(quick, dask):
+    toy = quick; toy.nb("teacher", params, start, training.replace("40", "600"), end); dask.worker(*toy.preload); left = []
+    def stop():
+        wait_for(lambda: list((toy.d/"runs/smoke/.partial").glob("teacher@1-*/checkpoint")), 90); a = next((toy.d/"runs/smoke/.partial").glob("teacher@1-*/attempt.json")); left.extend(psutil.Process(read_json(a)["pid"]).children()); dask.boss.kill()
+    t = threading.Thread(target=stop); t.start()
+    with pytest.raises(ConnectionError, match="does not answer any more.*the same command goes on"): toy.run(["teacher"], cluster=Cluster(dask.address))
+    t.join(); assert left; wait_for(lambda: gone(left), 30)
+
+
+def test_a_failure_is_named_and_an_edit_in_between_runs_nowhere(toy, dask):
+    toy.edit("student", "score = lr", "assert lr < .1, 'much too large'\\nscore = lr"); dask.worker()
+    r = toy.run(["student"], cluster=Cluster(dask.address)); assert r["done"] == ["teacher@1"] and "student.ipynb, cell 4: AssertionError: much too large" in r["failed"]["student@1"]

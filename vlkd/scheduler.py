@@ -31,6 +31,18 @@ def scheduler_address(where:str) -> str: # tcp://host:port, or local:N
     except OSError as e: raise ConnectionError(f"no scheduler answers at {where} ({e}); `dask scheduler` starts one, and says its address") from None
     return where
 
+def _greet(address:str, seconds=10):
+    "Exchange Dask's greetings once: a client would wait for ever for something that listens and says nothing."
+    import asyncio, threading
+    from distributed import Security; from distributed.core import connect
+    async def hello(): await (await asyncio.wait_for(connect(address, timeout=seconds, **Security().get_connection_args("client")), seconds)).close()
+    said = []
+    def run():
+        try: asyncio.run(hello())
+        except Exception as e: said.append(e)
+    t = threading.Thread(target=run, daemon=True); t.start(); t.join(2*seconds)  # a thread, since a notebook has a loop already
+    if said or t.is_alive(): raise said[0] if said else TimeoutError("no greeting")
+
 def _dask():
     try: import distributed; return distributed
     except ImportError: raise ImportError("--scheduler needs Dask: pip install 'vlkd[cluster]'") from None
@@ -210,8 +222,8 @@ class Cluster:
         address = scheduler_address(self.where); logging.getLogger("distributed").setLevel(logging.CRITICAL); self.say = say
         dask.config.set({"distributed.comm.timeouts.connect": "10s"})
         if address.startswith("local:"): self.local = _local(int(address.split(":")[1])); address = self.local.scheduler_address
-        try: self.client = dd.Client(address, timeout=10, set_as_default=False, name="vlkd-reproduce")
-        except Exception as e: raise ConnectionError(f"what answers at {address} is no Dask scheduler of this version ({type(e).__name__}: {e})") from None
+        try: _greet(address); self.client = dd.Client(address, timeout=10, set_as_default=False, name="vlkd-reproduce")
+        except Exception as e: raise ConnectionError(f"what answers at {address} is no Dask scheduler of this version ({type(e).__name__}{f': {e}' if str(e) else ''})") from None
         root = nodes[0].root; p = root/".cluster"/uuid.uuid4().hex; p.mkdir(parents=True); self.probe = p
         self.lock = os.open(p/"lock", os.O_RDWR | os.O_CREAT, 0o644); fcntl.flock(self.lock, fcntl.LOCK_EX); (p/"token").write_text(p.name)
         real = [n for n in nodes if n.parts["data"]]; data = data_dir() if real else None
