@@ -6,7 +6,7 @@
 __all__ = ['resource', 'scheduler_address', 'library_code', 'run_node', 'Cluster']
 
 # %% ../nbs/70a_scheduler.ipynb #e1c572f1
-import contextlib, fcntl, json, os, re, shutil, socket, subprocess, time, uuid
+import contextlib, fcntl, json, os, re, shutil, signal, socket, subprocess, threading, time, uuid
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -33,7 +33,7 @@ def scheduler_address(where:str) -> str: # tcp://host:port, or local:N
 
 def _greet(address:str, seconds=10):
     "Exchange Dask's greetings once: a client would wait for ever for something that listens and says nothing."
-    import asyncio, threading
+    import asyncio
     from distributed import Security; from distributed.core import connect
     async def hello(): await (await asyncio.wait_for(connect(address, timeout=seconds, **Security().get_connection_args("client")), seconds)).close()
     said = []
@@ -286,9 +286,18 @@ class Cluster:
     def start(self, node, job:dict) -> _Remote:
         return _Remote(self, node, job | dict(lock=str(node.folder.parent/".locks"/f"{node.name}.run"), env=self.env, code=node.parts["code"], modules=node.parts["modules"]))
 
+@contextlib.contextmanager
+def _without_interrupts():
+    "Processes that are started in the block do not see Ctrl-C; nor does this one, for these seconds."
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try: yield
+    finally: signal.signal(signal.SIGINT, old)
+
 def _local(n:int):
     "A cluster of n worker processes on this machine, one GPU each where there are GPUs."
     dd = _dask(); gpus = _gpus(os.environ.get("VLKD_DEVICE", ""))
     if gpus and n > len(gpus): raise ValueError(f"--scheduler local:{n}: there {'are' if len(gpus) > 1 else 'is'} {len(gpus)} GPU{'s' if len(gpus) > 1 else ''} here, and a run takes one")
-    opt = lambda i: dict(nthreads=1, resources={resource: 1}, memory_limit=0, silence_logs=50, env=dict(CUDA_VISIBLE_DEVICES=gpus[i]) if gpus else {})
-    return dd.SpecCluster(scheduler=dict(cls=dd.Scheduler, options=dict(host="127.0.0.1", port=0, dashboard=False)), workers={i: dict(cls=dd.Nanny, options=opt(i)) for i in range(n)}, silence_logs=50)
+    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"    # Ctrl-C is for the runner, which ends them in order
+    opt = lambda i: dict(nthreads=1, resources={resource: 1}, memory_limit=0, silence_logs=50, preload=[deaf], env=dict(CUDA_VISIBLE_DEVICES=gpus[i]) if gpus else {})
+    with _without_interrupts(): return dd.SpecCluster(scheduler=dict(cls=dd.Scheduler, options=dict(host="127.0.0.1", port=0, dashboard=False)), workers={i: dict(cls=dd.Nanny, options=opt(i)) for i in range(n)}, silence_logs=50)
