@@ -171,6 +171,69 @@ def test_a_scheduler_that_goes_ends_the_run_and_the_trainings(quick, dask):
     t.join(); assert left; wait_for(lambda: gone(left), 30)
 
 
-def test_a_failure_is_named_and_an_edit_in_between_runs_nowhere(toy, dask):
+def test_a_failure_is_named(toy, dask):
     toy.edit("student", "score = lr", "assert lr < .1, 'much too large'\\nscore = lr"); dask.worker()
     r = toy.run(["student"], cluster=Cluster(dask.address)); assert r["done"] == ["teacher@1"] and "student.ipynb, cell 4: AssertionError: much too large" in r["failed"]["student@1"]
+
+
+def dask_command(words):
+    "A usage error where an option is none of `dask scheduler` or `dask worker`."
+    from distributed.cli import dask_scheduler, dask_worker
+    c = dict(scheduler=dask_scheduler.main, worker=dask_worker.main)[words[0]]; c.make_context(words[0], list(words[1:]))
+
+def vlkd_command(words):
+    from typer.main import get_command
+    from vlkd.cli import app
+    c = get_command(app)
+    while words and hasattr(c, "commands"): assert words[0] in c.commands, words; c = c.commands[words[0]]; words = words[1:]
+    c.make_context(c.name, list(words))
+
+def check(words): dict(dask=dask_command, vlkd=vlkd_command)[Path(words[0]).name](words[1:])
+
+def test_kubernetes_recipe():
+    import yaml
+    docs = list(yaml.safe_load_all((ROOT/"recipes/kubernetes.yaml").read_text())); kinds = [d["kind"] for d in docs]; assert sorted(kinds) == ["Deployment", "Deployment", "Job", "PersistentVolumeClaim", "Service"]
+    pods = {d["metadata"]["name"]: d["spec"]["template"]["spec"] for d in docs if d["kind"] in ("Deployment", "Job")}; service = docs[kinds.index("Service")]; claims = {d["metadata"]["name"] for d in docs if d["kind"] == "PersistentVolumeClaim"}
+    for p in pods.values():
+        (c,) = p["containers"]; check(c["command"]); volumes = {v["name"]: v for v in p.get("volumes", [])}
+        assert all(m["name"] in volumes for m in c.get("volumeMounts", [])) and all(v["persistentVolumeClaim"]["claimName"] in claims for v in volumes.values() if "persistentVolumeClaim" in v)
+    address = f"tcp://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"; (worker,), (runner,), (boss,) = (pods[k]["containers"] for k in ("vlkd-worker", "vlkd-reproduce", "vlkd-scheduler"))
+    assert address in worker["command"] and address in runner["command"] and "8786" in boss["command"] and "vlkd=1" in worker["command"] and worker["resources"]["limits"]["nvidia.com/gpu"] == 1
+    mount = lambda c: next(m["mountPath"] for m in c["volumeMounts"] if m["name"] == "vlkd"); assert mount(worker) == mount(runner) and all(e["value"].startswith(mount(runner)) for e in runner["env"])
+    labels = {d["metadata"]["name"]: (d["spec"]["selector"]["matchLabels"], d["spec"]["template"]["metadata"]["labels"]) for d in docs if d["kind"] == "Deployment"}; assert all(a == b for a, b in labels.values()) and service["spec"]["selector"] == labels["vlkd-scheduler"][1]
+    with pytest.raises(Exception, match="(?i)no such option"): check(["vlkd", "reproduce", "--schedular", "x"])
+    with pytest.raises(Exception, match="(?i)no such option|unexpected extra argument"): check(["dask", "worker", "--slots", "1"])
+
+
+def test_commands_of_the_page():
+    import shlex
+    text = "\n".join("".join(c["source"]) for c in json.loads((ROOT/"nbs/scale.ipynb").read_text())["cells"] if c["cell_type"] == "markdown")
+    said = [l.split("#")[0].strip() for b in re.findall(r"^```sh\n(.*?)^```", text, re.S|re.M) for l in b.splitlines()] + [l for l in re.findall(r"`((?:vlkd|dask) [^`]+)`", text)]; assert len(said) > 6
+    for l in said:
+        words = [w for w in shlex.split(l) if not re.match(r"[A-Z_]+=", w)]
+        if words[:2] not in (["dask", "scheduler"],) or len(words) > 2: check(words)
+    assert {f.name for f in (ROOT/"recipes").iterdir()} == set(re.findall(r"recipes/([\w.]+)\]", text))
+
+
+def test_slurm_recipe(toy, tmp_path):
+    "The script itself, where `srun` starts two tasks on this machine."
+    f = ROOT/"recipes"/"slurm.sh"; assert subprocess.run(["bash", "-n", str(f)]).returncode == 0
+    for l in f.read_text().splitlines():
+        if m := re.search(r'"\$bin/(dask|vlkd)" (.*)', l): check([m[1], *(w for w in m[2].replace('"$@"', "all").replace('"$file"', "x").split() if w != "&")])
+    b = tmp_path/"bin"; b.mkdir()
+    for name, text in dict(dask=f'#!/bin/sh\nexec "{sys.executable}" -m dask "$@"\n', vlkd=f'#!/bin/sh\nexec "{sys.executable}" -c "from vlkd.cli import main; main()" "$@"\n', srun='#!/bin/sh\nshift\n"$@" & "$@" & wait\n').items(): (b/name).write_text(text); (b/name).chmod(0o755)
+    p = subprocess.Popen(["bash", str(f), "other", "--scale", "smoke", "--seeds", "2"], env=os.environ | dict(PATH=f"{b}:{os.environ['PATH']}", VLKD_BIN=str(b), SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="7"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    left = []
+    try: wait_for(lambda: run_folder("other", "smoke", 2).exists() or p.poll() is not None, 240); left = tree([p]) if p.poll() is None else []; out = p.communicate(timeout=90)[0]
+    finally:
+        if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
+    assert p.returncode == 0 and toy.ran() == ["other@1", "other@2"] and "2 done" in out, out
+    wait_for(lambda: gone(left), 20); assert not list((toy.d/"runs").glob("scheduler-*"))
+
+
+def test_other_code_than_the_key_says(toy):
+    import vlkd.scheduler as S
+    n = R.graph(["other"], "smoke", 1, toy.plan)["other@1"]; job = dict(notebook=str(n.entry["file"]), code=n.parts["code"], modules=n.parts["modules"]); assert S._other_code(job, 0) == ""
+    toy.edit("other", "score = seed", "score  =  seed # one"); assert S._other_code(job, 0) == ""
+    toy.edit("other", "score  =  seed", "score = seed + 1"); assert S._other_code(job, 0).startswith("another ") and "other.ipynb" in S._other_code(job, 0)
+    assert S._other_code(job | dict(modules={"vlkd.core": "x"}), 0).startswith("another ") and S._other_code(job | dict(notebook="gone.ipynb"), 0) == "no gone.ipynb"
