@@ -20,11 +20,13 @@ app.add_typer(data_app, name="data")
 def reproduce(ids: list[str] = typer.Argument(None, help="Tables or runs of nbs/experiments/plan.toml; none: the main tables; all: every table."),
               scale: str = typer.Option("micro", help="Section of settings.ini: smoke, micro, real, paper."),
               seeds: str = typer.Option("1", help="Number of confirmation worlds (3), a list (1,2,3), or dev."),
-              jobs: int = typer.Option(2, help="Runs at a time."),
-              dry_run: bool = typer.Option(False, "--dry-run", help="Only say what would run, and why.")):
+              jobs: int = typer.Option(None, help="Runs at a time; empty: 2, on a cluster as many as it has slots."),
+              dry_run: bool = typer.Option(False, "--dry-run", help="Only say what would run, and why."),
+              scheduler: str = typer.Option("", help="Dask cluster that runs them: tcp://HOST:8786, a scheduler file, or local:N for N workers here.")):
     "Bring tables up to date: run what is missing or changed, then render reports/latest."
     from vlkd.reproduce import report, reproduce
-    r = reproduce(ids or None, scale=scale, seeds=seeds, jobs=jobs, dry_run=dry_run)
+    if scheduler: from vlkd.scheduler import Cluster
+    r = reproduce(ids or None, scale=scale, seeds=seeds, jobs=jobs, dry_run=dry_run, cluster=Cluster(scheduler) if scheduler else None)
     if dry_run: return
     report(scale, seeds)
     if r["failed"]: raise typer.Exit(1)

@@ -438,15 +438,21 @@ def _nursery_works() -> bool:
     return os.environ.get("VLKD_NURSERY") != "0" and sys.platform == "linux" and _device().startswith("CPU")
 
 # %% ../nbs/70_reproduce.ipynb #48525ec0
-def _environment(jobs:int) -> dict:
-    "Environment of a worker: absolute paths, few threads, no progress bars, no network."
-    env = dict(os.environ, OMP_NUM_THREADS=str(max(1, _cores()//jobs)), TQDM_DISABLE="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", PYTHONHASHSEED="0",
-               OMP_WAIT_POLICY="PASSIVE", JUPYTER_PREFER_ENV_PATH="1", PYDEVD_DISABLE_FILE_VALIDATION="1", VLKD_SETTINGS=str(settings_file()))
-    env.pop("MPLBACKEND", None)                                             # the kernel then draws figures into the notebook
-    env["PYTHONPATH"] = os.pathsep.join([str(_library().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+def _given_env() -> dict:
+    "What a worker is given on any machine: absolute paths, no progress bars, no network."
+    env = dict(TQDM_DISABLE="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", PYTHONHASHSEED="0", OMP_WAIT_POLICY="PASSIVE", JUPYTER_PREFER_ENV_PATH="1", PYDEVD_DISABLE_FILE_VALIDATION="1",
+               **{k: v for k, v in os.environ.items() if k.startswith("VLKD_")}) | dict(VLKD_SETTINGS=str(settings_file()))
     for p in _sections(settings_file())["paths"]:
         with contextlib.suppress(FileNotFoundError): env[f"VLKD_{p.upper()}"] = str(path(p))
     return env
+
+def _here_env(given:dict, threads:int, env=None) -> dict:
+    "Environment of a worker on this machine: this library, few threads."
+    env = dict(os.environ if env is None else env, **given) | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=os.pathsep.join([str(_library().parent), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    env.pop("MPLBACKEND", None)                                             # the kernel then draws figures into the notebook
+    return env
+
+def _environment(jobs:int) -> dict: return _here_env(_given_env(), max(1, _cores()//jobs))
 
 def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -459,6 +465,13 @@ def _device() -> str:
     return f"CPU, {_cores()} cores"
 
 # %% ../nbs/70_reproduce.ipynb #3d29799f
+def _held(f:Path) -> bool:
+    "Whether a process, on whatever machine, holds the lock `f`."
+    if not f.is_file(): return False
+    with open(f, "rb+") as fd:
+        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); return False
+        except BlockingIOError: return True
+
 class _Job:
     "A node being computed."
     def __init__(self, node:Node, lock:int): self.node, self.lock, self.proc, self.first = node, lock, None, None
@@ -467,10 +480,12 @@ class _Job:
     def acquire(n:Node) -> int|None: # file descriptor that holds the lock, or None while another process has it
         d = n.folder.parent/".locks"; d.mkdir(parents=True, exist_ok=True)
         fd = os.open(d/n.name, os.O_RDWR | os.O_CREAT, 0o644)
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); return fd
+        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: os.close(fd); return None
+        if _held(d/f"{n.name}.run"): os.close(fd); return None              # its runner is gone, its worker not yet
+        return fd
 
-    def start(self, nodes:dict, env:dict, nursery:_Nursery=None):
+    def start(self, nodes:dict, env:dict, nursery:_Nursery=None, cluster=None):
         n, p = self.node, self.node.partial
         for old in p.parent.glob(f"{n.name}-*") if p.parent.is_dir() else ():
             if old != p and re.fullmatch(re.escape(n.name) + r"-([0-9a-f]{8}|old)", old.name): shutil.rmtree(old, ignore_errors=True)
@@ -479,6 +494,7 @@ class _Job:
         given = dict(n.parts["params"], out=str(p), inputs=json.dumps({x: str(nodes[x].folder) for x in n.needs}))
         job = dict(notebook=str(n.entry["file"]), output=str(p/"notebook.ipynb"), parameters={k: v for k, v in given.items() if k in has}, cwd=str(n.entry["file"].parent), parent=os.getpid())
         self.began, self.spent = time.time(), self.state().get("seconds", 0.0); self.saved = 0.
+        if cluster: self.proc = cluster.start(n, job); return
         with open(p/"worker.log", "ab") as log:
             if nursery:
                 write_json(p/"job.json", job)
@@ -518,10 +534,10 @@ def _finish(job:_Job, git:dict):
     "Check the record, write the receipt, and move the folder into its place."
     n, p = job.node, job.node.partial
     r = Run(p); [r.file(k) for k in r.result["files"]]
-    for junk in ("state.json", "error.json", "worker.log", "job.json"): (p/junk).unlink(missing_ok=True)
+    for junk in ("state.json", "error.json", "worker.log", "job.json", "attempt.json"): (p/junk).unlink(missing_ok=True)
     files = {str(f.relative_to(p)): (f.stat().st_size, sha256_file(f)) for f in sorted(p.rglob("*")) if f.is_file() and f != p/"run.json"}
     write_json(p/"run.json", dict(id=n.entry["id"], name=n.name, key=n.key, scale=n.scale, seeds=n.seeds, notebook=n.entry["notebook"], params=n.parts["params"], needs=n.parts["needs"],
-                                  seconds=round(job.seconds, 1), started=time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(job.began)), device=r.result.get("device") or _device(),
+                                  seconds=round(job.seconds, 1), started=time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(job.began)), device=r.result.get("device") or getattr(job.proc, "device", "") or _device(),
                                   versions=versions(), git=git, parts=n.parts, files=files))
     _place(n)
 
@@ -578,14 +594,14 @@ def _running(j:_Job) -> str:
     return s if "step" in p else f"{s} {_span(j.seconds)}"
 
 # %% ../nbs/70_reproduce.ipynb #79528778
-def _execute(nodes:dict, todo:dict, jobs:int, say:_Screen) -> dict:
+def _execute(nodes:dict, todo:dict, jobs:int, say:_Screen, cluster=None) -> dict:
     "Run the nodes in `todo` (name -> reason), `jobs` at a time, those with the longest chain first; returns done, failed and skipped."
-    est = {n: _estimate(nodes[n]) for n in todo}; chain = _chains(nodes, est); git, env = git_state(), _environment(jobs)
+    est = {n: _estimate(nodes[n]) for n in todo}; chain = _chains(nodes, est); git, env = git_state(), {} if cluster else _environment(jobs)
     waiting, running, over = sorted(todo, key=lambda n: -chain[n]), {}, dict(done=[], failed={}, skipped={})
-    total, others = len(todo), set(); nursery = _Nursery(env) if len(todo) > jobs and _nursery_works() else None
+    total, others = len(todo), set(); nursery = _Nursery(env) if not cluster and len(todo) > jobs and _nursery_works() else None
     def eta():
         left = {**{n: est[n] for n in waiting}, **{n: _left(j, est[n]) for n, j in running.items()}}
-        return max([*_chains(nodes, left).values(), sum(left.values())/jobs], default=0.)
+        return max([*_chains(nodes, left).values(), sum(left.values())/(max(1, min(jobs, cluster.slots)) if cluster else jobs)], default=0.)
     def count(): return f"[{len(over['done'])+len(over['failed'])+len(over['skipped'])}/{total}]"
     def tail():
         n = len(waiting)+len(running)
@@ -599,8 +615,9 @@ def _execute(nodes:dict, todo:dict, jobs:int, say:_Screen) -> dict:
     def done(n, text): over["done"].append(n); say.say(f"{count()} {n} {text}{tail()}")
     try:
         while waiting or running:
+            if cluster: cluster.beat(say.say)
             for n in list(waiting):
-                if len(running) >= jobs: break
+                if len(running) >= jobs or (cluster and not cluster.free()): break
                 if any(x in waiting or x in running for x in (*nodes[n].needs, *(f"{i}@{w}" for i in nodes[n].entry.get("after", ()) for w in nodes[n].seeds))): continue
                 if (lock := _Job.acquire(nodes[n])) is None:
                     if n not in others: others.add(n); say.say(f"{n} is being computed by another process; waiting for it")
@@ -610,7 +627,7 @@ def _execute(nodes:dict, todo:dict, jobs:int, say:_Screen) -> dict:
                 except (ValueError, FileNotFoundError) as e: job.release(); fail(n, str(e)); continue
                 if not why(nodes[n]): job.release(); done(n, "was finished by another process"); continue
                 if _complete(nodes[n]): _place(nodes[n]); job.release(); done(n, "was complete"); continue
-                job.start(nodes, env, nursery); running[n] = job; say.say(f"{n} starts ({nodes[n].entry['notebook']}): {todo[n]}")
+                job.start(nodes, env, nursery, cluster); running[n] = job; say.say(f"{n} starts{f' on {job.proc.where}' if cluster else ''} ({nodes[n].entry['notebook']}): {todo[n]}")
             for n, job in list(running.items()):
                 job.tick()
                 if job.proc.poll() is None: continue
@@ -631,6 +648,7 @@ def _execute(nodes:dict, todo:dict, jobs:int, say:_Screen) -> dict:
 
 def _failure(job:_Job) -> str:
     n, p = job.node, job.node.partial
+    if said := getattr(job.proc, "said", ""): return f"{n.entry['notebook']}: {said}"
     try: e = read_json(p/"error.json")
     except (OSError, ValueError):
         log = (p/"worker.log").read_text(errors="replace").strip().split("\n")[-1] if (p/"worker.log").is_file() else ""
@@ -642,12 +660,13 @@ def _failure(job:_Job) -> str:
 def reproduce(ids=None,          # tables or runs; none: the main tables, ["all"]: all tables
               scale:str="micro", # section of settings.ini
               seeds=1,           # number of confirmation worlds, or see `world_seeds`
-              jobs:int=2,        # runs at a time
+              jobs:int=None,     # runs at a time; none: 2, on a cluster as many as it has slots
               dry_run:bool=False,# only say what would run and why
-              plan=None          # plan file; none: nbs/experiments/plan.toml
+              plan=None,         # plan file; none: nbs/experiments/plan.toml
+              cluster=None       # machines that run them, a `vlkd.scheduler.Cluster`; none: this one
              ) -> dict: # fresh, done (names), failed, skipped (name -> why); in a dry run fresh and would_run
     "Bring tables or runs up to date. A failed run stops only what needs it; errors in the plan are raised before anything starts."
-    if jobs < 1: raise ValueError(f"jobs should be at least 1, got {jobs}")
+    if jobs is not None and jobs < 1: raise ValueError(f"jobs should be at least 1, got {jobs}")
     nodes = graph(ids, scale, seeds, plan, need_data=not dry_run); todo = {n: r for n, x in nodes.items() if (r := why(x))}
     fresh = [n for n in nodes if n not in todo]; say = _Screen()
     if dry_run:
@@ -657,9 +676,10 @@ def reproduce(ids=None,          # tables or runs; none: the main tables, ["all"
             say.say("\n"+report_plan(_runs_of(nodes.values()), scale, tables=[n.entry["id"] for n in nodes.values() if n.entry["kind"] == "table"], seeds=len(world_seeds(seeds))))
         return dict(fresh=fresh, would_run=todo)
     if not todo: say.say(f"{_runs(nodes)} at scale {scale}: all fresh, nothing to do"); return dict(fresh=fresh, done=[], failed={}, skipped={})
-    jobs = min(jobs, _cores()); say.say(f"{_runs(nodes)} at scale {scale}: {len(fresh)} fresh, {len(todo)} to do, {jobs} at a time")
-    began = time.time()
-    with _interruptible(): over = _execute(nodes, todo, jobs, say)
+    jobs = (jobs or len(todo)) if cluster else min(jobs or 2, _cores()); began = time.time()
+    with _interruptible(), (cluster.use([nodes[n] for n in todo], say.say) if cluster else contextlib.nullcontext()):
+        say.say(f"{_runs(nodes)} at scale {scale}: {len(fresh)} fresh, {len(todo)} to do, {min(jobs, cluster.slots) if cluster else jobs} at a time")
+        over = _execute(nodes, todo, jobs, say, cluster)
     say.say(f"{len(over['done'])} done, {len(over['failed'])} failed, {len(over['skipped'])} skipped in {_span(time.time()-began)}")
     return dict(fresh=fresh, **over)
 
