@@ -1107,6 +1107,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vlkd.train.loop.ObjectiveTrainer._save': ('train.loop.html#objectivetrainer._save', 'vlkd/train/loop.py'),
                                  'vlkd.train.loop.ObjectiveTrainer._save_rng_state': ( 'train.loop.html#objectivetrainer._save_rng_state',
                                                                                        'vlkd/train/loop.py'),
+                                 'vlkd.train.loop.ObjectiveTrainer.at_once': ( 'train.loop.html#objectivetrainer.at_once',
+                                                                               'vlkd/train/loop.py'),
                                  'vlkd.train.loop.ObjectiveTrainer.compute_loss': ( 'train.loop.html#objectivetrainer.compute_loss',
                                                                                     'vlkd/train/loop.py'),
                                  'vlkd.train.loop.ObjectiveTrainer.draws': ('train.loop.html#objectivetrainer.draws', 'vlkd/train/loop.py'),

@@ -153,10 +153,12 @@ class ObjectiveTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None): norm = super()._get_grad_norm(model, grad_norm); self.finite(norm, "gradient"); return norm
 
+    @property
+    def at_once(self): return self.args.device.type == "cpu"
     def finite(self, x, what:str):
         "Stop at an `x` that is not finite. On the CPU at once; on a GPU, where looking means waiting, the first such step is noted there, and looked at before anything is logged or saved."
         x = torch.as_tensor(x)
-        if x.device.type == "cpu": return None if torch.isfinite(x) else self.stop(what, self.state.global_step, self.now)
+        if self.at_once: return None if torch.isfinite(x) else self.stop(what, self.state.global_step, self.now)
         if self.bad is None: self.bad = torch.full((2,), -1, device=x.device)
         k = dict(loss=0, gradient=1)[what]; self.bad[k] = torch.where(torch.isfinite(x) | (self.bad[k] >= 0), self.bad[k], self.state.global_step)
 
