@@ -82,12 +82,14 @@ def _hinge_batch(t, v, m, pos, margin, sides, hardest): # all others as negative
     return out
 
 # %% ../../nbs/30_losses.contrastive.ipynb #d6a580c2
-def _text_video(text, video, mask, name):
-    "Checked inputs of a text-video objective: promoted states without padding, video, mask."
+def _text_video(text, video, mask, name, join=True):
+    "Checked inputs of a text-video objective, of all processes where they `join`: promoted states without padding, video, mask."
     if text.dim() != 3 or video.dim() != 2 or len(text) != len(video) or text.shape[-1] != video.shape[-1]:
         raise ValueError(f"{name}: text should be (B, L, D) and video (B, D): {shapes(text=text, video=video)}")
-    if len(text) < 2: raise ValueError(f"{name}: negatives come from the batch, which needs at least 2 sentences: {shapes(text=text, video=video)}")
-    m = full_mask(mask, text); text, video = promoted(text, video)
+    if len(text)*joined() < 2: raise ValueError(f"{name}: negatives come from the batch, which needs at least 2 sentences: {shapes(text=text, video=video)}")
+    m = full_mask(mask, text)
+    if join: (text, m), video = gathered(text, m, pad=True), gathered(video)
+    text, video = promoted(text, video)
     return text.masked_fill(~m[..., None], 0), video, m
 
 def token_hinge(text:torch.Tensor, # (B, L, D) token states of the text encoder, not normalised
@@ -104,6 +106,7 @@ def token_hinge(text:torch.Tensor, # (B, L, D) token states of the text encoder,
     if reduction not in ("mean", "sum", "none"): raise ValueError(f"reduction should be mean, sum or none, not {reduction!r}")
     if not isinstance(negatives, torch.Tensor) and negatives not in ("random", "all", "hardest", "paired"):
         raise ValueError(f"negatives should be random, all, hardest, paired or a LongTensor (B,), not {negatives!r}")
+    if joined() > 1 and isinstance(negatives, str) and negatives == "random": raise ValueError("token_hinge: processes that train together have to draw the same negatives: give their indices in the whole batch")
     text, video, m = _text_video(text, video, mask, "token_hinge"); B = len(text)
     with no_autocast(text):
         t, v = unit(text), unit(video); pos = torch.einsum("bld,bd->bl", t, v)
@@ -118,7 +121,7 @@ def token_hinge(text:torch.Tensor, # (B, L, D) token states of the text encoder,
 
 # %% ../../nbs/30_losses.contrastive.ipynb #634f0794
 def _nce_sentence(t, v, m, temperature):
-    z = unit((t*m[..., None]).sum(1)/m.sum(1, keepdim=True).clamp_min(1)); keep = m.any(1)
+    z, v, keep = gathered(unit((t*m[..., None]).sum(1)/m.sum(1, keepdim=True).clamp_min(1)), v, m.any(1)) # of sentences, only their vectors have to travel
     s = z @ v.T/temperature; low = torch.finfo(s.dtype).min/4
     rows = torch.logsumexp(s.masked_fill(~keep[None, :], low), 1); cols = torch.logsumexp(s.masked_fill(~keep[:, None], low), 0)
     return ((rows + cols)/2 - s.diagonal()).masked_fill(~keep, 0).sum()/keep.sum().clamp_min(1)
@@ -140,5 +143,5 @@ def info_nce(text:torch.Tensor, # (B, L, D) token states, not normalised
     "Symmetric InfoNCE between sentences (or each of their tokens) and the videos of the batch; a sentence without tokens is left out with its video."
     if level not in ("sentence", "token"): raise ValueError(f"level should be sentence or token, not {level!r}")
     if not isinstance(temperature, torch.Tensor) and not temperature > 0: raise ValueError(f"temperature should be positive, got {temperature}")
-    text, video, m = _text_video(text, video, mask, "info_nce")
+    text, video, m = _text_video(text, video, mask, "info_nce", join=level == "token")
     with no_autocast(text): return (_nce_sentence if level == "sentence" else _nce_token)(unit(text), unit(video), m, temperature)

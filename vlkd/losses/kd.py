@@ -91,9 +91,9 @@ def nt_xent(student:torch.Tensor, # (B, L, D)
             *, temperature:float=1.0) -> torch.Tensor:
     "NT-Xent over the 2B states of each token position, mean over anchors, then over counted positions; shapes that differ and a batch of one raise `ValueError`."
     _same("nt_xent", student, teacher)
-    if len(student) < 2: raise ValueError(f"nt_xent: negatives come from the batch, which needs at least 2 sentences: {shapes(student=student, teacher=teacher)}")
+    if len(student)*joined() < 2: raise ValueError(f"nt_xent: negatives come from the batch, which needs at least 2 sentences: {shapes(student=student, teacher=teacher)}")
     if not temperature > 0: raise ValueError(f"temperature should be positive, got {temperature}")
-    s, t, m = _pair_states("nt_xent", student, teacher, mask); B = len(s)
+    s, t, m = gathered(*_pair_states("nt_xent", student, teacher, mask), pad=True); B = len(s)
     with no_autocast(s):
         z = unit(torch.cat([s, t])).transpose(0, 1); keep = torch.cat([m, m]).T # (L, 2B, D), (L, 2B)
         sim = torch.bmm(z, z.transpose(1, 2))/temperature
@@ -208,7 +208,9 @@ class CRD(nn.Module):
             if negatives_index is None: negatives_index = self._draw(self.bank_size, self.negatives)
             else: self._check_index("negatives_index", negatives_index, (len(student), negatives_index.shape[-1]) if negatives_index.dim() == 2 else (negatives_index.numel(),))
         with no_autocast(student):
-            s, t = self.features(student, teacher)
+            s, t = gathered(*self.features(student, teacher)) # every process sees the keys of all, so that all memories stay the same
+            if index is not None: index = gathered(index)
+            if negatives_index is not None and negatives_index.dim() == 2: negatives_index = gathered(negatives_index)
             loss = self._queue(s, t) if self.bank == "queue" else self._full(s, t, index, negatives_index)
             if self.training: self._store(s, t, index)
         return loss

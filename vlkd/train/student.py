@@ -53,6 +53,13 @@ class StudentObjective(nn.Module):
         if not head and ds != dt and any(k in ("regression", "nt_xent") for k in self.kd): raise ValueError(f"without a head, student and teacher must have one width; they have {ds} and {dt}")
         if "crd" in self.kd: self.crd = CRD(dt if head else ds, dt, s.crd_dim, negatives=s.crd_negatives, bank_size=s.crd_bank, **self.args["crd"])
 
+        self.coupled = tuple(k for k in self.kd if k in ("crd", "nt_xent")) # terms that compare sentences of a batch
+
+    def counts(self, batch) -> dict: # by term, of how many things of a batch its mean is taken; of the others, the sentences
+        m = batch["mask"]; tokens = dict.fromkeys(("soft_label", "regression", "voken"), m.sum())
+        if "vokens" in batch: tokens["voken"] = (m & (batch["vokens"] != -100)).sum()
+        return dict(mlm=batch["where"].sum(), **{k: tokens[k] for k in self.kd if k in tokens})
+
     @torch.no_grad()
     def teach(self, masked, ids, mask, known=None) -> dict:
         "What the frozen teacher says: states of the masked input, logits and vokens only where they are asked for."
@@ -64,8 +71,8 @@ class StudentObjective(nn.Module):
         if "voken" in self.kd and known is None: out["vokens"] = vokens(hidden_states(t, ids, mask), mask, self._pool[0].to(masked.device)) # a sentence's vokens are those of its true tokens
         return out
 
-    def forward(self, ids, mask, masked, where, position=None, vokens=None):
-        h = hidden_states(self.lm, masked, mask); parts = dict(mlm=mlm_loss(self.lm, h, ids, where)); at = torch.arange(len(h), device=h.device)[:, None]
+    def forward(self, ids, mask, masked, where, position=None, vokens=None, share=None):
+        h = hidden_states(self.lm, masked, mask); parts = dict(mlm=shared_mlm(self.lm, h, ids, where, share)); at = torch.arange(len(h), device=h.device)[:, None]
         if self.kd: t = self.teach(masked, ids, mask, vokens)
         for k in self.kd: # a head sees no padding where its loss counts tokens one by one, and of CRD's tokens only the keys
             if k == "soft_label": parts[k] = soft_label(self.lm.cls(h[mask]), t["logits"], **self.args[k])
@@ -75,6 +82,7 @@ class StudentObjective(nn.Module):
             elif k == "voken": parts[k] = voken(self.heads[k](h[mask]), (t["vokens"] if vokens is None else vokens)[mask])
             elif self.crd_keys == "sentence": parts[k] = self.crd(masked_mean(self.heads[k](h), mask), masked_mean(t["states"], mask))
             else: parts[k] = self.crd(self.heads[k](h[at, position].flatten(0, 1)), t["states"][at, position].flatten(0, 1))
+            if share and k in share: parts[k] = parts[k]*share[k].to(parts[k].dtype)
         return dict(loss=parts["mlm"]+sum(self.weights[k]*parts[k] for k in self.kd), **parts)
 
 # %% ../../nbs/43_train.student.ipynb #e2a10a6d
@@ -124,7 +132,8 @@ def stored_pool(data, teacher:Teacher, out, seed:int=0) -> VokenPool:
 
 def stored_vokens(data, teacher:Teacher, tokens, pool:VokenPool, out) -> StoredVokens:
     "The vokens of `tokens` under `out`; what is there is kept."
-    vokenize(tokens, TeacherStates(teacher.lm), pool, data.tokenizer, Path(out)/"vokens"); return StoredVokens(Path(out)/"vokens", tokens, data.tokenizer, pool)
+    with main_first(): vokenize(tokens, TeacherStates(teacher.lm), pool, data.tokenizer, Path(out)/"vokens")
+    return StoredVokens(Path(out)/"vokens", tokens, data.tokenizer, pool)
 
 # %% ../../nbs/43_train.student.ipynb #24a2b7e4
 def train_student(data:Data, out, *, teacher:Teacher=None, kd:str="", steps:int=-1, seed:int=0, preset_name:str="paper", weights:dict=None, head:bool=True, crd_keys:str="tokens", corpus:str="text", start=None, what:str="student") -> tuple[StudentObjective, list]:
@@ -134,7 +143,9 @@ def train_student(data:Data, out, *, teacher:Teacher=None, kd:str="", steps:int=
     if corpus == "text+captions" and on_disk(data): raise ValueError(f"corpus {corpus!r} is joined in memory, for which scale {s.name!r} is too large: it should be text or captions")
     tokens = data.tokens if corpus == "text" else data.caption_tokens if corpus == "captions" else tokenize(data.tokenizer, [*data.sentences, *data.pairs.captions], s.max_tokens); store = None
     if "voken" in parse_kd(kd):
-        if on_disk(data): store = stored_pool(data, teacher, out, seed); pool = torch.from_numpy(store.vectors).to(device())
+        if on_disk(data):
+            with main_first(): store = stored_pool(data, teacher, out, seed)
+            pool = torch.from_numpy(store.vectors).to(device())
         else: pool = video_states(teacher.video, data.pairs, voken_pool(data.pairs, s.vokens, seed)).to(device())
     lm = language_model(s, data.tokenizer, 1000+seed)
     if start is not None: lm.load_state_dict(start.state_dict())
