@@ -203,7 +203,7 @@ def _write_table(part, source, seconds, wrong, slack, head):
     finally:
         for f in files.values(): f.close()
     if not seen: raise ValueError(f"{source}: no caption is left" + (f" ({dict(dropped)})" if dropped else ""))
-    write_json(part/"captions.json", dict(head, dropped=dict(dropped), sha256={n: sha256_file(part/n) for n in names}))
+    write_json(part/"captions.json", dict(head, dropped=dict(dropped), sha256={n: sha256_file(part/n) for n in names}), seal=True)
 
 # %% ../../nbs/19_data.howto.ipynb #f987a7a7
 class MappedFeatures(Mapping):
