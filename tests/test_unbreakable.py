@@ -170,7 +170,7 @@ p = o/'chain.json'; s = json.loads(p.read_text()) if p.exists() else dict(n=0, h
 while s['n'] < 10: s = dict(n=s['n']+1, h=hashlib.sha256(f"{s['h']} {seed} {s['n']}".encode()).hexdigest()); write_json(p, s); time.sleep(.01)
 score = int(s['h'][:6], 16)"""
 
-def results(toy): return {p.name: {f.name: f.read_bytes() for f in p.iterdir() if f.name not in ("run.json", "notebook.ipynb")} for p in sorted((toy.d/"runs/smoke").glob("*@*"))}
+def results(toy): return {p.name: {f.name: f.read_bytes() for f in p.iterdir() if f.name not in ("run.json", "notebook.ipynb") and f.name[0] != "."} for p in sorted((toy.d/"runs/smoke").glob("*@*"))}
 
 @unix
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
