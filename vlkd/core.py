@@ -23,20 +23,22 @@ def settings_file() -> Path: # the settings.ini in force
     here = Path(__file__).resolve() if "__file__" in globals() else Path.cwd()
     for d in [*here.parents, Path.cwd(), *Path.cwd().resolve().parents]:
         f = d/"settings.ini"
-        if f.is_file() and "[scale.micro]" in f.read_text(encoding="utf-8"): return f
+        if f.is_file() and "[scale.micro]" in f.read_text(encoding="utf-8", errors="replace"): return f
     raise FileNotFoundError("no settings.ini with a [scale.micro] section here or above; run inside a vlkd checkout or set VLKD_SETTINGS")
 
 # %% ../nbs/00_core.ipynb #6b357dfe
 def _literal(s:str):
     "A setting's value: a Python literal where it reads as one, else the text itself."
     try: return ast.literal_eval(s)
-    except (ValueError, SyntaxError): return s
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError): return s
 
 def _sections(f:Path) -> dict[str, dict]:
     c = configparser.ConfigParser(interpolation=None)
     try: c.read_string(f.read_text(encoding="utf-8"), source=str(f))
-    except configparser.Error as e: raise ValueError(f"{f}: {e}") from None
+    except (configparser.Error, UnicodeDecodeError) as e: raise ValueError(f"{f}: {e}") from None
     return {s: {k: _literal(v) for k, v in c.items(s) if k not in c.defaults()} for s in c.sections()}
+
+def _in(f, e:ValueError) -> ValueError: return ValueError(f"{e} ({f})")
 
 def _unknown(what:str, name:str, known) -> ValueError:
     near = difflib.get_close_matches(str(name), list(map(str, known)), 1)
@@ -56,16 +58,17 @@ def scales() -> list[str]: # names of the scales in settings.ini
 def scale(name:str="micro", size:str="", **override) -> Scale: # resolved settings
     "Settings of scale `name`, its bases first, then those of `size` (a larger model: sections size.*), then `override`; unknown names, keys and wrong types are errors."
     f = settings_file(); secs = _sections(f)
-    if f"scale.{name}" not in secs: raise _unknown("scale", name, scales())
+    if f"scale.{name}" not in secs: raise _in(f, _unknown("scale", name, scales()))
+    if "scale.paper" not in secs: raise ValueError(f"{f}: [scale.paper], which defines the keys, is missing")
     ref, chain, n = secs["scale.paper"], [], name
     while n:
-        if f"scale.{n}" not in secs: raise ValueError(f"{f}: [scale.{chain[-1] if chain else name}] has base = {n}, which does not exist")
+        if f"scale.{n}" not in secs: raise ValueError(f"{f}: [scale.{chain[-1] if chain else name}] has base = {n!s:.60}, which does not exist")
         if n in chain: raise ValueError(f"{f}: the bases of scale {name} go round in a circle: {' -> '.join(chain+[n])}")
         chain.append(n); n = secs[f"scale.{n}"].get("base")
     out = {}
     for s in reversed(chain): out.update({k: v for k, v in secs[f"scale.{s}"].items() if k != "base"})
     if size:
-        if not (found := [n for n in reversed(chain) if f"size.{size}.{n}" in secs]): raise _unknown(f"size of scale {name!r}", size, sorted({s.split(".")[1] for s in secs if s.startswith("size.")}))
+        if not (found := [n for n in reversed(chain) if f"size.{size}.{n}" in secs]): raise _in(f, _unknown(f"size of scale {name!r}", size, sorted({s.split(".")[1] for s in secs if s.startswith("size.")})))
         for n in found: out.update(secs[f"size.{size}.{n}"])
     out.update(override)
     for k, v in out.items():
@@ -82,7 +85,7 @@ def scale(name:str="micro", size:str="", **override) -> Scale: # resolved settin
 def preset(name:str="paper") -> dict: # keyword arguments per objective
     "A reading of the objectives: `paper` (the equations) or `released` (what the public code computes). Keys are `objective.argument`."
     secs = _sections(settings_file()); names = [s.split(".", 1)[1] for s in secs if s.startswith("preset.")]
-    if name not in names: raise _unknown("preset", name, names)
+    if name not in names: raise _in(settings_file(), _unknown("preset", name, names))
     out = {}
     for k, v in secs[f"preset.{name}"].items():
         if "." not in k: raise ValueError(f"{settings_file()}: [preset.{name}] {k}: write objective.argument = value")
@@ -93,7 +96,7 @@ def preset(name:str="paper") -> dict: # keyword arguments per objective
 def path(name:str) -> Path: # absolute
     "The folder `name` (data, runs, reports, cache, nbs, cards) from `[paths]`; `VLKD_RUNS` and the like override it. `data` may be absent: see `data_dir`."
     f = settings_file(); p = _sections(f).get("paths", {})
-    if name not in p: raise _unknown("path", name, p)
+    if name not in p: raise _in(f, _unknown("path", name, p))
     v = os.environ.get(f"VLKD_{name.upper()}") or str(p[name])
     if not v: raise FileNotFoundError(f"no {name} folder is set: set VLKD_{name.upper()} or [paths] {name} in {f}")
     v = Path(v).expanduser()

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_tasks import GOOD  # noqa: E402
 from vlkd.core import *  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-fuzz = settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+fuzz = settings(max_examples=60, phases=(Phase.explicit, Phase.generate), deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 # Changes
 
@@ -229,7 +229,7 @@ def test_changed_files(name, tmp_path):
     @given(st.data())
     def go(data):
         n = data.draw(st.sampled_from(sorted(files))); b = changed(files[n], data.draw); lay(); (d/n).write_bytes(b)
-        old = signal.signal(signal.SIGALRM, late); signal.alarm(60)
+        old = signal.signal(signal.SIGALRM, late); signal.alarm(20)
         try: got = read(d)
         except (ValueError, FileNotFoundError) as e: assert any(x in str(e) for x in (*(Path(k).name for k in files), *(str((d/k).parent) for k in files))), f"{n} is not named: {e!r}"
         else: assert name == "json" or schema(got) == want

@@ -96,7 +96,7 @@ def _split_card(f:Path) -> tuple[dict, dict]: # head, sections
     m = re.match(r"---\n(.*?)\n---\n(.*)", text.replace("\r\n", "\n"), re.S)
     if not m: raise ValueError(f"{f} should start with a YAML head between two lines ---")
     try: head = yaml.load(m[1], _Loader)
-    except yaml.YAMLError as e: raise ValueError(f"{f}: the head is not valid YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e: raise ValueError(f"{f}: the head is not valid YAML: {' '.join(str(e).split())}") from None # a date of month 13 is a ValueError
     parts = re.split(r"^## +(.+?) *$", m[2], flags=re.M)
     return head, {h: t.strip() for h, t in zip(parts[1::2], parts[2::2])}
 
