@@ -283,3 +283,199 @@ def test_full_disk(name, whole, tmp_path):
         except (ValueError, OSError) as e: assert str(out) in str(e), e
         else: assert part(name, x, w.numbers)
         x, _ = quiet(job, out); assert same(x, w.numbers)
+
+
+# Folders that may not be read or written
+
+def without_rights(f):
+    "Exit code of `f()` in a process that modes of files bind: root's right to pass over them is given up first."
+    def bound():
+        if os.geteuid() == 0:
+            import ctypes, struct
+            if ctypes.CDLL(None, use_errno=True).capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)): os._exit(77)      # no capabilities at all
+        f()
+    code = forked(bound)
+    if code == 77: pytest.skip("this process may not give up its rights, and nothing is forbidden to root")
+    return code
+
+@contextlib.contextmanager
+def modes(folder, d=0o555, f=0o444):
+    "A tree with other modes for a while."
+    was = {p: stat.S_IMODE(p.lstat().st_mode) for p in [folder, *folder.rglob("*")]}
+    for p in reversed(list(was)): p.chmod(d if p.is_dir() else f)
+    try: yield
+    finally:
+        for p, m in was.items(): p.chmod(m)
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+
+@linux
+def test_modes_bind_here(tmp_path):
+    "The tests below would say nothing if the child could write all the same."
+    with modes(tmp_path): assert without_rights(lambda: (tmp_path/"a").write_text("x")) == 99
+
+@linux
+def test_a_data_folder_that_can_only_be_read(films, whole, tmp_path):
+    "Data sets are read, and features of videos extracted, without a byte written beside them."
+    from test_squad import made
+    from test_tasks import GOOD
+    d = tmp_path/"data"; (d/"qnli").mkdir(parents=True); (d/"qnli"/"dev.tsv").write_bytes(GOOD["qnli"]); write_json(d/"dev-v1.1.json", made()); (d/"text.txt").write_text("\n".join(texts())); shutil.copytree(films, d/"v"); shutil.copytree(whole("features").folder, d/"features"); shutil.copytree(whole("teacher").folder, d/"teacher"); shutil.copytree(whole("captions").folder, d/"captions")
+    def use():
+        from vlkd.data.corpus import open_text, tokenize_corpus
+        from vlkd.data.squad import read_squad
+        from vlkd.data.tasks import read_task
+        assert len(read_task("qnli", d/"qnli", "dev")) and len(read_squad(d)) and len(tokenize_corpus(open_text(d/"text.txt"), tokenizer(), tmp_path/"corpus"))
+        extract(d/"v", tmp_path/"out")
+        assert same(read_features(d/"features"), whole("features").numbers) and same(read_teacher(d/"teacher"), whole("teacher").numbers) and same(read_captions(d/"captions"), whole("captions").numbers)
+    before = sorted(p for p in d.rglob("*"))
+    with modes(d): assert without_rights(use) == 0
+    shards = lambda p: {k: v for k, v in content(p).items() if k.endswith(".safetensors")}; assert shards(tmp_path/"out") == shards(films.parent/"whole") and sorted(d.rglob("*")) == before
+
+def said_by(f, out): # what a command says to standard error goes into a file
+    def go():
+        r = f(); Path(out).write_text(json.dumps([r.code, r.said])); os._exit(0)
+    return go
+
+@linux
+def test_a_runs_folder_that_cannot_be_written(quick, tmp_path):
+    toy = quick; (toy.d/"runs").mkdir(); out = tmp_path/"said"; toy.nb("t1", params, start, "score = 1", end); os.makedirs(path("nbs")/"experiments", exist_ok=True); shutil.copy(settings_file(), tmp_path/"s.ini")
+    with modes(toy.d/"runs"): assert without_rights(said_by(lambda: vlkd("reproduce", "--scale", "smoke"), out)) == 0
+    code, said = json.loads(out.read_text()); assert code == 2 and said.startswith("vlkd: ") and "Permission denied" in said and str(toy.d/"runs") in said and said.count("\n") == 1, said
+    assert quiet(toy.run)[0]["failed"] == {}
+
+@linux
+@pytest.mark.parametrize("name", [k for k in JOBS if JOBS[k][1]])
+def test_files_that_may_not_be_read(name, whole, tmp_path):
+    "The error names the file; nothing is taken for missing and made anew over it."
+    w, (job, look) = whole(name), JOBS[name]; shutil.copytree(w.folder, tmp_path/"out"); said = tmp_path/"said"; [shutil.copy(f, tmp_path) for f in w.folder.parent.glob("captions.json")]
+    def use():
+        try: look(tmp_path/"out")
+        except (OSError, ValueError) as e: said.write_text(str(e)); os._exit(3)
+    with modes(tmp_path/"out", 0o555, 0o000): assert without_rights(use) == 3
+    assert str(tmp_path/"out") in said.read_text() and [f.read_bytes() for f in damaged_files(tmp_path/"out")] == [f.read_bytes() for f in damaged_files(w.folder)]
+
+@linux
+@pytest.mark.parametrize("name", [k for k in JOBS if k != "training"])
+def test_an_output_folder_that_cannot_be_written(name, whole, tmp_path):
+    (tmp_path/"out").mkdir(); said = tmp_path/"said"; [shutil.copy(f, tmp_path) for f in whole(name).folder.parent.glob("captions.json")]
+    def use():
+        try: JOBS[name][0](tmp_path/"out"/"x")
+        except Exception as e: said.write_text(f"{type(e).__name__}: {e}"); os._exit(3)
+    with modes(tmp_path/"out"): assert without_rights(use) == 3
+    assert re.match("(PermissionError|OSError|SafetensorError): ", said.read_text()) and not list((tmp_path/"out").iterdir())
+
+
+# Two at once
+
+def test_a_second_runner_takes_over_from_one_that_is_killed(quick):
+    "Two runners on the same runs; the first is killed with its workers, and the second ends the graph. Each run that got its place was computed for it once."
+    import psutil
+    toy = quick; toy.edit("teacher", "score = seed", "time.sleep(.6); score = seed"); toy.edit("other", "score = seed", "time.sleep(.6); score = seed")
+    def fork():
+        if (pid := os.fork()) == 0:
+            with contextlib.suppress(BaseException): os.dup2(os.open(os.devnull, os.O_WRONLY), 1); signal.alarm(120); os._exit(bool(toy.run()["failed"]))
+            os._exit(9)
+        return pid
+    a = fork(); time.sleep(.5); b = fork(); time.sleep(.4)
+    tree = [psutil.Process(a), *psutil.Process(a).children(recursive=True)]
+    for q in tree:
+        with contextlib.suppress(psutil.Error): q.kill()
+    os.waitpid(a, 0); assert os.waitstatus_to_exitcode(os.waitpid(b, 0)[1]) == 0 and toy.why() == {} and len(results(toy)) == 4
+    assert sorted(set(log := toy.ran())) == ["other@1", "student@1", "t1@1", "teacher@1"] and log.count("t1@1") == log.count("student@1") == 1
+
+
+# Code in the place of data
+
+BAD_CALLS = {"pickle": "load loads Unpickler", "marshal": "load loads", "shelve": "open", "dill": "load loads", "joblib": "load", "os": "system popen", "pd": "read_pickle", "pandas": "read_pickle", "tarfile": "*", "shutil": "unpack_archive", "imp": "*", "runpy": "*", "code": "*"}
+
+def calls(source):
+    "(name called, node) of all calls in a source."
+    for n in ast.walk(ast.parse(source)):
+        if isinstance(n, ast.Call): yield ast.unparse(n.func), n
+
+def risks(source) -> list[str]:
+    "Calls that run or unpack what a file holds."
+    out = []
+    for name, n in calls(source):
+        top, _, last = name.rpartition("."); kw = {k.arg: ast.unparse(k.value) for k in n.keywords}
+        if last in BAD_CALLS.get(top, "").split() or BAD_CALLS.get(top) == "*" or name in ("eval", "exec", "compile", "__import__") or last in ("extractall", "extract_all", "unpack_archive", "read_pickle"): out.append(name)
+        if name.endswith("torch.load") and kw.get("weights_only") != "True": out.append(f"{name} without weights_only=True")
+        if top in ("np", "numpy") and last == "load" and kw.get("allow_pickle", "False") != "False": out.append(f"{name} with allow_pickle")
+        if top == "yaml" and last in ("load", "full_load", "unsafe_load") and (len(n.args) < 2 or ast.unparse(n.args[1]) != "_Loader"): out.append(f"{name} without the safe loader")
+        if kw.get("shell", "False") != "False": out.append(f"{name} through a shell")
+        if kw.get("trust_remote_code", "False") != "False": out.append(f"{name} trusts code")
+    return out
+
+def test_nothing_in_the_library_runs_or_unpacks_what_a_file_holds():
+    "No pickle, no archive is unpacked (so that no member can lead out of its folder), no text is executed."
+    found = {f"{f.relative_to(LIBRARY)}": r for f in sorted(LIBRARY.rglob("*.py")) if (r := risks(f.read_text(encoding="utf-8")))}; assert found == {}
+    for bad in ("torch.load(f)", "torch.load(f, weights_only=False)", "np.load(f, allow_pickle=True)", "pickle.load(f)", "eval(s)", "tarfile.open(f)", "zipfile.ZipFile(f).extractall(d)", "shutil.unpack_archive(f)", "yaml.load(s)", "subprocess.run(s, shell=True)", "os.system(s)", "m.from_pretrained(d, trust_remote_code=True)", "pd.read_pickle(f)"): assert risks(bad), bad
+    from vlkd.data.catalog import _Loader
+    import yaml
+    assert issubclass(_Loader, yaml.SafeLoader)
+
+def evil_files(mark):
+    import torch
+    o = io.BytesIO(); torch.save({"a": Evil(mark)}, o); n = io.BytesIO(); np.save(n, np.array([Evil(mark)], object), allow_pickle=True); z = io.BytesIO(); np.savez(z, **{k: np.array([Evil(mark)], object) for k in ("w2", "b2", "w3", "b3", "columns", "feats_u8", "scale", "files", "spec_json")})
+    return dict(pickle=pickle.dumps(Evil(mark)), torch=o.getvalue(), npy=n.getvalue(), npz=z.getvalue())
+
+@pytest.mark.parametrize("kind", ["pickle", "torch", "npy", "npz"])
+def test_a_pickle_in_the_place_of_data_is_refused(kind, whole, tmp_path, monkeypatch):
+    "Wherever arrays, weights or tables are read: an error, and the pickle has not run."
+    from vlkd.data.howto import MappedFeatures
+    from vlkd.data.real import flickr8k_features
+    from vlkd.models.encoders import load_mobilenet
+    from vlkd.models.video3d import read_weights
+    mark = tmp_path/"ran"; b = evil_files(mark)[kind]; readers = {}
+    for name in [k for k in JOBS if JOBS[k][1]]:
+        for f in damaged_files(whole(name).folder):
+            if f.suffix in (".npy", ".safetensors", ".parquet", ".bin", ".csv"): d = tmp_path/f"{name}-{f.name}"; shutil.copytree(whole(name).folder, d); (d/f.relative_to(whole(name).folder)).write_bytes(b); readers[d.name] = lambda name=name, d=d: JOBS[name][1](d)
+    for n, f in (("features/a.npy", lambda p: MappedFeatures(p.parent)), ("flickr8k/mbv2_pool1280_u8.npz", lambda p: flickr8k_features(["a"], tmp_path)), ("mobilenet_v2_imagenet_fp16.npz", lambda p: load_mobilenet(tmp_path)), ("w.safetensors", read_weights), ("w.pt", read_weights)):
+        p = tmp_path/n; p.parent.mkdir(exist_ok=True); p.write_bytes(b); readers[n] = lambda f=f, p=p: f(p)
+    assert len(readers) > 15
+    for n, f in readers.items():
+        with pytest.raises((ValueError, OSError)): quiet(f)
+        assert not mark.exists(), n
+    (tmp_path/"unsealed").mkdir(); shutil.copytree(whole("teacher").folder/"lm", d := tmp_path/"unsealed"/"lm"); (d/SUMS).unlink(); (d/"model.safetensors").write_bytes(b)      # a folder from elsewhere
+    from vlkd.models.language import load_model
+    with pytest.raises(ValueError): load_model(d)
+    (d/"model.safetensors").rename(d/"pytorch_model.bin")
+    with pytest.raises(ValueError): load_model(d)
+    assert not mark.exists()
+
+def test_code_that_comes_with_a_model_is_not_run(whole, tmp_path):
+    from vlkd.models.language import load_model
+    d = tmp_path/"m"; shutil.copytree(whole("teacher").folder/"lm", d); (d/SUMS).unlink(); (d/"evil.py").write_text(f"open({str(tmp_path/'ran')!r}, 'w')\nclass M: pass\n")
+    for n, maps in (("config.json", dict(AutoModelForMaskedLM="evil.M", AutoConfig="evil.M", AutoTokenizer=["evil.M", None])), ("tokenizer_config.json", dict(AutoTokenizer=["evil.M", "evil.M"]))): write_json(d/n, read_json(d/n) | dict(auto_map=maps))
+    with contextlib.suppress(ValueError): load_model(d)
+    assert not (tmp_path/"ran").exists()
+
+
+# Parameters of notebooks
+
+STRINGS = ["__import__('os').system('touch RAN')", "'); __import__('os').system('touch RAN') #", '"""\n__import__("os").system("touch RAN")\n"""', "\\'\nimport os; os.system('touch RAN')\n", "{{ __import__('os') }}", "%%bash\ntouch RAN", "!touch RAN", "\\", "a\nb\r\tc\0é\u2028\"'", "f'{1/0}'", "$(touch RAN)"]
+
+def test_parameters_are_literals():
+    "What papermill writes into the cell above a notebook is read back as the very value, whatever it looks like."
+    from papermill.translators import PythonTranslator
+    for v in [*STRINGS, STRINGS, dict(zip("abc", STRINGS)), {STRINGS[1]: 1}, 1.5, -3, True, None, [1, "x"]]:
+        body = ast.parse(PythonTranslator.codify(dict(x=v))).body; assert len(body) == 1 and isinstance(body[0], ast.Assign) and ast.literal_eval(body[0].value) == v
+
+def test_code_in_a_parameter_is_not_run(toy):
+    "Through the runner, papermill and a kernel: the notebook gets the text, and nothing else happens."
+    toy.nb("student", params+'note: str = ""', start+"(o/'note.json').write_text(json.dumps(note)); score = 1", end); s = "\n".join(STRINGS).replace("RAN", str(toy.d/"RAN"))
+    toy.write(plan.replace("params = { lr = 0.5 }\n", f"params = {{ note = {json.dumps(s)} }}\n")); r, _ = quiet(toy.run, ["student"]); assert r["failed"] == {}
+    assert json.loads((run_folder("student", "smoke", 1)/"note.json").read_text()) == s and not (toy.d/"RAN").exists() and not list(toy.plan.parent.glob("RAN"))
+
+@pytest.mark.parametrize("name", ["__import__('os')", "lr; x", "lr = 1\nimport os", "a.b", "1a", "", "class", "lr ", "é\u0301 x", "lr#"])
+def test_names_that_are_no_parameters_are_refused(quick, name):
+    toy = quick; toy.write(plan.replace("params = { lr = 0.5 }", f"params = {{ {json.dumps(name)} = 0.5 }}"))
+    with pytest.raises(ValueError, match="student") as e: toy.run()
+    assert str(toy.plan) in str(e.value) and toy.ran() == []
+
+@pytest.mark.parametrize("cell", ["x: int = __import__('os').system('touch RAN')", "x: str = open('RAN', 'w').name", "x: __import__('os').system('touch RAN') = 1", "x: int = [open('RAN', 'w') for _ in 'a']", "import os\nos.system('touch RAN')", "x: int = (lambda: 1)()", "x: str = f'{open(\"RAN\", \"w\")}'", "(x): int = 1; open('RAN', 'w')", "o.x: int = 1", "o['x']: int = 1"])
+def test_code_in_a_parameters_cell_is_not_run_by_the_runner(quick, cell, tmp_path, monkeypatch):
+    "Which parameters a notebook has is found by reading, not by running it."
+    monkeypatch.chdir(tmp_path); toy = quick; toy.nb("student", params+cell, start, end)
+    with pytest.raises(ValueError, match="student.ipynb"): toy.run()
+    assert not (tmp_path/"RAN").exists() and toy.ran() == []
