@@ -10,9 +10,9 @@ import pytest
 from test_bad_inputs import Evil, content, extract, films, forked, unix, vlkd  # noqa: F401 films is a fixture
 from test_reproduce import Toy, end, params, plain, plan, quick, start, toy  # noqa: F401 quick and toy are fixtures
 from vlkd.core import *
-from vlkd.core import _plain
 
 LIBRARY = Path(__file__).resolve().parent.parent/"vlkd"
+KILLS = int(os.environ.get("VLKD_KILLS", 4))                                            # moments at which each job is killed
 WORDS = "copper iron gold salt ice is soft hard and melts rusts never often".split()
 
 
@@ -129,9 +129,11 @@ def crash(f, below, *, event=None, after=None, count=None):
         if count is not None: Path(count).write_text(str(m))
     return forked(watched, after=after)
 
-def killed_and_resumed(name, whole, tmp_path, rounds):
-    w, (job, look) = whole(name), JOBS[name]; r = rng("moments", name, rounds); died = 0
-    for i in range(rounds):                                                         # twice killed in the same folder: at a change of a file, and at any time
+@unix
+@pytest.mark.parametrize("name", JOBS)
+def test_killed_at_random_moments(name, whole, tmp_path):
+    w, (job, look) = whole(name), JOBS[name]; r = rng("moments", name, KILLS); died = 0
+    for i in range(KILLS//2):                                                       # twice killed in the same folder: at a change of a file, and at any time
         out = tmp_path/f"{i}"; moments = [dict(event=int(r.integers(w.events))), dict(after=float(r.random()*w.seconds))]
         for m in moments:
             if name == "captions" and not (tmp_path/"captions.json").is_file(): shutil.copy(w.folder.parent/"captions.json", tmp_path)
@@ -141,20 +143,10 @@ def killed_and_resumed(name, whole, tmp_path, rounds):
                 except (ValueError, OSError) as e: assert str(out) in str(e), (m, e)
                 else: assert part(name, x, w.numbers), m
         x, _ = quiet(job, out); assert same(x, w.numbers), moments
-    assert died >= rounds, "the kills came too late to test anything"
+    assert died >= KILLS//2, "the kills came too late to test anything"
 
 @unix
-@pytest.mark.parametrize("name", JOBS)
-def test_killed_at_4_random_moments(name, whole, tmp_path): killed_and_resumed(name, whole, tmp_path, 2)
-
-@unix
-@pytest.mark.slow
-@pytest.mark.parametrize("name", JOBS)
-def test_killed_at_20_random_moments(name, whole, tmp_path): killed_and_resumed(name, whole, tmp_path, 10)
-
-@unix
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_extraction_killed_at_random_moments(films, tmp_path, kills):
+def test_extraction_killed_at_random_moments(films, tmp_path, kills=KILLS):
     "Of videos, with files that cannot be read among them."
     want = content(films.parent/"whole"); e = tmp_path/"events"; assert crash(lambda: extract(films, tmp_path/"counted"), tmp_path, count=e) == 0; n, r, out = int(e.read_text()), rng("extraction", kills), tmp_path/"out"
     for k in range(kills):
@@ -173,8 +165,7 @@ score = int(s['h'][:6], 16)"""
 def results(toy): return {p.name: {f.name: f.read_bytes() for f in p.iterdir() if f.name not in ("run.json", "notebook.ipynb") and f.name[0] != "."} for p in sorted((toy.d/"runs/smoke").glob("*@*"))}
 
 @unix
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_reproduce_killed_at_random_moments(quick, kills):
+def test_reproduce_killed_at_random_moments(quick, kills=KILLS):
     "The runner is killed, with or without its workers, and started again: the records are those of a graph that nobody stopped."
     import psutil
     toy = quick; toy.nb("teacher", params, start, chain, end); began = time.monotonic(); assert quiet(toy.run)[0]["failed"] == {}; took = time.monotonic()-began; want, r = results(toy), rng("reproduce", kills); died = 0

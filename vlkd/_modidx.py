@@ -929,6 +929,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'vlkd.plots.style': ('plots.html#style', 'vlkd/plots.py'),
                             'vlkd.plots.table_html': ('plots.html#table_html', 'vlkd/plots.py'),
                             'vlkd.plots.table_md': ('plots.html#table_md', 'vlkd/plots.py')},
+            'vlkd.promises': {'vlkd.promises.promises': ('promises.html#promises', 'vlkd/promises.py')},
             'vlkd.readme': { 'vlkd.readme._cell': ('readme.html#_cell', 'vlkd/readme.py'),
                              'vlkd.readme._fence': ('readme.html#_fence', 'vlkd/readme.py'),
                              'vlkd.readme._from_root': ('readme.html#_from_root', 'vlkd/readme.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUMS', 'settings_file', 'Scale', 'scales', 'scale', 'preset', 'path', 'data_dir', 'atomic', 'write_array',
-           'write_json', 'read_json', 'fingerprint', 'sha256_file', 'seal_folder', 'folder_damage', 'stamp_file',
-           'file_intact', 'rng', 'versions', 'git_state', 'out_dir', 'record', 'Run', 'run_folder', 'open_inputs']
+           'write_json', 'read_json', 'fingerprint', 'sha256_file', 'rng', 'seal_folder', 'folder_damage', 'stamp_file',
+           'file_intact', 'versions', 'git_state', 'out_dir', 'record', 'Run', 'run_folder', 'open_inputs']
 
 # %% ../nbs/00_core.ipynb #b1094c2c
 import ast, configparser, contextlib, difflib, hashlib, importlib.metadata, json, math, os, platform, random, subprocess, tempfile, time, types
@@ -165,6 +165,11 @@ def sha256_file(p) -> str:
         while b := f.read(1 << 20): h.update(b)
     return h.hexdigest()
 
+def rng(*names) -> np.random.Generator:
+    "A numpy generator whose seed is the hash of `names` (ints, strings): the same names, the same stream, in any process."
+    return np.random.default_rng(int(fingerprint(list(names)), 16))
+
+# %% ../nbs/00_core.ipynb #466dd6d7
 SUMS = "checksums.json"
 
 def seal_folder(folder) -> None:
@@ -186,10 +191,6 @@ def stamp_file(f) -> None:
 def file_intact(f) -> bool:
     "Whether a file is what it was when it was stamped; one without a stamp is taken as it is."
     s = Path(f"{f}.sha256"); return not s.is_file() or s.read_bytes().strip() == sha256_file(f).encode()
-
-def rng(*names) -> np.random.Generator:
-    "A numpy generator whose seed is the hash of `names` (ints, strings): the same names, the same stream, in any process."
-    return np.random.default_rng(int(fingerprint(list(names)), 16))
 
 # %% ../nbs/00_core.ipynb #7c0e9b28
 def versions(names=("torch","transformers","numpy","pandas","accelerate")) -> dict:
