@@ -7,7 +7,7 @@ __all__ = ['ROLES', 'SECTIONS', 'SIZE_CATEGORIES', 'DataFile', 'Card', 'read_car
            'require']
 
 # %% ../../nbs/14_data.catalog.ipynb #d1df407f
-import re
+import itertools, re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,8 +95,9 @@ def _split_card(f:Path) -> tuple[dict, dict]: # head, sections
     except UnicodeDecodeError as e: raise ValueError(f"{f} is not UTF-8 text: {e}") from None
     m = re.match(r"---\n(.*?)\n---\n(.*)", text.replace("\r\n", "\n"), re.S)
     if not m: raise ValueError(f"{f} should start with a YAML head between two lines ---")
+    if max(itertools.accumulate((c in "[{")-(c in "]}") for c in m[1]), default=0) > 20: raise ValueError(f"{f}: the head is not valid YAML: brackets more than 20 deep") # a parser of YAML takes forever over thousands
     try: head = yaml.load(m[1], _Loader)
-    except yaml.YAMLError as e: raise ValueError(f"{f}: the head is not valid YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e: raise ValueError(f"{f}: the head is not valid YAML: {' '.join(str(e).split())}") from None # a date of month 13 is a ValueError
     parts = re.split(r"^## +(.+?) *$", m[2], flags=re.M)
     return head, {h: t.strip() for h, t in zip(parts[1::2], parts[2::2])}
 

@@ -203,7 +203,7 @@ def _write_shard(folder:Path, k:int, rows:list) -> dict:
     "Write rows (arrays of ids) as shard `k`; returns its entry of the manifest."
     out, starts = {}, np.cumsum([0, *map(len, rows)])
     for what, x in (("ids", np.concatenate(rows)), ("starts", starts)):
-        with atomic(folder/f"{k:05d}.{what}.npy", "wb") as f: np.save(f, x)
+        with atomic(folder/f"{k:05d}.{what}.npy", "wb") as f: write_array(f, x)
         out[f"{k:05d}.{what}.npy"] = sha256_file(folder/f"{k:05d}.{what}.npy")
     return dict(rows=len(rows), tokens=int(starts[-1]), sha256=out)
 
@@ -239,5 +239,5 @@ def tokenize_corpus(source:Source,          # see `open_text`
             if last and packed and remainder == "drop" and rows and len(rows[-1]) < max_tokens: rows.pop()
             if rows: m["shards"].append(dict(_write_shard(out, len(m["shards"]), rows), begin=place, end=end)); place = end
             if last and not m["shards"]: raise ValueError(f"{source.name}: there is no text in it" + (f" that fills a row of {max_tokens} tokens" if remainder == "drop" else ""))
-            m["finished"] = last; write_json(_manifest(out), m)
+            m["finished"] = last; write_json(_manifest(out), m, seal=True)
     return CorpusTokens(out, tokenizer)

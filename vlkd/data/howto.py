@@ -64,6 +64,7 @@ def json_entries(path, chunk:int=1 << 20):
             except json.JSONDecodeError as e:
                 if not e.msg.startswith("Unterminated string") and e.pos < len(buf)-16: drop(e.pos); raise bad(f"not JSON ({e.msg})") from None
                 more(); continue
+            except (ValueError, RecursionError) as e: raise bad(f"not JSON ({e})") from None
             if n == len(buf) and not end and not isinstance(v, (dict, list, str)): more(); continue
             drop(n); return v
     with (gzip.open if p.suffix == ".gz" else open)(p, "rb") as f:
@@ -203,9 +204,15 @@ def _write_table(part, source, seconds, wrong, slack, head):
     finally:
         for f in files.values(): f.close()
     if not seen: raise ValueError(f"{source}: no caption is left" + (f" ({dict(dropped)})" if dropped else ""))
-    write_json(part/"captions.json", dict(head, dropped=dict(dropped), sha256={n: sha256_file(part/n) for n in names}))
+    write_json(part/"captions.json", dict(head, dropped=dict(dropped), sha256={n: sha256_file(part/n) for n in names}), seal=True)
 
 # %% ../../nbs/19_data.howto.ipynb #f987a7a7
+def _mapped(p:Path) -> np.ndarray:
+    try: x = np.load(p, mmap_mode="r")
+    except Exception as e: raise ValueError(f"{p}: not an array that can be read ({type(e).__name__}: {str(e)[:120]}); copy or make the file again") from None
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu": raise ValueError(f"{p}: features should be an array of numbers, got {getattr(x, 'dtype', type(x).__name__)}")
+    return x
+
 class MappedFeatures(Mapping):
     "Features on disk, video -> (seconds, width), read by rows: a folder of `extract`, or of .npy files."
     def __init__(self, folder, verify:bool=True):
@@ -215,8 +222,8 @@ class MappedFeatures(Mapping):
         else:
             files = sorted(self.folder.glob("*.npy"))
             if not files: raise FileNotFoundError(f"{self.folder}: no features here, neither a manifest.json of `vlkd extract` nor .npy files")
-            x = [np.load(p, mmap_mode="r") for p in files]; self.shards, self.fps = None, 1.
-            if bad := [p for p, a in zip(files, x) if a.ndim != 2 or a.shape[1] != x[0].shape[1] or not len(a)]: raise ValueError(f"{bad[0]}: features should be (seconds, {x[0].shape[-1]}) like the others, not {np.load(bad[0], mmap_mode='r').shape}")
+            x = [_mapped(p) for p in files]; self.shards, self.fps = None, 1.
+            if bad := [p for p, a in zip(files, x) if a.ndim != 2 or a.shape[1] != x[0].shape[1] or not len(a)]: raise ValueError(f"{bad[0]}: features should be (seconds, {x[0].shape[-1]}) like the others, not {_mapped(bad[0]).shape}")
             self.dim, self.items = x[0].shape[1], {p.stem: dict(shard=p.name, row=0, length=len(a)) for p, a in zip(files, x)}
     def __len__(self): return len(self.items)
     def __iter__(self): return iter(self.items)

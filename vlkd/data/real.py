@@ -33,14 +33,17 @@ def text_lines(path):
     except (gzip.BadGzipFile, zlib.error) as e: raise ValueError(f"{p}, after line {n}: not a sound gzip file ({e})") from None
 
 def json_rows(path, columns=()) -> list[dict]:
-    "Rows of a JSON-lines file, each an object that has `columns`."
+    "Rows of a JSON-lines file, each an object that has `columns`; a dict says of each whether it is `str` or a `list` of texts."
     out = []
     for n, s in text_lines(path):
         if not s.strip(): continue
         try: r = json.loads(s)
         except json.JSONDecodeError as e: raise ValueError(f"{path}, line {n}: not JSON ({e.msg} at column {e.colno})") from None
+        except (ValueError, RecursionError) as e: raise ValueError(f"{path}, line {n}: not JSON ({e})") from None
         if not isinstance(r, dict): raise ValueError(f"{path}, line {n}: {type(r).__name__} instead of an object")
         if miss := [c for c in columns if c not in r]: raise ValueError(f"{path}, line {n}: no {', '.join(miss)}; the line has {', '.join(r)}")
+        for c, kind in (columns.items() if isinstance(columns, dict) else ()):
+            if not isinstance(r[c], kind) or kind is list and not all(isinstance(x, str) for x in r[c]): raise ValueError(f"{path}, line {n}: {c} should be {'text' if kind is str else 'a list of texts'}, got {r[c]!r:.60}")
         out.append(r)
     if not out: raise ValueError(f"{path}: no rows")
     return out
@@ -60,6 +63,7 @@ def json_document(path):
     s = "\n".join(s for _, s in text_lines(path))
     try: return json.loads(s)
     except json.JSONDecodeError as e: raise ValueError(f"{path}, line {e.lineno}: not JSON ({e.msg} at column {e.colno})") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path}: not JSON ({e})") from None
 
 # %% ../../nbs/15_data.real.ipynb #7b221beb
 def _marks(s:str) -> int:
@@ -140,14 +144,14 @@ _HELD_OUT = ("itm_dev", "itm_test", "esnlive_dev", "esnlive_test")
 
 def flickr8k_captions(root=None) -> dict[str, list[str]]: # photo -> captions
     "Captions of Flickr8k by photo. Research use."
-    return {r["image"]: [c.strip() for c in r["captions"] if c.strip()] for r in json_rows(Path(root or data_dir())/"flickr8k/captions.jsonl", ["image","captions"])}
+    return {r["image"]: [c.strip() for c in r["captions"] if c.strip()] for r in json_rows(Path(root or data_dir())/"flickr8k/captions.jsonl", dict(image=str, captions=list))}
 
 def held_out_photos(held_out=_HELD_OUT, root=None) -> set[str]:
     "Flickr8k photos that the named evaluation sets use."
     d, out = Path(root or data_dir())/"flickr8k", set()
     for n in held_out:
         if n not in _HELD_OUT: raise ValueError(f"unknown evaluation set {n!r}; known are {', '.join(_HELD_OUT)}")
-        rows = tab_rows(d/f"{n}.tsv", ["image","text","label"]) if n.startswith("itm") else json_rows(d/f"{n}_flickr8k.jsonl", ["image"])
+        rows = tab_rows(d/f"{n}.tsv", ["image","text","label"]) if n.startswith("itm") else json_rows(d/f"{n}_flickr8k.jsonl", dict(image=str))
         out |= {r["image"] for r in rows}
     return out
 
@@ -175,7 +179,7 @@ def flickr8k_features(names, root=None) -> np.ndarray: # float32 (n, 1280)
 def exercise_clips(root=None) -> dict[str, tuple[list[Path], list[str]]]: # id -> (start and end photo, sentences)
     "The exercise database (public domain): two photos and the sentences of the instructions; exercises without instructions are left out."
     d = Path(root or data_dir())/"free_exercise_db"; out = {}
-    for r in json_rows(d/"exercises.jsonl", ["id","instructions","images"]):
+    for r in json_rows(d/"exercises.jsonl", dict(id=str, instructions=list, images=list)):
         text = [s for i in r["instructions"] for s in sentences(" ".join(i.split())) if len(s.split()) >= 3]
         if text: out[r["id"]] = ([d/"images"/n for n in r["images"]], text)
     return out
@@ -183,7 +187,7 @@ def exercise_clips(root=None) -> dict[str, tuple[list[Path], list[str]]]: # id -
 def msvd_clips(root=None) -> dict[str, tuple[Path, list[str]]]: # id -> (mp4, captions)
     "The MSVD clips that are here as files, with their captions. Research use."
     d = Path(root or data_dir())/"msvd_clips"
-    return {r["clip"]: (d/f"{r['clip']}.mp4", [c.strip() for c in r["captions"] if c.strip()]) for r in json_rows(d/"index.jsonl", ["clip","captions"])}
+    return {r["clip"]: (d/f"{r['clip']}.mp4", [c.strip() for c in r["captions"] if c.strip()]) for r in json_rows(d/"index.jsonl", dict(clip=str, captions=list))}
 
 # %% ../../nbs/15_data.real.ipynb #236f35d2
 class Calibration:

@@ -305,7 +305,7 @@ def extract(paths,               # paths of videos (id = name without suffix), o
                 with atomic(out/s, "wb") as f: f.write(b)
                 m["shards"][s] = dict(sha256=sha256_file(out/s), rows=sum(map(len, rows)))
                 m["items"].update({k: dict(v, shard=s) for k, v in found.items()}); rows.clear(); found.clear()
-            write_json(_manifest(out), m)
+            write_json(_manifest(out), m, seal=True)
         for k in tqdm(todo, desc=f"features of {out.name}", disable=None):
             src = _source(items[k]); m["errors"].pop(k, None); m["warnings"].pop(k, None)
             try: x, note = _encode(k, items[k], encoder, reader, dtype)

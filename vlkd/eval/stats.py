@@ -188,7 +188,7 @@ def read_claims(path) -> list[dict]:
     p = Path(path)
     if not p.is_file(): raise FileNotFoundError(f"no claims file {p}")
     try: d = tomllib.loads(p.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f"{p}: not valid TOML ({e})") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{p}: not valid TOML ({e})") from None
     if set(d) != {"claim"} or not isinstance(d["claim"], list) or not all(isinstance(c, dict) for c in d["claim"]): raise ValueError(f"{p}: expected [[claim]] tables only, found {', '.join(d) or 'nothing'}")
     seen = set()
     for i, c in enumerate(d["claim"], 1):

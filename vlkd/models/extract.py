@@ -170,7 +170,7 @@ def _plan(out:Path, head:dict, ids, shard_size:int) -> list[list[str]]:
     known = {i for s in shards for i in s}; new = [i for i in ids if i not in known]
     if new or not f.is_file():
         shards = shards + [new[i:i+shard_size] for i in range(0, len(new), shard_size)]
-        write_json(f, dict(head=head, shards=shards))
+        write_json(f, dict(head=head, shards=shards), seal=True)
     return shards
 
 class Shard:
@@ -217,7 +217,7 @@ class Shard:
         try:
             if b is not None:
                 with atomic(self.data, "wb") as f: f.write(b)
-            replaced = True; write_json(self.info, part)
+            replaced = True; write_json(self.info, part, seal=True)
             if b is None: self.data.unlink(missing_ok=True)
         except OSError as e:
             if replaced: self.data.unlink(missing_ok=True); self.info.unlink(missing_ok=True)      # new features beside an old description
@@ -232,7 +232,7 @@ def _gather(out:Path, head:dict, shards) -> dict:
         p = read_json(f)
         if p["shard"]: m["shards"][p["shard"]["file"]] = {k: p["shard"][k] for k in ("sha256", "rows")}
         m["items"].update({i: dict(v, shard=p["shard"]["file"]) for i, v in p["items"].items()}); m["errors"].update(p["errors"]); m["warnings"].update(p["warnings"])
-    m["missing"] = missing; write_json(out/"manifest.json", m); return m
+    m["missing"] = missing; write_json(out/"manifest.json", m, seal=True); return m
 
 # %% ../../nbs/26_models.extract.ipynb #e6d8378d
 _worker = {}

@@ -68,16 +68,19 @@ class DistillationHead(nn.Sequential):
 
 # %% ../../nbs/20_models.language.ipynb #88262322
 def save_model(folder, lm, tokenizer) -> Path:
-    "Save a model and its tokeniser as a `transformers` folder."
-    folder = Path(folder); lm.save_pretrained(folder); tokenizer.save_pretrained(folder); return folder
+    "Save a model and its tokeniser as a `transformers` folder, with the checksums of its files."
+    folder = Path(folder); (folder/SUMS).unlink(missing_ok=True); lm.save_pretrained(folder); tokenizer.save_pretrained(folder); seal_folder(folder); return folder
 
 def load_model(folder, **kw) -> tuple[BertForMaskedLM, object]: # model, tokeniser
-    "Load what `save_model` wrote; a folder that is no BERT, or whose tokeniser does not fit, is an error."
+    "Load what `save_model` wrote; a folder that is no BERT, whose tokeniser does not fit, or whose files were changed, is an error. No code that comes with a folder is run."
     folder = Path(folder)
     if not (folder/"config.json").is_file(): raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
-    kind = read_json(folder/"config.json").get("model_type")
+    c = read_json(folder/"config.json"); kind = c.get("model_type") if isinstance(c, dict) else c
     if kind != "bert": raise ValueError(f"{folder} holds a {kind!r} model; a BERT is wanted")
-    lm, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True, **kw); tok = AutoTokenizer.from_pretrained(folder)
-    if lost := [k for k in info["missing_keys"] if not k.startswith("cls.")]: raise ValueError(f"{folder}: the checkpoint lacks {len(lost)} weights, {lost[0]} among them: it belongs to another architecture")
-    if len(tok) != lm.config.vocab_size: raise ValueError(f"{folder}: the tokeniser has {len(tok)} pieces, the model {lm.config.vocab_size}: they do not belong together")
+    why = folder_damage(folder); also = f" ({why})" if why else ""
+    try: lm, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True, **kw); tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e: raise ValueError(why or f"{folder}: model or tokeniser cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''})") from None
+    if lost := [k for k in info["missing_keys"] if not k.startswith("cls.")]: raise ValueError(f"{folder}: the checkpoint lacks {len(lost)} weights, {lost[0]} among them: it belongs to another architecture{also}")
+    if len(tok) != lm.config.vocab_size: raise ValueError(f"{folder}: the tokeniser has {len(tok)} pieces, the model {lm.config.vocab_size}: they do not belong together{also}")
+    if why: raise ValueError(why)
     return lm, tok

@@ -143,9 +143,11 @@ class TabletopClip:
     def save(self, f):
         from safetensors.torch import save
         with atomic(f, "wb") as h: h.write(save({k: v.contiguous() for k, v in self.net.state_dict().items()}))
+        stamp_file(f)
     def load(self, f):
         from safetensors.torch import load
         net = self._net()
+        if not file_intact(f): raise ValueError(f"{f}: damaged (its checksum differs); delete the file, and it is made again")
         try: net.load_state_dict(load(Path(f).read_bytes()))
         except Exception as e: raise ValueError(f"{f}: not the weights of {self.name} ({type(e).__name__}: {str(e)[:120]}); delete the file, and they are made again") from None
         self.net = net.eval().requires_grad_(False); return self
@@ -154,13 +156,16 @@ class TabletopClip:
 _parts = ("w2", "b2", "w3", "b3")
 def _load_read_outs(cache=None) -> TabletopEncoder:
     e = TabletopEncoder(); f = Path(cache or path("cache"))/"encoders"/f"{e.name}-1.npz"
-    if not f.is_file():
+    try:
+        if ok := f.is_file() and file_intact(f):
+            with np.load(f) as z: parts, e.columns = {k: z[k] for k in _parts}, [str(c) for c in z["columns"]]
+    except Exception: ok = False                              # cut off, or another file
+    if not ok:
+        if f.is_file(): print(f"{f} is damaged: it is made again")
         e.fit()
         with atomic(f, "wb") as h: np.savez(h, columns=np.array(e.columns), **{k: getattr(e, k) for k in _parts})
-        return e
-    with np.load(f) as z:
-        for k in _parts: setattr(e, k, z[k])
-        e.columns = [str(c) for c in z["columns"]]
+        stamp_file(f); return e
+    for k in _parts: setattr(e, k, parts[k])
     e.dim_2d, e.dim = e.w2.shape[1], e.w2.shape[1]+e.w3.shape[1]; return e
 
 def load_tabletop_clip(cache=None) -> TabletopClip:

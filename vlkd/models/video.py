@@ -61,13 +61,18 @@ class Teacher(nn.Module):
     def save(self, folder, tokenizer) -> Path:
         "`lm/` is a transformers folder; `video.safetensors` holds the visual encoder."
         from safetensors.torch import save_file
-        folder = Path(folder); save_model(folder/"lm", self.lm, tokenizer); save_file(self.video.state_dict(), folder/"video.safetensors"); return folder
+        folder = Path(folder); (folder/SUMS).unlink(missing_ok=True); save_model(folder/"lm", self.lm, tokenizer); save_file(self.video.state_dict(), folder/"video.safetensors"); seal_folder(folder); return folder
 
     @classmethod
     def load(cls, folder, s:Scale) -> tuple: # teacher in eval mode, tokeniser
         "Load what `save` wrote."
         from safetensors.torch import load_file
-        lm, tok = load_model(Path(folder)/"lm"); state = load_file(Path(folder)/"video.safetensors"); self = cls.__new__(cls); nn.Module.__init__(self)
+        lm, tok = load_model(Path(folder)/"lm"); f = Path(folder)/"video.safetensors"
+        if not f.is_file(): raise FileNotFoundError(f"{f}: the visual encoder is missing")
+        if why := folder_damage(folder): raise ValueError(why)
+        try: state = load_file(f); len(state["mean"])
+        except Exception as e: raise ValueError(f"{f}: not the weights of a visual encoder ({type(e).__name__}: {str(e)[:120]})") from None
+        self = cls.__new__(cls); nn.Module.__init__(self)
         self.lm, self.video = lm, VisualEncoder(s, len(state["mean"]))
         try: self.video.load_state_dict(state)
         except RuntimeError as e: raise ValueError(f"{folder}/video.safetensors does not fit scale {s.name!r}: {str(e).splitlines()[1].strip()}") from None

@@ -119,7 +119,7 @@ def read_weights(file) -> tuple[dict, dict]: # name -> tensor, and the `config` 
     except (FileNotFoundError, PermissionError): raise
     except Exception as e:
         if isinstance(e, ValueError) and "no weights here" in str(e): raise
-        raise ValueError(f"{f}: not a readable weights file ({type(e).__name__}: {str(e).splitlines()[0][:120]}); it should be a safetensors file or a state dict saved by torch.save") from None
+        raise ValueError(f"{f}: not a readable weights file ({type(e).__name__}: {str(e)[:120].partition(chr(10))[0]}); it should be a safetensors file or a state dict saved by torch.save") from None
 
 # %% ../../nbs/25_models.video3d.ipynb #794d85a5
 def load_resnext3d(file,             # a public checkpoint, or what `convert_resnext3d` wrote

@@ -95,15 +95,17 @@ class VokenPool:
         "Write the pool; `pool.json` last, so that it exists only beside whole files."
         folder = Path(folder)
         with atomic(folder/"clips.csv") as f: self.clips.to_csv(f, index=False)
-        with atomic(folder/"vectors.npy", "wb") as f: np.save(f, self.vectors)
-        return write_json(folder/"pool.json", dict(fingerprint=self.fingerprint, teacher=self.teacher, size=len(self)))
+        with atomic(folder/"vectors.npy", "wb") as f: write_array(f, self.vectors)
+        return write_json(folder/"pool.json", dict(fingerprint=self.fingerprint, teacher=self.teacher, size=len(self)), seal=True)
     @classmethod
     def load(cls, folder):
         "Read a pool; one that was changed since it was saved is an error."
         import pandas as pd
         folder = Path(folder)
         if not (folder/"pool.json").is_file(): raise FileNotFoundError(f"{folder}: no pool here (pool.json is missing)")
-        m = read_json(folder/"pool.json"); p = cls(pd.read_csv(folder/"clips.csv", dtype=dict(task=str, video=str), keep_default_na=False), np.load(folder/"vectors.npy"), m["teacher"])
+        m = read_json(folder/"pool.json")
+        try: p = cls(pd.read_csv(folder/"clips.csv", dtype=dict(task=str, video=str), keep_default_na=False), np.load(folder/"vectors.npy"), m["teacher"])
+        except (ValueError, KeyError, TypeError, OSError, EOFError) as e: raise ValueError(f"{folder}: clips.csv, vectors.npy or pool.json is damaged ({type(e).__name__}: {e}); delete the folder and make the pool again") from None
         if p.fingerprint != m["fingerprint"]: raise ValueError(f"{folder}: clips.csv or vectors.npy was changed after the pool was saved; delete the folder and make the pool again")
         return p
 
@@ -120,7 +122,9 @@ def _corpus_fingerprint(tokens) -> str: return getattr(tokens, "fingerprint", No
 def _sound(f:Path) -> str|None: # what is wrong with a shard, None: nothing
     if not f.with_suffix(".json").is_file(): return f"{f}: this shard was not finished"
     if not f.is_file(): return f"{f}: this shard is missing"
-    if sha256_file(f) != read_json(f.with_suffix(".json"))["sha256"]: return f"{f}: this shard is damaged (its checksum differs)"
+    try: want = read_json(f.with_suffix(".json"))["sha256"]
+    except (ValueError, KeyError, TypeError): return f"{f}: the checksum of this shard cannot be read"
+    if sha256_file(f) != want: return f"{f}: this shard is damaged (its checksum differs)"
 
 def vokenize(tokens,                # `Tokens` or `CorpusTokens`
              states,                # (ids, mask) -> (B, L, D) with `fingerprint`: `TeacherStates(lm)`
@@ -135,7 +139,7 @@ def vokenize(tokens,                # `Tokens` or `CorpusTokens`
     if pool.teacher and pool.teacher != states.fingerprint: raise ValueError(f"the pool was encoded by the teacher {pool.teacher}, the token states come from {states.fingerprint}: vokens need both in one space")
     out = Path(out); head = dict(tokenizer=tokenizer_fingerprint(tokenizer), pool=pool.fingerprint, pool_size=len(pool), teacher=states.fingerprint, corpus=_corpus_fingerprint(tokens), rows=len(tokens), shard_rows=shard_rows, dtype=pool.dtype.name)
     with _locked(out):
-        if not (out/"vokens.json").is_file(): write_json(out/"vokens.json", head)
+        if not (out/"vokens.json").is_file(): write_json(out/"vokens.json", head, seal=True)
     if diff := [f"{k} {have!r} instead of {v!r}" for k, v in head.items() if (have := read_json(out/"vokens.json").get(k)) != v]: raise ValueError(f"{out} holds other vokens ({'; '.join(diff)}): give another folder, or delete this one")
     from tqdm import tqdm
     vectors, made = torch.from_numpy(pool.vectors).to(device()), 0
@@ -147,8 +151,8 @@ def vokenize(tokens,                # `Tokens` or `CorpusTokens`
         for a in range(k*shard_rows, min((k+1)*shard_rows, len(tokens)), batch):
             ids, mask = tokens[np.arange(a, min(a+batch, (k+1)*shard_rows, len(tokens)))]
             v = vokens(states(ids, mask), mask.to(vectors.device), vectors, tile=tile); flat.append(v[mask.to(v.device)].cpu().numpy().astype(pool.dtype))
-        with atomic(f, "wb") as o: np.save(o, np.concatenate(flat))
-        write_json(f.with_suffix(".json"), dict(sha256=sha256_file(f), tokens=int(sum(map(len, flat))))); made += 1
+        with atomic(f, "wb") as o: write_array(o, np.concatenate(flat))
+        write_json(f.with_suffix(".json"), dict(sha256=sha256_file(f), tokens=int(sum(map(len, flat)))), seal=True); made += 1
     return made
 
 # %% ../../nbs/27_models.vokens.ipynb #0f757b03
