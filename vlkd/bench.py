@@ -30,7 +30,7 @@ def interleave(variants:dict,      # name -> function without arguments
                warmup:int=1,       # rounds before them
                *, base:str=None,   # variant that ratios refer to; None: the first
                seconds:float=None, # no new round after so much time, once two are done
-               seed:int=0, clock=time.perf_counter) -> pd.DataFrame: # a row a variant: median, q25, q75 in seconds; ratio, ratio_q25, ratio_q75: how many times faster than `base`; rounds
+               seed:int=0, clock=time.perf_counter) -> pd.DataFrame: # a row a variant: median, q25, q75 in seconds; ratio, ratio_q25, ratio_q75: how many times faster than `base`; rounds. `attrs["times"]` holds all of them
     "Times of variants that run in turns. A ratio is the median over rounds of the base's time by the variant's in the same round, so that a load which lasts longer than a round takes nothing from it."
     if not variants: raise ValueError("interleave: no variants to measure")
     base, repeats = base or next(iter(variants)), repeats_override[0] or repeats
@@ -55,7 +55,7 @@ def summary(times:dict, base:str) -> pd.DataFrame:
     for k, v in times.items():
         v = np.asarray(v, float); q = np.percentile(v, [50, 25, 75]); r = np.percentile(b/v, [50, 25, 75])
         rows.append(dict(variant=k, median=q[0], q25=q[1], q75=q[2], ratio=r[0], ratio_q25=r[1], ratio_q75=r[2], rounds=len(v)))
-    return pd.DataFrame(rows)
+    out = pd.DataFrame(rows); out.attrs = dict(times={k: list(map(float, v)) for k, v in times.items()}); return out
 
 # %% ../nbs/70a_bench.ipynb #a2ec040b
 @contextlib.contextmanager
