@@ -42,9 +42,9 @@ def interleave(variants:dict,      # name -> function without arguments
     began = clock()
     for r in range(repeats):
         if seconds is not None and r >= 2 and clock()-began > seconds: break
-        shuffle.shuffle(order)
+        shuffle.shuffle(order); gc.collect()
         for k in order: # a collection during a measurement would be charged to whoever is running
-            gc.collect(); gc.disable(); wait(); a = clock()
+            gc.disable(); wait(); a = clock()
             try: variants[k](); wait(); t[k].append(clock()-a)
             finally: gc.enable()
     return summary(t, base)
@@ -53,7 +53,8 @@ def summary(times:dict, base:str) -> pd.DataFrame:
     "Medians and quartiles of times (name -> seconds, one a round) and of their ratios to `base` within rounds."
     b = np.asarray(times[base], float); rows = []
     for k, v in times.items():
-        v = np.asarray(v, float); q = np.percentile(v, [50, 25, 75]); r = np.percentile(b/v, [50, 25, 75])
+        v = np.asarray(v, float); q = np.percentile(v, [50, 25, 75])
+        with np.errstate(all="ignore"): r = np.percentile(b/v, [50, 25, 75])
         rows.append(dict(variant=k, median=q[0], q25=q[1], q75=q[2], ratio=r[0], ratio_q25=r[1], ratio_q75=r[2], rounds=len(v)))
     out = pd.DataFrame(rows); out.attrs = dict(times={k: list(map(float, v)) for k, v in times.items()}); return out
 
@@ -207,6 +208,8 @@ def publish_benchmarks() -> Path: # reports/bench
         (new/"README.md").write_text(_page(recs, True), encoding="utf-8"); (new/"index.html").write_text(_page(recs, False), encoding="utf-8")
         os.chmod(new, 0o755); old = new.with_name(new.name + ".old")
         if dst.exists(): os.rename(dst, old)
-        os.rename(new, dst); shutil.rmtree(old, ignore_errors=True)
+        try: os.rename(new, dst)
+        except BaseException: os.rename(old, dst) if old.exists() else None; raise
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException: shutil.rmtree(new, ignore_errors=True); raise
     return dst

@@ -76,7 +76,7 @@ class Workbench:
         step.held = lambda: _bytes([*o.parameters(), *o.buffers(), *self.teacher.parameters(), *(v for st in opt.state.values() for v in st.values())])
         return step
 
-def _fits(step) -> bool: # False where the GPU's memory does not suffice
+def _fits(step) -> bool: # False where the GPU's memory does not suffice; a warm-up as well
     try: step(); return True
     except torch.OutOfMemoryError: gc.collect(); torch.cuda.empty_cache(); return False
 
@@ -89,7 +89,7 @@ def matmul(n:int, dtype=torch.float32):
 def shapes_of(quick:bool) -> list: # (label, scale, batch, tokens, reading)
     "Models and batches of benchmark 1."
     cuda = device().type == "cuda"; micro, small, large = settings("micro"), settings("paper"), settings("paper", "base")
-    out = [("micro", micro, micro.batch, micro.max_tokens, "micro"), ("6L/512H", small, 32 if cuda or not quick else 4, 128, "paper")]
+    out = [("micro", micro, micro.batch, micro.max_tokens, "micro"), ("6L/512H", small, 32 if cuda or not quick else 8, 128, "paper")]
     return out + ([] if quick else [("12L/768H", large, 32 if cuda else 8, 128, "paper")])
 
 def _numbers(label, w, B, L, df, held, peaks, rates, reading) -> list[dict]:
@@ -107,9 +107,10 @@ def compare_steps(label, s, B, L, reading, *, repeats:int, seconds:float) -> lis
     w = Workbench(s, B, L, reading); cuda, half = device().type == "cuda", bf16_here(); n = 8192 if cuda else 1024
     vs = {"public": w.step(w.objective("public"), optim="loop"), "plain": w.step(w.objective("plain"), optim=default_optim(), bf16=cuda and half), "ours fp32": w.step(w.objective()), "ours fp32, released objectives": w.step(w.objective("ours, released objectives"))}
     if half: vs["ours bf16"] = w.step(w.objective(), bf16=True)
-    vs = {k: f for k, f in vs.items() if _fits(f)}; held, peaks = {k: f.held() for k, f in vs.items()}, {k: peak_memory(f) for k, f in vs.items()}
+    if cuda: vs = {k: f for k, f in vs.items() if _fits(f)}
+    peaks, held = {k: peak_memory(f) for k, f in vs.items()}, {k: f.held() for k, f in vs.items()} # a first step, after which the optimiser's state is there
     mm = {"matmul fp32": matmul(n)} | ({"matmul bf16": matmul(n, torch.bfloat16)} if half else {})
-    df = interleave(vs | mm, repeats, warmup=1 if s.hidden < 512 else 0, base="public" if "public" in vs else next(iter(vs)), seconds=seconds); rates = {k: 2*n**3/df.set_index("variant")["median"][k] for k in mm}
+    df = interleave(vs | mm, repeats, warmup=1 if s.hidden < 512 or cuda else 0, base="public" if "public" in vs else next(iter(vs)), seconds=seconds); rates = {k: 2*n**3/df.set_index("variant")["median"][k] for k in mm}
     return _numbers(label, w, B, L, df, held, peaks, rates, reading), rates
 
 # %% ../nbs/70c_bench_steps.ipynb #d8f4946d
@@ -137,7 +138,7 @@ def _attention(lms, kind):
 def lever_steps(w:Workbench) -> dict: # label -> (step, whether ours has the lever)
     "Our step with one change at a time."
     half = bf16_here(); auto = dict(bf16=device().type == "cuda" and half); out = {"ours": (w.step(w.objective(), **auto), None)}
-    for k, text in LEVERS.items(): out[text] = (w.step(w.objective(without=(k,)), **auto), True)
+    for k, text in STEP_LEVERS.items(): out[text] = (w.step(w.objective(without=(k,)), **auto), True)
     out["NST by matrix products, against (d, d) kernels of a whole batch"] = (w.step(w.objective(without=("nst",), nst_form="plain"), **auto), True)
     out["fused AdamW against a loop"] = (w.step(w.objective(), optim="loop", **auto), True); out["fused AdamW against foreach"] = (w.step(w.objective(), optim="adamw_torch", **auto), True)
     f = w.step(w.objective(), **auto); out["SDPA against eager attention"] = (_within(lambda: _attention([w.lm, w.teacher], "eager"), f), True)
@@ -174,13 +175,12 @@ def bench_steps(quick:bool) -> pd.DataFrame:
     "Benchmark 1."
     cuda, half = device().type == "cuda", bf16_here(); rows, levers, batches = [], [], []
     for label, s, B, L, reading in shapes_of(quick):
-        r, _ = compare_steps(label, s, B, L, reading, repeats=5 if quick else 9, seconds=25 if quick else 240); rows += r; gc.collect()
-        if label != "12L/768H" or cuda: levers += worth(label, Workbench(s, min(B, 8) if not cuda else B, L, reading), min(B, 8) if not cuda else B, L, repeats=5 if quick else 9, seconds=25 if quick else 180) if label != "micro" else worth(label, Workbench(s, B, L, reading), B, L, repeats=9, seconds=10)
+        few = 9 if label == "micro" or not quick else 3; rows += compare_steps(label, s, B, L, reading, repeats=few, seconds=30 if quick else 240)[0]; gc.collect()
+        if label != "12L/768H" or cuda: n = B if cuda or label == "micro" else 4 if quick else 8; levers += worth(label, Workbench(s, n, L, reading), n, L, repeats=few, seconds=25 if quick else 180); gc.collect()
         if not quick and label != "micro": batches += best_batch(s, label, reading, [32, 64, 128, 256, 512] if cuda else [4, 8, 16, 32], L)
-        gc.collect()
     df = pd.DataFrame(rows); at = lambda m, v, c: next((r[c] for r in rows if r["model"] == m and r["variant"] == v), None); m = "6L/512H"
     share = max((r["model FLOPs / matmul rate"] for r in batches if r["model"] == "12L/768H" and r["variant"] == "ours bf16"), default=None) if cuda else None
-    note = "; quick: batch 4" if quick and not cuda else ""
+    note = "; quick: batch 8" if quick and not cuda else ""
     df.attrs = dict(method=_STEP.format(optim=default_optim(), half=", bfloat16" if cuda and half else ""), tables={"Worth of each lever": pd.DataFrame(levers)} | ({"Batch sizes": pd.DataFrame(batches)} if batches else {}),
         goals=[goal("6L/512H against the public formulation, CPU, float32", None if cuda else at(m, "ours fp32", "x public"), at_least=4, note=note.strip("; ")), goal("6L/512H against the public formulation, CPU, bf16", None if cuda else at(m, "ours bf16", "x public"), at_least=7.5, note=note.strip("; ")),
                goal("6L/512H against the public formulation, GPU", at(m, "ours bf16", "x public") if cuda else None, at_least=10), goal("6L/512H against the plain baseline, CPU", None if cuda else at(m, "ours fp32", "x plain"), at_least=1.3, note="both in float32" + note),
