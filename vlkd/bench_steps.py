@@ -216,10 +216,10 @@ def objective_forms(d:int, quick:bool, L:int=128, B:int=32) -> dict: # name -> (
     out["NT-Xent"] = ({"ours": (lambda n: _grad(nt_xent, *_inputs((n, L, d), (n, L, d))), B, None), "position by position": (lambda n: _grad(public_nt_xent, *_inputs((n, L, d), (n, L, d))), B, None)}, B)
     torch.manual_seed(0); crd = fill_queue(CRD(d, d, 128, negatives=4096, bank_size=16384).to(device()))
     out["CRD, 4,096 negatives"] = ({"ours: negatives shared, queue": (lambda n: _grad(crd, *_inputs((n, d), (n, d))), B*KEYS, None), "gathered for each sample": (lambda n: _grad(lambda s, t: plain_crd(crd, s, t), *_inputs((n, d), (n, d))), B*KEYS, None)}, B*KEYS)
-    V, n = 30522, 256 if quick else B*L
+    V, n, chunk = 30522, 512 if quick else B*L, 128 if quick else 256
     def soft(chunked):
         def make(n):
-            x, y, w, v = _inputs((n, d), (n, d), (V, d), (V, d)); w.requires_grad_(); f = (lambda *_: chunked_soft_label(x, w, None, y, v)) if chunked else (lambda *_: soft_label(F.linear(x, w), F.linear(y, v)))
+            x, y, w, v = _inputs((n, d), (n, d), (V, d), (V, d)); w.requires_grad_(); f = (lambda *_: chunked_soft_label(x, w, None, y, v, chunk=chunk)) if chunked else (lambda *_: soft_label(F.linear(x, w), F.linear(y, v)))
             return _grad(f, x, w)
         return make
     out["soft label, 30,522 pieces"] = ({"chunked": (soft(True), n, None), "whole logits": (soft(False), n, None)}, n)

@@ -24,9 +24,11 @@ class _Chunked(torch.autograd.Function):
             if gx is not None: torch.mm(z, w, out=gx[r])
             if gw is not None: gw.addmm_(z.T, x[r])
             if gb is not None: gb += z.sum(0)
-        ctx.save_for_backward(gx, gw, gb); return loss/max(n, 1)
+        ctx.grads = gx, gw, gb; return loss/max(n, 1)
     @staticmethod
-    def backward(ctx, g): return *(None if t is None else t*g for t in ctx.saved_tensors), None, None, None, None, None
+    def backward(ctx, g): # in place: a second copy of the weight's gradient would be as large as the weight
+        if ctx.grads is None: raise RuntimeError("chunked_soft_label: its gradients were handed out by a first backward; compute the loss again")
+        out, ctx.grads = [None if t is None else t.mul_(g) for t in ctx.grads], None; return *out, None, None, None, None, None
 
 def chunked_soft_label(student:torch.Tensor, # (N, Ds) what the student's last linear layer reads
                        weight:torch.Tensor,  # (V, Ds)
