@@ -194,11 +194,15 @@ def test_goals():
     assert goal("g", 2.345, at_least=2)["measured"] == "2.35x" and goal("g", .5, at_most=.1, unit="")["asked"] == "at most 0.1"
 
 def test_results_are_filed_one_by_one(toy):
-    r = run_benchmarks(quick=True, say=lambda s: None); f = json.loads(results_file().read_text()); assert f["results"]["toy"]["rows"] == [dict(what="a", x=1/3, n=1), dict(what="b|c", x=None, n=2)] and f["machine"] == machine()
+    r = run_benchmarks(quick=True, say=lambda s: None); f = json.loads(results_file(quick=True).read_text()); assert f["results"]["toy"]["rows"] == [dict(what="a", x=1/3, n=1), dict(what="b|c", x=None, n=2)] and f["machine"] == machine()
     assert f["results"]["toy"]["quick"] and not r["failed"] and f["results"]["toy"]["goals"][0]["held"]
     @bench.register("other", "Other")
     def other(quick): raise RuntimeError("no luck")
-    r = run_benchmarks(say=lambda s: None); assert r["failed"] == {"other": "RuntimeError: no luck"} and set(json.loads(results_file().read_text())["results"]) == {"toy"}
+    r = run_benchmarks(quick=True, say=lambda s: None); assert r["failed"] == {"other": "RuntimeError: no luck"} and set(json.loads(results_file(quick=True).read_text())["results"]) == {"toy"} and not results_file().exists()
+
+def test_a_quick_run_takes_nothing_from_a_full_one(toy):
+    run_benchmarks(quick=True, say=lambda s: None); assert "Quick run of" in (publish_benchmarks()/"README.md").read_text()
+    run_benchmarks(say=lambda s: None); run_benchmarks(quick=True, say=lambda s: None); md = (publish_benchmarks()/"README.md").read_text(); assert "Full run of" in md and "Quick run of" not in md
 
 def test_repeats_reach_a_benchmark_and_no_further(toy):
     @bench.register("times", "Times")

@@ -60,6 +60,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'vlkd.bench_steps.Workbench.step': ('bench_steps.html#workbench.step', 'vlkd/bench_steps.py'),
                                   'vlkd.bench_steps._attention': ('bench_steps.html#_attention', 'vlkd/bench_steps.py'),
                                   'vlkd.bench_steps._bytes': ('bench_steps.html#_bytes', 'vlkd/bench_steps.py'),
+                                  'vlkd.bench_steps._compiling': ('bench_steps.html#_compiling', 'vlkd/bench_steps.py'),
                                   'vlkd.bench_steps._dropout': ('bench_steps.html#_dropout', 'vlkd/bench_steps.py'),
                                   'vlkd.bench_steps._fits': ('bench_steps.html#_fits', 'vlkd/bench_steps.py'),
                                   'vlkd.bench_steps._grad': ('bench_steps.html#_grad', 'vlkd/bench_steps.py'),

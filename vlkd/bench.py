@@ -125,7 +125,8 @@ def _plain_rows(df) -> list[dict]:
     def v(x): return None if x is None or x is pd.NA or (isinstance(x, (float, np.floating)) and not math.isfinite(x)) else x.item() if isinstance(x, np.generic) else x
     return [{str(k): v(x) for k, x in zip(df.columns, r)} for r in df.itertuples(index=False, name=None)]
 
-def results_file(m:dict=None) -> Path: return path("runs")/"bench"/f"{machine_stamp(m)}.json"
+def results_file(m:dict=None, quick:bool=False) -> Path: # of quick runs apart, so that a look takes nothing from a full run
+    return path("runs")/"bench"/f"{machine_stamp(m)}{'.quick' if quick else ''}.json"
 
 def _load(): return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
@@ -136,7 +137,7 @@ def run_benchmarks(names=None,    # of `benchmarks()`; None: all
     for n in names:
         if n not in known: raise _unknown("benchmark", n, known)
     if repeats < 0: raise ValueError(f"repeats should be 0 (what each benchmark asks for) or more, got {repeats}")
-    m = machine(); f = results_file(m); rec = read_json(f) if f.is_file() else dict(machine=m, results={}); failed = {}
+    m = machine(); f = results_file(m, quick); rec = read_json(f) if f.is_file() else dict(machine=m, results={}); failed = {}
     for n in names:
         began, load = time.time(), _load(); say(f"\n{n}: {known[n]}"); repeats_override[0] = repeats
         try: df = BENCHMARKS[n]["fn"](quick)
@@ -196,9 +197,9 @@ def _csvs(n, r):
 
 def publish_benchmarks() -> Path: # reports/bench
     "Write the page from this machine's results and those that were published of other machines; nothing changes where it fails."
-    f, dst = results_file(), path("reports")/"bench"
-    if not f.is_file() or not read_json(f)["results"]: raise ValueError("nothing to publish: no benchmark has run on this machine with these versions; run `vlkd bench` first")
-    recs = {p.stem: read_json(p) for p in sorted(dst.glob("*.json"))} | {f.stem: read_json(f)}
+    m = machine(); dst = path("reports")/"bench"; found = [read_json(f)["results"] for q in (True, False) if (f := results_file(m, q)).is_file()]; mine = {k: r for d in found for k, r in d.items()} # full runs over quick ones
+    if not mine: raise ValueError("nothing to publish: no benchmark has run on this machine with these versions; run `vlkd bench` first")
+    order = list(benchmarks()); recs = {p.stem: read_json(p) for p in sorted(dst.glob("*.json"))} | {machine_stamp(m): dict(machine=m, results=dict(sorted(mine.items(), key=lambda x: order.index(x[0]) if x[0] in order else len(order))))}
     dst.parent.mkdir(parents=True, exist_ok=True); new = Path(tempfile.mkdtemp(dir=dst.parent, prefix=".bench."))
     try:
         for stamp, rec in recs.items():

@@ -135,7 +135,19 @@ def _attention(lms, kind):
     finally:
         for m in lms: m.set_attn_implementation(old)
 
-def lever_steps(w:Workbench) -> dict: # label -> (step, whether ours has the lever)
+def _compiling(lms): # a context in which the layers of models are compiled, each by itself
+    ls, made = [l for m in lms for l in m.modules() if type(l).__name__ == "BertLayer"], []
+    @contextlib.contextmanager
+    def on():
+        if not made:
+            for l in ls: l.compile(); made.append(l._compiled_call_impl)
+        for l, c in zip(ls, made): l._compiled_call_impl = c
+        try: yield
+        finally:
+            for l in ls: l._compiled_call_impl = None
+    return on
+
+def lever_steps(w:Workbench, compiled:bool=False) -> dict: # label -> (step, whether ours has the lever)
     "Our step with one change at a time."
     half = bf16_here(); auto = dict(bf16=device().type == "cuda" and half); out = {"ours": (w.step(w.objective(), **auto), None)}
     for k, text in STEP_LEVERS.items(): out[text] = (w.step(w.objective(without=(k,)), **auto), True)
@@ -145,11 +157,15 @@ def lever_steps(w:Workbench) -> dict: # label -> (step, whether ours has the lev
     out["teacher under inference mode"] = (w.step(w.objective(), inference=True, **auto), False)
     if w.s.dropout: f2 = w.step(w.objective(), **auto); out[f"dropout 0 instead of {w.s.dropout:g}"] = (_within(lambda: _dropout(w.lm, 0.), f2), False)
     if half: out["bf16 autocast"] = (w.step(w.objective(), bf16=not auto["bf16"]), auto["bf16"])
+    if compiled:
+        g = _within(_compiling([w.lm, w.teacher]), w.step(w.objective(), **auto))
+        try: g(); out["torch.compile of each layer"] = (g, False)
+        except Exception as e: print(f"torch.compile is left out: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}") # without a compiler, say
     return out
 
-def worth(label, w, B, L, *, repeats, seconds) -> list[dict]:
+def worth(label, w, B, L, *, repeats, seconds, compiled=False) -> list[dict]:
     "What each lever is worth: time without it by time with it."
-    ls = {k: v for k, v in lever_steps(w).items() if _fits(v[0])}; df = interleave({k: f for k, (f, _) in ls.items()}, repeats, warmup=0, base="ours", seconds=seconds); rows = []
+    ls = {k: v for k, v in lever_steps(w, compiled).items() if _fits(v[0])}; df = interleave({k: f for k, (f, _) in ls.items()}, repeats, warmup=0, base="ours", seconds=seconds); rows = []
     for r in df.to_dict("records"):
         if (has := ls[r["variant"]][1]) is None: continue
         q = [r["ratio"], r["ratio_q25"], r["ratio_q75"]]; q = [1/q[0], 1/q[2], 1/q[1]] if has else q
@@ -176,7 +192,7 @@ def bench_steps(quick:bool) -> pd.DataFrame:
     cuda, half = device().type == "cuda", bf16_here(); rows, levers, batches = [], [], []
     for label, s, B, L, reading in shapes_of(quick):
         few = 9 if label == "micro" or not quick else 3; rows += compare_steps(label, s, B, L, reading, repeats=few, seconds=30 if quick else 240)[0]; gc.collect()
-        if label != "12L/768H" or cuda: n = B if cuda or label == "micro" else 4 if quick else 8; levers += worth(label, Workbench(s, n, L, reading), n, L, repeats=few, seconds=25 if quick else 180); gc.collect()
+        if label != "12L/768H" or cuda: n = B if cuda or label == "micro" else 4 if quick else 8; levers += worth(label, Workbench(s, n, L, reading), n, L, repeats=few, seconds=25 if quick else 180, compiled=not quick); gc.collect()
         if not quick and label != "micro": batches += best_batch(s, label, reading, [32, 64, 128, 256, 512] if cuda else [4, 8, 16, 32], L)
     df = pd.DataFrame(rows); at = lambda m, v, c: next((r[c] for r in rows if r["model"] == m and r["variant"] == v), None); m = "6L/512H"
     share = max((r["model FLOPs / matmul rate"] for r in batches if r["model"] == "12L/768H" and r["variant"] == "ours bf16"), default=None) if cuda else None
