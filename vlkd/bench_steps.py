@@ -192,7 +192,7 @@ def bench_steps(quick:bool) -> pd.DataFrame:
     cuda, half = device().type == "cuda", bf16_here(); rows, levers, batches = [], [], []
     for label, s, B, L, reading in shapes_of(quick):
         few = 9 if label == "micro" or not quick else 3; rows += compare_steps(label, s, B, L, reading, repeats=few, seconds=30 if quick else 240)[0]; gc.collect()
-        if label != "12L/768H" or cuda: n = B if cuda or label == "micro" else 4 if quick else 8; levers += worth(label, Workbench(s, n, L, reading), n, L, repeats=few, seconds=25 if quick else 180, compiled=not quick); gc.collect()
+        if label != "12L/768H" or cuda: n = B if cuda or label == "micro" else 4 if quick else 8; levers += worth(label, Workbench(s, n, L, reading), n, L, repeats=2 if few == 3 else few, seconds=15 if quick else 180, compiled=not quick); gc.collect()
         if not quick and label != "micro": batches += best_batch(s, label, reading, [32, 64, 128, 256, 512] if cuda else [4, 8, 16, 32], L)
     df = pd.DataFrame(rows); at = lambda m, v, c: next((r[c] for r in rows if r["model"] == m and r["variant"] == v), None); m = "6L/512H"
     share = max((r["model FLOPs / matmul rate"] for r in batches if r["model"] == "12L/768H" and r["variant"] == "ours bf16"), default=None) if cuda else None
@@ -250,7 +250,7 @@ def voken_rate(d:int, quick:bool, repeats, seconds) -> dict:
 @register("objectives", "Each objective alone, against plain forms")
 def bench_objectives(quick:bool) -> pd.DataFrame:
     "Benchmark 2."
-    rows, v, repeats, seconds = [], [], 3 if quick else 9, 4 if quick else 40
+    rows, v, repeats, seconds = [], [], 3 if quick else 9, 2 if quick else 40
     for d in (512,) if quick else (512, 768):
         for name, (forms, want) in objective_forms(d, quick).items(): rows += objective_rows(name, d, forms, want, repeats, seconds); gc.collect()
         v.append(voken_rate(d, quick, repeats, seconds))
@@ -334,7 +334,7 @@ def padded():
 @register("micro", "Micro: steps a second, and where the time goes")
 def bench_micro(quick:bool) -> pd.DataFrame:
     "Benchmark 3."
-    ts, steps, rounds = micro_trainings(quick), 60 if quick else 200, repeats_override[0] or (3 if quick else 7); st = ts["student, NST+CRD"]
+    ts, steps, rounds = micro_trainings(quick), 40 if quick else 200, repeats_override[0] or (2 if quick else 7); st = ts["student, NST+CRD"]
     runs = {f"{k}: fit": (run_fit, t, {}) for k, t in ts.items()} | {"student, NST+CRD: transformers.Trainer": (run_trainer, st, {}), "student, NST+CRD: bare loop": (run_bare, st, {}), "student, NST+CRD: bare loop, padded rows": (run_bare, st, dict(pack=False)), "student, NST+CRD: bare loop, AdamW in a loop": (run_bare, st, dict(optim="loop")), "student, NST+CRD: bare loop, AdamW foreach": (run_bare, st, dict(optim="adamw_torch"))}
     seen = {k: [] for k in runs}; r = np.random.default_rng(0)
     for k in range(rounds):
