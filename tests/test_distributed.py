@@ -16,7 +16,7 @@ from vlkd.train.loop import SEAL, damage, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Objectives in double precision, with the gradients of each step. A case is an objective, then levers or: steps, drop(out), save (every), stop (at the end of that step), again (after it has stopped).
+# Objectives in double precision, with the gradients of each step. A case is an objective, then levers or: steps, drop(out), save (every), stop (at the end of that step), again (after it has stopped), eval (every).
 DRIVER = '''
 import json, sys
 from pathlib import Path
@@ -35,7 +35,7 @@ from vlkd.train.teacher import TeacherObjective, video_text_collator
 out, cases = Path(sys.argv[1]), sys.argv[2].split(); rank, n = ranks(); grads = []
 clip = loop.ObjectiveTrainer._clip_grad_norm
 def keep(self, model):
-    grads.append({k: p.grad.numpy().copy() for k, p in self.objective.named_parameters() if p.grad is not None}); return clip(self, model)
+    grads.append({k: loop.whole(p.grad).numpy().copy() for k, p in self.accelerator.unwrap_model(self.model).named_parameters() if p.grad is not None}); return clip(self, model)
 def mlm_double(lm, h, ids, where): logits = lm.cls(h[where]); return F.cross_entropy(logits, ids[where]) if len(logits) else h.sum()*0. # the library's is float32
 loop.ObjectiveTrainer._clip_grad_norm, loop.mlm_loss = keep, mlm_double
 class Stop(Exception): pass
@@ -59,7 +59,7 @@ def run(case, stop=0):
     else:
         kd = "" if name == "mlm" else name; o = StudentObjective(language_model(s, tok, 1), language_model(s, tok, 2).eval() if kd else None, kd, s=s, pool=torch.randn(9, s.hidden).double()); collate, size = text_collator(data.tokens, tok, s, 0), len(data.tokens)
         if kd: o._teacher[0].double()
-    o.double(); grads.clear(); seen = []
+    o.double(); grads.clear(); seen = []; every = int(use.pop("eval", 0)); kw |= dict(valid=(collate, 16), eval_every=every) if every else {}
     def watch(items): seen.append([i for i, e in items]); return collate(items)
     file = case.replace("/", ","); history = loop.fit(o, watch, size, out/file, lr=1e-2, what=case, levers=use, **kw)
     state = {"w."+k: v.numpy() for k, v in o.state_dict().items()} | {f"g{i}.{k}": v for i, g in enumerate(grads) for k, v in g.items()}
@@ -80,18 +80,19 @@ def launch(n, *args, script=DRIVER, env=None, check=True):
     "Run a script in `n` processes of torchrun; one process is started as usual."
     cmd = [sys.executable, "-c", script] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--no-python", sys.executable, "-c", script]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("VLKD_") or k in ("VLKD_CACHE",)}
-    r = subprocess.run([*cmd, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=400, env={**clean, "PYTHONPATH": str(ROOT), "VLKD_DEVICE": "cpu", "OMP_NUM_THREADS": "1", **(env or {})})
+    r = subprocess.run([*cmd, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=1500, env={**clean, "PYTHONPATH": str(ROOT), "VLKD_DEVICE": "cpu", "OMP_NUM_THREADS": "1", **(env or {})})
     if check: assert r.returncode == 0, (r.stdout+r.stderr)[-4000:]
     return r
 
 WHOLE, ONCE, DROP, AGAIN = "nst+crd/steps=6", "nst+crd/steps=6/save=2/stop=5", "nst+crd/steps=6/drop=.1", "nst+crd/steps=6/drop=.1/save=2/stop=5/again=1"
+BEST, SHARDED = ("info_nce/steps=6/eval=2", "hinge/steps=6/eval=2"), ("nst+crd/steps=6/save=2/stop=5/again=1/fsdp=true", "mlm/accumulate=2/fsdp=true", "info_nce/steps=6/eval=2/fsdp=true")
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory): d = tmp_path_factory.mktemp("alone"); launch(1, d, " ".join([*CASES, WHOLE])); return d
+def alone(tmp_path_factory): d = tmp_path_factory.mktemp("alone"); launch(1, d, " ".join([*CASES, WHOLE, *BEST])); return d
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    d = tmp_path_factory.mktemp("together"); r = launch(2, d, " ".join([*CASES, *(f"{c}/accumulate=2" for c in APART), ONCE, DROP, AGAIN])); (d/"said").write_text(r.stdout); return d
+    d = tmp_path_factory.mktemp("together"); r = launch(2, d, " ".join([*CASES, *(f"{c}/accumulate=2" for c in APART), ONCE, DROP, AGAIN, *BEST, *SHARDED])); (d/"said").write_text(r.stdout); return d
 
 @pytest.fixture(scope="module")
 def in_parts(tmp_path_factory): d = tmp_path_factory.mktemp("parts"); launch(1, d, " ".join(f"{c}/accumulate=4" for c in APART)); return d
@@ -121,6 +122,16 @@ def test_processes_share_the_draws_in_order(alone, together):
         a, *parts = [json.loads(f.read_text())["seen"] for f in (alone/f"{case}.0.json", together/f"{case}.0.json", together/f"{case}.1.json")]
         assert a == [x+y for x, y in zip(*parts)] and len(a) == 3
 
+def test_validation_chooses_the_same_weights(alone, together):
+    for case in BEST:
+        a, b = (json.loads((d/f"{name(case)}.0.json").read_text())["history"] for d in (alone, together)); a, b = ([(h["step"], h["eval_loss"]) for h in x if "eval_loss" in h] for x in (a, b))
+        assert len(a) == 3 and np.allclose(a, b, rtol=1e-6); same(alone/f"{name(case)}.0.npz", together/f"{name(case)}.1.npz")
+
+@pytest.mark.parametrize("case, as_one", zip(SHARDED, (WHOLE, "mlm", BEST[0])))
+def test_sharded_weights_train_alike(alone, together, case, as_one):
+    if "again" in case: assert f"{case}: resumes from checkpoint-4" in (together/"said").read_text()
+    same(alone/f"{name(as_one)}.0.npz", together/f"{name(case)}.1.npz", only="w."*("again" in case))
+
 def test_one_process_writes_and_another_number_goes_on(alone, together, tmp_path):
     "What rank 1 may not write, it refuses in the script. Two processes stop after step 5; one goes on from step 4, and ends where one alone would have."
     run = together/name(ONCE); c = sorted((run/"checkpoints").iterdir()); assert [p.name for p in c] == ["checkpoint-2", "checkpoint-4"] and all(damage(p) is None for p in c)
@@ -136,6 +147,7 @@ def test_dropout_goes_on_as_it_was(together):
 
 def test_what_cannot_be_shared_is_refused(tmp_path):
     r = launch(2, tmp_path, "mlm/batch=7", check=False); assert r.returncode and "mlm/batch=7: a batch of 7 cannot be shared equally by 2 processes with 1 accumulated parts each; make it a multiple of 2, such as 6 or 8" in r.stderr
+    r = launch(1, tmp_path, "mlm/fsdp=true", check=False); assert r.returncode and "mlm/fsdp=true: fsdp shards a model over several processes: start them with torchrun" in r.stderr
     r = launch(2, tmp_path, "nst+crd/uneven=1", check=False); assert r.returncode and "the process of rank 1 starts with other weights than that of rank 0" in r.stderr
 
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SEAL', 'LEVERS', 'check_trainable', 'seal', 'damage', 'last_checkpoint', 'Progress', 'part_of', 'shares',
-           'shared_mlm', 'same_start', 'all_levers', 'ObjectiveTrainer', 'fit', 'compile_layers', 'Fixed']
+           'shared_mlm', 'same_start', 'all_levers', 'sharded', 'whole', 'unshard', 'ObjectiveTrainer', 'fit',
+           'compile_layers', 'Fixed']
 
 # %% ../../nbs/40_train.loop.ipynb #8791bc07
-import contextlib, gc, hashlib, json, logging, os, shutil, time, warnings
+import contextlib, copy, gc, hashlib, json, logging, os, shutil, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,21 @@ def all_levers(**given) -> dict:
         raise ValueError(f"lever {k} = {v!r} (VLKD_{k.upper()}): it should be {dict(precision='auto, fp32 or bf16', accumulate='a number from 1', workers='a number from 0').get(k, 'true or false')}")
     return {k: value(k, given.get(k, os.environ.get(f"VLKD_{k.upper()}") or v)) for k, v in LEVERS.items()}
 
+# %% ../../nbs/40_train.loop.ipynb #2aeef222
+def sharded(objective:nn.Module) -> nn.Module:
+    "A copy whose weights lie spread over all processes; the teacher, which is frozen, is not copied."
+    from torch.distributed.fsdp import fully_shard
+    model = copy.deepcopy(objective, {id(t): t for t in getattr(objective, "_teacher", ()) if t is not None}); mesh = torch.distributed.init_device_mesh(device().type, (ranks()[1],))
+    for m in model.modules():
+        if type(m).__name__ == "BertLayer": fully_shard(m, mesh=mesh)
+    objective.cpu(); return fully_shard(model, mesh=mesh)
+
+def whole(x): return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+def unshard(model:nn.Module, objective:nn.Module) -> None:
+    "Copy the weights of a sharded model into the objective it was made from."
+    objective.load_state_dict({k: whole(v) for k, v in model.state_dict().items()})
+
 # %% ../../nbs/40_train.loop.ipynb #b55178da
 class ObjectiveTrainer(Trainer):
     "Trainer for modules that return `dict(loss=..., part=...)`."
@@ -151,7 +167,7 @@ class ObjectiveTrainer(Trainer):
         if self.current_gradient_accumulation_steps > 1: loss = loss/self.current_gradient_accumulation_steps
         self.accelerator.backward(loss); return loss.detach()
 
-    def _get_grad_norm(self, model, grad_norm=None): norm = super()._get_grad_norm(model, grad_norm); self.finite(norm, "gradient"); return norm
+    def _get_grad_norm(self, model, grad_norm=None): norm = whole(super()._get_grad_norm(model, grad_norm)); self.finite(norm, "gradient"); return norm
 
     @property
     def at_once(self): return self.args.device.type == "cpu"
@@ -193,11 +209,22 @@ class ObjectiveTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir=None, state_dict=None):
+        if self.sharded: unshard(self.model, self.objective)
         if not self.args.should_save: return
-        Path(output_dir).mkdir(parents=True, exist_ok=True); save_weights(self.accelerator.unwrap_model(self.model), str(Path(output_dir)/"model.safetensors"))
+        Path(output_dir).mkdir(parents=True, exist_ok=True); save_weights(self.objective, str(Path(output_dir)/"model.safetensors"))
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.sharded: return super()._save_optimizer_and_scheduler(output_dir)
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if self.args.should_save: torch.save(state, Path(output_dir)/"optimizer_fsdp.pt"); torch.save(self.lr_scheduler.state_dict(), Path(output_dir)/"scheduler.pt")
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if not self.sharded or checkpoint is None: return super()._load_optimizer_and_scheduler(checkpoint)
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+        read = lambda name: torch.load(Path(checkpoint)/name, map_location="cpu", weights_only=True)
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, read("optimizer_fsdp.pt"), options=StateDictOptions(full_state_dict=True)); self.lr_scheduler.load_state_dict(read("scheduler.pt"))
     def _save_rng_state(self, output_dir):
         if self.args.world_size == 1: super()._save_rng_state(output_dir) # several processes seed every step
-    def _load_from_checkpoint(self, checkpoint, model=None): load_weights(self.model, str(Path(checkpoint)/"model.safetensors"))
+    def _load_from_checkpoint(self, checkpoint, model=None): load_weights(self.objective, str(Path(checkpoint)/"model.safetensors")) # what is sharded has been loaded before it was
     def _load_best_model(self):
         if why := damage(self.state.best_model_checkpoint): raise ValueError(f"the best checkpoint, {self.state.best_model_checkpoint}, cannot be used: {why}; delete the run's folder and train again")
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -223,16 +250,21 @@ def fit(objective:nn.Module,   # forward(**batch) -> dict with `loss`
         lr_scheduler_type="linear", optim=use["optim"], bf16=use_bf16(use["precision"]), use_cpu=dev.type == "cpu", seed=seed, data_seed=seed, save_strategy="steps" if save_every or keep else "no", save_steps=(eval_every if keep else save_every) or 500, save_total_limit=2,
         eval_strategy="steps" if keep else "no", eval_steps=eval_every or None, load_best_model_at_end=keep, restore_callback_states_from_checkpoint=True, metric_for_best_model="loss", greater_is_better=False, logging_steps=max(1, min(50, steps//10)), logging_nan_inf_filter=False,
         report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_num_workers=use["workers"], ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, dataloader_pin_memory=dev.type == "cuda", log_level="error")
-    if use["compile"]: compile_layers(objective)
+    if use["fsdp"] and n_ranks == 1: raise ValueError(f"{what}: fsdp shards a model over several processes: start them with torchrun")
+    resume = from_main(lambda: last_checkpoint(checks)); opt = "optimizer_fsdp.pt" if use["fsdp"] else "optimizer.pt"
+    if resume and not (resume/opt).is_file(): raise ValueError(f"{what}: {resume} was written {'without' if use['fsdp'] else 'with'} fsdp: go on as it began, or delete it")
+    if resume and use["fsdp"]: load_weights(objective, str(resume/"model.safetensors"))
+    model = sharded(objective) if use["fsdp"] else objective
+    if use["compile"]: compile_layers(model)
     callbacks = [Progress(out, what), *([EarlyStoppingCallback(patience)] if keep and patience else [])]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*|.*lr_scheduler.step.*")
-        t = ObjectiveTrainer(model=objective, args=args, data_collator=collate, train_dataset=Draws(n, steps*batch, seed, batch, lengths), callbacks=callbacks, eval_dataset=Fixed(valid[1]) if keep else None)
-        t.parts, t.n_parts, t.objective, t.bad, t.out, t.what = {}, 0, objective, None, out, what; t.remove_callback(PrinterCallback)
+        t = ObjectiveTrainer(model=model, args=args, data_collator=collate, train_dataset=Draws(n, steps*batch, seed, batch, lengths), callbacks=callbacks, eval_dataset=Fixed(valid[1]) if keep else None)
+        t.parts, t.n_parts, t.objective, t.bad, t.out, t.what, t.sharded = {}, 0, objective, None, out, what, use["fsdp"]; t.is_distributed_loading_by_transformers |= use["fsdp"]; t.remove_callback(PrinterCallback)
         if keep: t.get_eval_dataloader = lambda *a, **k: torch.utils.data.DataLoader(Fixed(valid[1]), batch_size=batch, collate_fn=valid[0])
-        resume = from_main(lambda: last_checkpoint(checks))
         if resume and not rank: print(f"{what}: resumes from {resume.name}", flush=True)
         t.train(resume_from_checkpoint=str(resume) if resume else None); t.look()
+    if use["fsdp"]: (None if keep and t.state.best_model_checkpoint else unshard(model, objective)); objective.to(dev)
     objective.eval(); from_main(lambda: shutil.rmtree(checks, ignore_errors=True))
     return [{k: v for k, v in h.items() if k in ("step", "loss", "eval_loss", "learning_rate", "grad_norm") or not k.startswith(("eval_", "train_", "epoch", "total_"))} for h in t.state.log_history if "loss" in h or "eval_loss" in h]
 
