@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PAPER', 'PIECES', 'GPUS', 'FINETUNE', 'bert_parameters', 'video_parameters', 'distillation_parameters',
            'encoder_flops', 'mlm_flops', 'objective_flops', 'voken_flops', 'student_flops', 'teacher_flops',
-           'activation_bytes', 'training_memory', 'corpus_bytes', 'storage', 'gpu', 'gpu_hours', 'cost_table', 'growth',
-           'report_cost', 'finetune_flops', 'run_cost', 'plan_cost']
+           'activation_bytes', 'training_memory', 'corpus_bytes', 'storage', 'gpu', 'gpu_hours', 'step_bytes',
+           'step_calls', 'step_seconds', 'cost_table', 'growth', 'report_cost', 'finetune_flops', 'run_cost',
+           'plan_cost']
 
 # %% ../nbs/60_cost.ipynb #86eac57b
 import math
@@ -78,24 +79,25 @@ def teacher_flops(s:Scale, *, batch:int=0, tokens:float=0, frames:float=0, maske
     return dict(text=3*B*encoder_flops(s, L), mlm=3*mlm_flops(s, B*_masked(s, L, masked), vocab), video=2*B*2*T*s.feature_dim*s.hidden + 3*B*encoder_flops(s, T, s.video_layers), hinge=3*3*B*2*L*s.hidden)
 
 # %% ../nbs/60_cost.ipynb #f178fc46
-def activation_bytes(s:Scale, tokens:float, layers:int=0, half:bool=True) -> float:
-    "Bytes saved for backward by the layers, for `tokens` tokens in the batch, with fused attention."
+def activation_bytes(s:Scale, tokens:float, layers:int=0, half:bool=True, length:float=0) -> float:
+    "Bytes saved for backward by the layers, for `tokens` tokens in the batch; `length`: of the sentences where attention is not fused, 0 where it is."
     d, f = s.hidden, s.intermediate
-    per = 36*d + 4*f if half else 32*d + 8*f
+    per = (36*d + 4*f if half else 32*d + 8*f) + (12*s.heads*length + 8*d if length else 0)
     return (layers or s.layers)*tokens*(per + (2*d if s.dropout else 0))                     # dropout's masks: a byte each
 
-def training_memory(s:Scale, kind:str="student", kd:str="", *, batch:int=0, tokens:float=0, frames:float=0, half:bool=True, kernel:str="gaussian") -> dict: # part -> bytes
-    "Bytes on one GPU that trains with `batch` sequences at a time; `frames` as in `teacher_flops`."
+def training_memory(s:Scale, kind:str="student", kd:str="", *, batch:int=0, tokens:float=0, frames:float=0, half:bool=True, kernel:str="gaussian", fused:bool=True) -> dict: # part -> bytes
+    "Bytes at the peak on one device that trains with `batch` sequences at a time; `frames` as in `teacher_flops`; `fused`: attention keeps no scores."
     if kind not in ("student", "teacher"): raise ValueError(f"kind {kind!r}: it should be student or teacher")
     B, L, c = batch or s.batch, tokens or s.max_tokens, 2 if half else 0; lm = sum(bert_parameters(s).values()); names = parse_kd(kd)
     trained = lm + (sum(video_parameters(s).values()) if kind == "teacher" else sum(distillation_parameters(s, kd).values()))
-    out = dict(weights=trained*(16+c) + (lm*(4+c) if names else 0), layers=activation_bytes(s, B*L, half=half), logits=B*_masked(s, L, None)*s.vocab_size*(10 if half else 8))
-    if kind == "teacher": T = frames or s.max_frames; out["video"] = activation_bytes(s, B*T, s.video_layers, half) + B*T*s.feature_dim*(10 if half else 8)
+    out = dict(weights=trained*(12+c) + (lm*(4+c) if names else 0), layers=activation_bytes(s, B*L, half=half, length=0 if fused else L), logits=B*_masked(s, L, None)*s.vocab_size*(10 if half else 8))
+    if kind == "teacher": T = frames or s.max_frames; out["video"] = activation_bytes(s, B*T, s.video_layers, half, 0 if fused else T) + B*T*s.feature_dim*(10 if half else 8)
     if "nst" in names: out["nst"] = B*(12*s.hidden**2 if kernel == "gaussian" else 8*L*L)*2
     if "soft_label" in names: out["soft_label"] = B*L*s.vocab_size*20
     if "voken" in names: out["voken"] = B*L*s.vokens*(10 if half else 8)
-    if "crd" in names: out["crd"] = 2*s.crd_bank*s.crd_dim*4 + 2*B*KEYS*s.crd_negatives*8
-    return out
+    bank = 2*s.crd_bank*s.crd_dim*4 if "crd" in names else 0
+    if bank: out["crd"] = bank + 2*B*KEYS*s.crd_negatives*8
+    shared = 4*s.vocab_size*s.hidden; out["gradients"] = max(shared, 4*trained + 2*shared - (sum(out.values())-out["weights"]-bank)); return out
 
 # %% ../nbs/60_cost.ipynb #97324ce1
 PAPER = dict(hours=134_472, clips=136e6, captions=138e6, caption_tokens=568e6, wikipedia=2.9e9, wiki103=111e6) # Sec. 4.1
@@ -124,6 +126,22 @@ def gpu_hours(flops:float, name:str="A100", utilisation:float=.3) -> float:
     if not 0 < utilisation <= 1: raise ValueError(f"utilisation should be a share of the peak in (0, 1], got {utilisation}")
     return flops/(gpu(name)[0]*utilisation)/3600
 
+# %% ../nbs/60_cost.ipynb #480dd23b
+def step_bytes(s:Scale, kd:str="", *, batch:int=0, tokens:float=0, fused:bool=True) -> float:
+    "Bytes in 32 bits that a student's step moves beside its matrix products."
+    B, L = batch or s.batch, tokens or s.max_tokens; d = s.hidden; names = parse_kd(kd); P = sum(bert_parameters(s).values()) + sum(distillation_parameters(s, kd).values())
+    base, drop = 12*d + 2*s.intermediate + (0 if fused else 6*s.heads*L), 6*d*bool(s.dropout)
+    return 4*s.layers*B*L*(3*(base + drop) + (base if set(names) - {"voken"} else 0)) + 40*B*_masked(s, L, None)*s.vocab_size + 40*P + 24*s.vocab_size*d + 4*B*L*d*sum(dict(nst=40, regression=10, nt_xent=20).get(k, 4) for k in names)
+
+def step_calls(s:Scale, kd:str="") -> float:
+    "Operations that a student's step starts, about: 12 forward and 26 backward a layer, 12 for the teacher's, 8 for dropout, and what does not grow with layers."
+    names = parse_kd(kd); return s.layers*(38 + 8*bool(s.dropout) + 12*bool(set(names) - {"voken"})) + 40 + sum(dict(nst=100, crd=140).get(k, 60) for k in names)
+
+def step_seconds(s:Scale, kd:str="", *, gemm:float, memory:float, call:float=0, batch:int=0, tokens:float=0, kernel:str="gaussian", fused:bool=True) -> dict: # part -> seconds
+    "Seconds of a student's step at measured rates: `gemm` in FLOP/s, `memory` in bytes/s, `call` in seconds."
+    if not (gemm > 0 and memory > 0 and call >= 0): raise ValueError(f"rates should be positive, got gemm {gemm}, memory {memory} and call {call}")
+    return dict(products=sum(student_flops(s, kd, batch=batch, tokens=tokens, kernel=kernel).values())/gemm, memory=step_bytes(s, kd, batch=batch, tokens=tokens, fused=fused)/memory, calls=step_calls(s, kd)*call)
+
 # %% ../nbs/60_cost.ipynb #71186b6e
 def cost_table(s:Scale, kds=("", "voken", "nst", "nst+crd"), *, name:str="A100", gpus:int=4, utilisation:float=.3, text:float=PAPER["wikipedia"], # tokens
                caption_tokens:float=12, frames:float=8): # as padded in a batch: caption tokens and frames a clip
@@ -140,18 +158,18 @@ def cost_table(s:Scale, kds=("", "voken", "nst", "nst+crd"), *, name:str="A100",
     out = pd.DataFrame(rows); out.attrs = dict(gpu=name, gpus=gpus, utilisation=utilisation, caption_tokens=caption_tokens, frames=frames); return out
 
 # %% ../nbs/60_cost.ipynb #db305d03
-def growth(s:Scale, kd:str="nst+crd", gpus=(1, 8, 64), *, kind:str="student", name:str="A100", utilisation:float=.3, bandwidth:float=12e9, overlap:float=.5, caption_tokens:float=12, frames:float=8):
-    "Days, GPU hours and efficiency of one training on more and more GPUs (DataFrame); the batch stays what the scale says."
+def growth(s:Scale, kd:str="nst+crd", gpus=(1, 8, 64), *, kind:str="student", name:str="A100", utilisation:float=.3, bandwidth:float=12e9, overlap:float=.5, inside:float=150e9, node:int=8, each:int=0, caption_tokens:float=12, frames:float=8):
+    "Days, GPU hours and efficiency of one training on more and more GPUs (DataFrame); the batch stays what the scale says, or is `each` sequences a GPU."
     import pandas as pd
-    if not (bandwidth > 0 and 0 <= overlap <= 1): raise ValueError(f"bandwidth should be positive (bytes a second) and overlap from 0 to 1, got {bandwidth} and {overlap}")
-    L = min(caption_tokens, s.max_tokens) if kind == "teacher" else s.max_tokens; steps = s.teacher_steps if kind == "teacher" else s.steps; rows = []
+    if not (min(bandwidth, inside) > 0 and 0 <= overlap <= 1 and each >= 0): raise ValueError(f"bandwidth and inside should be positive (bytes a second), overlap from 0 to 1 and each 0 or more, got {bandwidth}, {inside}, {overlap} and {each}")
+    L = min(caption_tokens, s.max_tokens) if kind == "teacher" else s.max_tokens; total = s.teacher_steps if kind == "teacher" else s.steps; rows = []
     lm = sum(bert_parameters(s).values()); n = lm + sum((video_parameters(s) if kind == "teacher" else distillation_parameters(s, kd)).values())
     for g in gpus:
-        if not 1 <= g <= s.batch: raise ValueError(f"{g} GPUs for batches of {s.batch}: there should be at least one sequence a GPU")
-        b = math.ceil(s.batch/g); flops = sum((teacher_flops(s, batch=b, tokens=L, frames=frames) if kind == "teacher" else student_flops(s, kd, batch=b)).values())
-        compute, talk = flops/(gpu(name)[0]*utilisation), 2*(g-1)/g*4*n/bandwidth*(1-overlap); t = compute + talk
-        rows.append(dict(GPUs=g, sequences=b, compute_ms=1e3*compute, exchange_ms=1e3*talk, days=t*steps/86400, GPU_hours=g*t*steps/3600)); first = rows[0]
-        rows[-1]["efficiency"] = first["GPU_hours"]/rows[-1]["GPU_hours"]; rows[-1]["GB_a_GPU"] = sum(training_memory(s, kind, kd if kind == "student" else "", batch=b, tokens=L, frames=frames).values())/1e9
+        if not 1 <= g <= (g if each else s.batch): raise ValueError(f"{g} GPUs for batches of {s.batch}: there should be at least one sequence a GPU")
+        b = each or math.ceil(s.batch/g); steps = math.ceil(total*s.batch/(b*g)) if each else total; flops = sum((teacher_flops(s, batch=b, tokens=L, frames=frames) if kind == "teacher" else student_flops(s, kd, batch=b)).values())
+        compute, talk = flops/(gpu(name)[0]*utilisation), 2*(g-1)/g*4*n/(bandwidth if g > node else max(inside, bandwidth))*(1-overlap); t = compute + talk
+        rows.append(dict(GPUs=g, sequences=b, batch=b*g if each else s.batch, steps=steps, compute_ms=1e3*compute, exchange_ms=1e3*talk, days=t*steps/86400, GPU_hours=g*t*steps/3600)); first = rows[0]
+        rows[-1]["efficiency"] = first["GPU_hours"]/rows[-1]["GPU_hours"]; rows[-1]["GB_a_GPU"] = (sum(training_memory(s, kind, kd if kind == "student" else "", batch=b, tokens=L, frames=frames).values()) + (4*n if g > 1 else 0))/1e9
     return pd.DataFrame(rows)
 
 # %% ../nbs/60_cost.ipynb #72c94170

@@ -45,8 +45,10 @@ class Keys:
     def __init__(self, keys:torch.Tensor, *, normalize:bool=True, tile:int=4096):
         if keys.dim() != 2: raise ValueError(f"keys should be (N, D), got {tuple(keys.shape)}")
         dt = torch.promote_types(keys.dtype, torch.float32) if keys.is_floating_point() else torch.float32
-        self.normalize, self.rows = normalize, torch.empty(keys.shape, dtype=dt, device=keys.device)
-        for b in range(0, len(keys), tile): self.rows[b:b+tile] = _rows(keys[b:b+tile], normalize, "keys")
+        self.normalize, same = normalize, not normalize and dt == keys.dtype; self.rows = keys if same else torch.empty(keys.shape, dtype=dt, device=keys.device) # what needs no change is not copied
+        for b in range(0, len(keys), tile):
+            x = _rows(keys[b:b+tile], normalize, "keys")
+            if not same: self.rows[b:b+tile] = x
     def __len__(self): return len(self.rows)
 
 @torch.no_grad()
