@@ -36,5 +36,5 @@ distclean: clean ## remove the environment, all runs and your own reports as wel
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "vlkd needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Installing into .venv (once; about 2 GB, some minutes) ..."
 	@$(PYTHON) -m venv .venv
-	@$(bin)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,video,data,encoders]"
+	@$(bin)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,video,data,encoders,cluster,bench]"
 	@touch $@
