@@ -1278,6 +1278,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vlkd.train.loop.Fixed.__init__': ('train.loop.html#fixed.__init__', 'vlkd/train/loop.py'),
                                  'vlkd.train.loop.Fixed.__len__': ('train.loop.html#fixed.__len__', 'vlkd/train/loop.py'),
                                  'vlkd.train.loop.ObjectiveTrainer': ('train.loop.html#objectivetrainer', 'vlkd/train/loop.py'),
+                                 'vlkd.train.loop.ObjectiveTrainer._defer_fsdp_gradient_reduction': ( 'train.loop.html#objectivetrainer._defer_fsdp_gradient_reduction',
+                                                                                                      'vlkd/train/loop.py'),
                                  'vlkd.train.loop.ObjectiveTrainer._get_grad_norm': ( 'train.loop.html#objectivetrainer._get_grad_norm',
                                                                                       'vlkd/train/loop.py'),
                                  'vlkd.train.loop.ObjectiveTrainer._get_train_sampler': ( 'train.loop.html#objectivetrainer._get_train_sampler',

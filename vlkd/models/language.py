@@ -56,7 +56,7 @@ def hidden_states(lm, ids, mask, types=None, *, pack:bool=None) -> torch.Tensor:
 def mlm_loss(lm:BertForMaskedLM, hidden, ids, where) -> torch.Tensor:
     "Cross entropy of the true tokens `ids` (B, L) at `where` (B, L), mean over them; the head sees only those positions. Zero where nothing is masked."
     logits = lm.cls(hidden[where])
-    return F.cross_entropy(logits.float(), ids[where]) if len(logits) else hidden.sum()*0.
+    return F.cross_entropy(logits.float(), ids[where]) if len(logits) else (hidden.sum()+logits.sum())*0. # gradients of zero, as in a process of several whose part alone has none
 
 # %% ../../nbs/20_models.language.ipynb #abc9701d
 class DistillationHead(nn.Sequential):

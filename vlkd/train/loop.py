@@ -92,7 +92,6 @@ def shared_mlm(lm, hidden, ids, where, share=None) -> torch.Tensor:
     "`mlm_loss`, weighted with the term's share where there is one."
     loss = mlm_loss(lm, hidden, ids, where)
     if not share: return loss
-    if not where.any(): loss = loss+0*sum(p.sum() for p in lm.cls.parameters()) # the other processes wait for these gradients
     return loss*share["mlm"].to(loss.dtype)
 
 def same_start(objective:nn.Module) -> None:
@@ -224,6 +223,7 @@ class ObjectiveTrainer(Trainer):
         set_optimizer_state_dict(self.model, self.optimizer.optimizer, read("optimizer_fsdp.pt"), options=StateDictOptions(full_state_dict=True)); self.lr_scheduler.load_state_dict(read("scheduler.pt"))
     def _save_rng_state(self, output_dir):
         if self.args.world_size == 1: super()._save_rng_state(output_dir) # several processes seed every step
+    def _defer_fsdp_gradient_reduction(self): return contextlib.nullcontext() # Trainer's asks a `config` of the model; each part's gradients are summed as they come
     def _load_from_checkpoint(self, checkpoint, model=None): load_weights(self.objective, str(Path(checkpoint)/"model.safetensors")) # what is sharded has been loaded before it was
     def _load_best_model(self):
         if why := damage(self.state.best_model_checkpoint): raise ValueError(f"the best checkpoint, {self.state.best_model_checkpoint}, cannot be used: {why}; delete the run's folder and train again")
