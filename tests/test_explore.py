@@ -87,7 +87,7 @@ def test_broken_model_is_named(x, copies):
 
 def test_counterfactual_models_are_apart(x, copies):
     folder, inputs = copies
-    for p in folder.glob("*@*/run.json"): write_json(p, dict(params=dict(read_json(p)["params"], counterfactual=True)))
+    for p in folder.glob("*@*/run.json"): r = read_json(p); write_json(p, r | dict(params=dict(r["params"], counterfactual=True)))
     with pytest.raises(FileNotFoundError, match="no finished teacher"): ex.Explorer("smoke", x.seed, inputs(), s=x.s)
     y = ex.Explorer("smoke", x.seed, inputs(), s=x.s, counterfactual=True); assert y.world.counterfactual and not x.world.counterfactual
 

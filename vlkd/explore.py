@@ -118,10 +118,10 @@ def small_explorer(steps:int=60, seed:int=1, folder=None) -> Explorer:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 t, _ = train_teacher(data, tmp/"work-t", contrast="info_nce", preset_name="micro", seed=seed); f = tmp/f"teacher-micro@{seed}"; t.save(f/"teacher", data.tokenizer)
-                write_json(f/"run.json", dict(params=dict(contrast="info_nce"))); record(f, metrics={})
+                write_json(f/"run.json", dict(params=dict(contrast="info_nce"), files={})); record(f, metrics={})
                 for name, kd, w in (("student-text", "", {}), ("student-nst-crd-micro", "nst+crd", dict(nst=3000., crd=1.))):
                     o, _ = train_student(data, tmp/f"work-{name}", teacher=t if kd else None, kd=kd, weights=w, preset_name="micro", seed=seed); f = tmp/f"{name}@{seed}"; save_model(f/"student", o.lm, data.tokenizer)
-                    e = finetune_all(f/"student", data, tmp/f"work-{name}", seed=seed, run=name); write_json(f/"run.json", dict(params=dict(kd=kd, teacher="teacher-micro" if kd else "")))
+                    e = finetune_all(f/"student", data, tmp/f"work-{name}", seed=seed, run=name); write_json(f/"run.json", dict(params=dict(kd=kd, teacher="teacher-micro" if kd else ""), files={}))
                     record(f, metrics=dict(average=100*e.groupby("task").right.mean().mean()), examples=e)
             for w in tmp.glob("work-*"): shutil.rmtree(w)
             with contextlib.suppress(OSError): os.rename(tmp, home)                                  # somebody else may have been faster
