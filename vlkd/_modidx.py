@@ -841,6 +841,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'vlkd/models/video.py'),
                                    'vlkd.models.video.VisualEncoder.standardise': ( 'models.video.html#visualencoder.standardise',
                                                                                     'vlkd/models/video.py'),
+                                   'vlkd.models.video.VisualEncoder.standardise_in': ( 'models.video.html#visualencoder.standardise_in',
+                                                                                       'vlkd/models/video.py'),
                                    'vlkd.models.video.clip_batch': ('models.video.html#clip_batch', 'vlkd/models/video.py'),
                                    'vlkd.models.video.temporal_mean': ('models.video.html#temporal_mean', 'vlkd/models/video.py')},
             'vlkd.models.video3d': { 'vlkd.models.video3d.Bottleneck3D': ('models.video3d.html#bottleneck3d', 'vlkd/models/video3d.py'),

@@ -37,6 +37,13 @@ class VisualEncoder(nn.Module):
         x = torch.as_tensor(np.asarray(features)[np.asarray(mask)], dtype=torch.float32)
         self.mean.copy_(x.mean(0)); self.std.copy_(x.std(0).clamp(min=1e-3)); return self
 
+    def standardise_in(self, batches):
+        "The same from batches of (features (B, T, F), mask (B, T)), of which one at a time is held: for data that do not fit in memory."
+        n, total, squares = 0, 0., 0.
+        for x, m in batches: x = torch.as_tensor(x)[torch.as_tensor(m)].double(); n += len(x); total = total+x.sum(0); squares = squares+(x*x).sum(0)
+        if n < 2: raise ValueError(f"{n} frames to take mean and deviation from: at least 2 are needed")
+        mean = total/n; self.mean.copy_(mean); self.std.copy_(((squares-n*mean*mean)/(n-1)).clamp(min=0).sqrt().clamp(min=1e-3)); return self
+
     def frames(self, features, mask=None) -> torch.Tensor: # (B, T, D)
         "Contextualised frames."
         x = self.project((features.to(self.mean.dtype)-self.mean)/self.std)

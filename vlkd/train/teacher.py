@@ -75,8 +75,9 @@ def train_teacher(data:Data, out, *, contrast:str="hinge", mlm:bool=True, weight
     """Train a teacher on `data.pairs` until it converges on held-out pairs or `steps` are done (-1: the scale's; 0: a random teacher). `shuffle` gives captions other clips: "within" those of the same event, "across" any."""
     s, p = data.s, data.pairs; steps = s.teacher_steps if steps < 0 else steps; args = preset(preset_name)
     seed_everything(seed); teacher = Teacher(s, data.tokenizer, p.features.shape[-1], seed)
-    some = np.unique(p.clip[p.train]); some = some if len(some) <= 20_000 else np.sort(rng("standardise", seed).choice(some, 20_000, replace=False)) # means need no more, and memory does
-    teacher.video.standardise(p.features[some], p.mask[some])
+    some = np.unique(p.clip[p.train]); some = some if len(some) <= 20_000 else np.sort(rng("standardise", seed).choice(some, 20_000, replace=False)) # means need no more
+    if hasattr(data, "table"): teacher.video.standardise_in(clip_batch(p, some[k:k+64]) for k in range(0, len(some), 64)) # features on disk: 20,000 clips of up to 512 frames are more than memory
+    else: teacher.video.standardise(p.features[some], p.mask[some])
     if shuffle: p = shuffled(p, shuffle, data, seed)
     o = TeacherObjective(teacher, contrast, mlm=mlm, weight=weight, freeze_video=freeze_video, hinge=args.get("token_hinge", {}) | (hinge or {}), nce=args.get("info_nce", {}) | (nce or {}))
     held = min(len(p.valid), 1024); held -= held % s.batch if held > s.batch else 0 # whole batches: a pair alone has no negative
