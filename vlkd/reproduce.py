@@ -924,7 +924,7 @@ def _keep_published(old:Path, new:Path, rep:dict, results:dict, rows:dict, entri
     "Carry published tables over that are still in the plan and were not rendered now."
     import csv
     if not (old/"report.json").is_file(): return
-    was = read_json(old/"report.json"); kept = [t for t in was["tables"] if t["id"] not in results and t["id"] in entries]
+    was = read_json(old/"report.json"); kept = [t | dict(fresh=False) for t in was["tables"] if t["id"] not in results and t["id"] in entries] # whether their code is the present one, only their runs could tell
     for t in kept:
         for k, sha in was["files"].items():
             if k.split("/")[0].rsplit(".", 1)[0] == t["id"] or k.startswith(f"{t['id']}/"): _same(old/k, sha)
