@@ -8,7 +8,7 @@ import pytest
 
 import vlkd.device # noqa: F401
 from vlkd import explore as ex
-from vlkd.core import read_json, scale, write_json
+from vlkd.core import SUMS, read_json, scale, write_json
 
 NB = Path(__file__).resolve().parent.parent/"nbs"/"explorer.ipynb"
 
@@ -73,7 +73,7 @@ def test_no_runs(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="seed 7"): ex.open_explorer(seed=7)
 
 def test_runs_of_other_data_are_refused(x, copies):
-    folder, inputs = copies; f = folder/f"student-text@{x.seed}"/"student"/"tokenizer.json"; t = read_json(f); v = t["model"]["vocab"]; a, b = list(v)[-2:]; v[a], v[b] = v[b], v[a]; write_json(f, t)
+    folder, inputs = copies; f = folder/f"student-text@{x.seed}"/"student"/"tokenizer.json"; t = read_json(f); v = t["model"]["vocab"]; a, b = list(v)[-2:]; v[a], v[b] = v[b], v[a]; write_json(f, t); (f.parent/SUMS).unlink()
     with pytest.raises(ValueError, match="student-text reads with another tokeniser"): ex.Explorer("smoke", x.seed, inputs(), s=x.s).model("student-text")
 
 def test_answers_of_other_questions_are_refused(x, copies):

@@ -161,7 +161,7 @@ def test_no_pickle_is_run(broken_off, tmp_path, file):
 
 def test_checkpoints_hold_no_other_pickles(broken_off):
     _, c, _ = broken_off; names = {p.name for p in (c/"checkpoint-20").iterdir()}
-    assert names <= {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", SEAL}
+    assert names <= {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "parts.safetensors", SEAL}
 
 def test_patience_is_not_forgotten(tmp_path, capsys):
     "Validation gets worse from the first step on: a run that is stopped in the middle of its patience ends where the other ends."

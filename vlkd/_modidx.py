@@ -1308,6 +1308,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'vlkd/train/loop.py'),
                                  'vlkd.train.loop.ObjectiveTrainer.get_batch_samples': ( 'train.loop.html#objectivetrainer.get_batch_samples',
                                                                                          'vlkd/train/loop.py'),
+                                 'vlkd.train.loop.ObjectiveTrainer.load_parts': ( 'train.loop.html#objectivetrainer.load_parts',
+                                                                                  'vlkd/train/loop.py'),
                                  'vlkd.train.loop.ObjectiveTrainer.log': ('train.loop.html#objectivetrainer.log', 'vlkd/train/loop.py'),
                                  'vlkd.train.loop.ObjectiveTrainer.look': ('train.loop.html#objectivetrainer.look', 'vlkd/train/loop.py'),
                                  'vlkd.train.loop.ObjectiveTrainer.prediction_step': ( 'train.loop.html#objectivetrainer.prediction_step',

@@ -78,7 +78,7 @@ def write_rehearsal(folder, samples:int=1000, dim:int=64, rows:int=64) -> Path:
     "The stand-in with what a rehearsal needs besides: `dims` of its features, features in place of CLIP's (narrower), and every task in its official files, `rows` Tabletop questions for training and half as many for dev."
     root = write_standin(folder, samples, dim=dim); f = root/"howto100m/features/manifest.json"; write_json(f, read_json(f) | dict(dims=[dim//2, dim-dim//2])); feats = MappedFeatures(f.parent)
     for v in feats:
-        with atomic(root/f"howto100m/features-clip/{v}.npy", "wb") as o: np.save(o, feats[v][:, dim//4:])
+        with atomic(root/f"howto100m/features-clip/{v}.npy", "wb") as o: write_array(o, feats[v][:, dim//4:])
     world = World(1, captions=600, sentences=600, takes=1)
     for n in (*PaperData.tasks, "swag", "diagnostics", "squad1", "squad2"):
         for split, k in (("train", rows), ("dev", rows//2)):

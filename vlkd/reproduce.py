@@ -7,7 +7,7 @@ __all__ = ['notebook_parameters', 'plan_file', 'load_plan', 'imported_modules', 
            'why', 'reproduce', 'report', 'check_reports']
 
 # %% ../nbs/70_reproduce.ipynb #3fd90791
-import ast, contextlib, fcntl, functools, html, importlib.util, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time, tomllib, traceback
+import ast, contextlib, fcntl, functools, html, importlib.util, json, math, os, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time, tomllib, traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +23,11 @@ def _cells(f) -> list[dict]:
     "Cells of a notebook (kind, source, tags, id, outputs), read as JSON because importing nbformat costs more than a second."
     f = Path(f)
     if not f.is_file(): raise FileNotFoundError(f"there is no notebook {f}")
-    try: cells = json.loads(f.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError, TypeError): raise ValueError(f"{f} is not a notebook: no JSON with cells") from None
-    return [dict(kind=c["cell_type"], source="".join(c["source"]), tags=c.get("metadata", {}).get("tags", []), id=c.get("id"), outputs=c.get("outputs", [])) for c in cells]
+    try:
+        cells = [dict(kind=c["cell_type"], source="".join(c["source"]), tags=list(c.get("metadata", {}).get("tags", [])), id=c.get("id"), outputs=list(c.get("outputs", []))) for c in json.loads(f.read_text(encoding="utf-8"))["cells"]]
+        if not all(isinstance(c["kind"], str) and "\0" not in c["source"].encode("utf-8").decode() for c in cells): raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError): raise ValueError(f"{f} is not a notebook: no JSON with cells of text") from None
+    return cells
 
 def _fits(v, kind:str) -> bool: return type(v) is _types[kind] or (kind == "float" and type(v) is int)
 
@@ -36,7 +38,7 @@ def notebook_parameters(f) -> dict[str, tuple]: # name -> (type's name, default)
     if len(tagged) != 1: raise ValueError(f"{f} has {len(tagged)} cells tagged `parameters`; it needs exactly one")
     out = {}
     try: body = ast.parse(tagged[0]["source"]).body
-    except SyntaxError as e: raise ValueError(f"{f}: the parameters cell does not parse: {e}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e: raise ValueError(f"{f}: the parameters cell does not parse: {e}") from None
     for s in body:
         line = ast.unparse(s)
         if not isinstance(s, ast.AnnAssign) or not isinstance(s.target, ast.Name) or s.value is None:
@@ -44,7 +46,7 @@ def notebook_parameters(f) -> dict[str, tuple]: # name -> (type's name, default)
         kind = ast.unparse(s.annotation)
         if kind not in _types: raise ValueError(f"{f}: parameters cell: {line!r}: the type should be one of {', '.join(_types)}")
         try: v = ast.literal_eval(s.value)
-        except ValueError: raise ValueError(f"{f}: parameters cell: {line!r}: the default should be a literal") from None
+        except (ValueError, TypeError, RecursionError, MemoryError): raise ValueError(f"{f}: parameters cell: {line!r}: the default should be a literal") from None
         if not _fits(v, kind): raise ValueError(f"{f}: parameters cell: {line!r}: the default is no {kind}")
         out[s.target.id] = (kind, v)
     return out
@@ -64,6 +66,7 @@ def _check_params(where, name, params, notebook, has):
         if k in _given: raise ValueError(f"{where}: the runner passes {k}; take it out of {name}")
         if k not in has: raise ValueError(f"{where}: {name}: {notebook} has " + str(_unknown("parameter", k, has)).replace("unknown", "no", 1))
         if not _fits(v, has[k][0]): raise ValueError(f"{where}: {name}: parameter {k} of {notebook} should be {has[k][0]}, got {v!r}")
+        if isinstance(v, float) and not math.isfinite(v): raise ValueError(f"{where}: {name}: parameter {k} of {notebook} should be finite, got {v!r}")
 
 def _check_entry(f, kind, e):
     where = f"{f}: [[{kind}]] {e.get('id', '(without id)')}"
@@ -93,7 +96,7 @@ def load_plan(plan=None) -> dict[str, dict]: # id -> entry with its kind and the
     "Read and check a plan; ValueError names the plan, the entry and what is wrong with it."
     f = plan_file(plan)
     try: raw = tomllib.loads(f.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f"{f} is not valid TOML: {e}") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{f} is not valid TOML: {str(e)[:300]}") from None # a number of 5,000 digits is a ValueError
     for k, v in raw.items():
         if k not in _keys or not isinstance(v, list): raise ValueError(f"{f}: a plan has [[run]] and [[table]] entries only, not {k}")
     out = {}
@@ -535,10 +538,11 @@ def _finish(job:_Job, git:dict):
     n, p = job.node, job.node.partial
     r = Run(p); [r.file(k) for k in r.result["files"]]
     for junk in ("state.json", "error.json", "worker.log", "job.json", "attempt.json"): (p/junk).unlink(missing_ok=True)
+    for f in [f for f in p.rglob(".*.*") if f.is_file()]: f.unlink()           # half-written when a run was killed
     files = {str(f.relative_to(p)): (f.stat().st_size, sha256_file(f)) for f in sorted(p.rglob("*")) if f.is_file() and f != p/"run.json"}
     write_json(p/"run.json", dict(id=n.entry["id"], name=n.name, key=n.key, scale=n.scale, seeds=n.seeds, notebook=n.entry["notebook"], params=n.parts["params"], needs=n.parts["needs"],
                                   seconds=round(job.seconds, 1), started=time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(job.began)), device=r.result.get("device") or getattr(job.proc, "device", "") or _device(),
-                                  versions=versions(), git=git, parts=n.parts, files=files))
+                                  versions=versions(), git=git, parts=n.parts, files=files), seal=True)
     _place(n)
 
 def _place(n:Node):

@@ -217,7 +217,7 @@ def schema(x):
     "What must not change: types, columns."
     return list(x.columns) if isinstance(x, pd.DataFrame) else type(x)
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xfail(reason="vlkd.reproduce reads plans and notebooks less strictly")) if n in ("plan", "notebook") else n for n in READERS])
+@pytest.mark.parametrize("name", READERS)
 def test_changed_files(name, tmp_path):
     files, read = READERS[name]; (tmp_path/"made").mkdir(); files = files(tmp_path/"made"); d = tmp_path/name; fine = 0
     def lay(**change):

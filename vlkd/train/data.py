@@ -29,9 +29,11 @@ FEATURES = ("video", "clip", "image") # 2-D and 3-D of every frame; the same wit
 def tabletop_features(world:World, kind:str="resnet", cache=None, chunk:int=500) -> np.ndarray: # (clips, frames, width) float16, memory-mapped
     "Features of all clips of a world, rendered and encoded in pieces, cached in one file named by the films and the encoder."
     enc = load_tabletop_encoder(cache, kind); f = Path(cache or path("cache"))/"tabletop"/f"{fingerprint(world.films, enc.name)}.npy"
+    if f.is_file() and not file_intact(f): print(f"{f} is damaged: it is made again"); f.unlink()
     if not f.is_file():
         x = np.concatenate([enc.encode(world.frames(np.arange(i, min(i+chunk, len(world.clips))))).astype(np.float16) for i in range(0, len(world.clips), chunk)])
-        with atomic(f, "wb") as h: np.save(h, x)
+        with atomic(f, "wb") as h: write_array(h, x)
+        stamp_file(f)
     return np.load(f, mmap_mode="r")
 
 # %% ../../nbs/41_train.data.ipynb #a09a23b9

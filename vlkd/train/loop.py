@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_model as load_weights, save, save_model as save_weights
 from torch import nn
 from torch.utils.data import SequentialSampler
@@ -145,8 +146,7 @@ class ObjectiveTrainer(Trainer):
         parts = model(**inputs)
         if model.training:
             with torch.no_grad():
-                for k, v in parts.items():
-                    if k != "loss": self.parts[k] = self.parts.get(k, 0)+v.detach()
+                for k, v in parts.items(): self.parts[k] = self.parts.get(k, 0)+v.detach()
             self.n_parts += 1
         return (parts["loss"], parts) if return_outputs else parts["loss"]
 
@@ -204,7 +204,7 @@ class ObjectiveTrainer(Trainer):
     def log(self, logs, start_time=None):
         if "loss" in logs and self.n_parts:
             if self.args.world_size > 1: self.parts = self.accelerator.reduce(self.parts, "mean")
-            logs = logs | {k: float(v)/self.n_parts for k, v in self.parts.items()}; self.parts, self.n_parts = {}, 0
+            logs = logs | {k: float(v)/self.n_parts for k, v in self.parts.items()}; self.parts, self.n_parts = {}, 0 # Trainer's own `loss` forgets, on resuming, what came before the checkpoint
         super().log(logs, start_time)
 
     def _save(self, output_dir=None, state_dict=None):
@@ -223,6 +223,10 @@ class ObjectiveTrainer(Trainer):
         set_optimizer_state_dict(self.model, self.optimizer.optimizer, read("optimizer_fsdp.pt"), options=StateDictOptions(full_state_dict=True)); self.lr_scheduler.load_state_dict(read("scheduler.pt"))
     def _save_rng_state(self, output_dir):
         if self.args.world_size == 1: super()._save_rng_state(output_dir) # several processes seed every step
+        else: self.parts = self.accelerator.reduce(self.parts, "mean")
+        if self.args.should_save: Path(output_dir, "parts.safetensors").write_bytes(save({k: v.detach().cpu() for k, v in self.parts.items()}, dict(n=str(self.n_parts)))) # sums since the last log
+    def load_parts(self, checkpoint):
+        with safe_open(str(Path(checkpoint)/"parts.safetensors"), "pt") as f: self.n_parts, self.parts = int(f.metadata()["n"]), {k: f.get_tensor(k).to(self.args.device) for k in f.keys()}
     def _defer_fsdp_gradient_reduction(self): return contextlib.nullcontext() # Trainer's asks a `config` of the model; each part's gradients are summed as they come
     def _load_from_checkpoint(self, checkpoint, model=None): load_weights(self.objective, str(Path(checkpoint)/"model.safetensors")) # what is sharded has been loaded before it was
     def _load_best_model(self):
@@ -262,6 +266,7 @@ def fit(objective:nn.Module,   # forward(**batch) -> dict with `loss`
         t = ObjectiveTrainer(model=model, args=args, data_collator=collate, train_dataset=Draws(n, steps*batch, seed, batch, lengths), callbacks=callbacks, eval_dataset=Fixed(valid[1]) if keep else None)
         t.parts, t.n_parts, t.objective, t.bad, t.out, t.what, t.sharded = {}, 0, objective, None, out, what, use["fsdp"]; t.is_distributed_loading_by_transformers |= use["fsdp"]; t.remove_callback(PrinterCallback)
         if keep: t.get_eval_dataloader = lambda *a, **k: torch.utils.data.DataLoader(Fixed(valid[1]), batch_size=batch, collate_fn=valid[0])
+        if resume and (resume/"parts.safetensors").is_file(): t.load_parts(resume)
         if resume and not rank: print(f"{what}: resumes from {resume.name}", flush=True)
         t.train(resume_from_checkpoint=str(resume) if resume else None); t.look()
     if use["fsdp"]: (None if keep and t.state.best_model_checkpoint else unshard(model, objective)); objective.to(dev)

@@ -161,7 +161,7 @@ def save_distillation(o:StudentObjective, folder) -> Path:
     from safetensors.torch import save
     state = {k: v.detach().cpu().contiguous() for k, v in o.state_dict().items() if k.startswith(("heads.", "crd.f1.", "crd.f2."))}
     with atomic(f := Path(folder)/"distillation.safetensors", "wb") as h: h.write(save(state, {"kd": "+".join(o.kd), "head": str(int(any(k.startswith("heads.") for k in state)))}))
-    return f
+    seal_folder(folder); return f
 
 def load_distillation(folder, teacher_lm, s:Scale) -> tuple: # student in eval mode, tokeniser
     "Load a student with its heads; a folder without `distillation.safetensors` gives a student without heads. ValueError where they do not fit teacher or scale."
