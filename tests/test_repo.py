@@ -191,7 +191,7 @@ def test_the_search_finds_what_it_should(what, yes, no):
 
 def python(code, **env): return run(sys.executable, "-c", code, cwd=ROOT, **env)
 
-@pytest.mark.parametrize("module", ["core", "plots", "data.tasks", "data.catalog", "eval.stats", "reproduce", "cli", "readme"])
+@pytest.mark.parametrize("module", ["core", "plots", "data.tasks", "data.catalog", "eval.stats", "reproduce", "scheduler", "cli", "readme"])
 def test_module_does_without_torch(module):
     "What only reads records, or only prints, starts in a second."
     r = python(f"import sys, vlkd.{module}; assert 'torch' not in sys.modules and 'transformers' not in sys.modules, 'torch came in'")

@@ -12,7 +12,7 @@ from test_reproduce import Toy, end, params, plain, plan, quick, start, toy  # n
 from vlkd.core import *
 
 LIBRARY = Path(__file__).resolve().parent.parent/"vlkd"
-KILLS = int(os.environ.get("VLKD_KILLS", 4))                                            # moments at which each job is killed
+KILLS = int(os.environ.get("VLKD_KILLS", 20))                                            # moments at which each job is killed
 WORDS = "copper iron gold salt ice is soft hard and melts rusts never often".split()
 
 

@@ -138,12 +138,14 @@ def bench(names: list[str] = typer.Argument(None, help="Benchmarks; none: all of
 # %% ../nbs/71_cli.ipynb #d9ea56e3
 def main(args=None):
     "Entry point of `vlkd`; exits with 0, 1 (a run failed), 2 (bad input) or 130 (interrupted)."
+    interrupted = "vlkd: interrupted; the same command goes on from here"
     try: r = app(args=args, prog_name="vlkd", standalone_mode=False)
     except typer.Exit as e: sys.exit(e.exit_code)
     except (ValueError, OSError, ImportError) as e: print(f"vlkd: {e}", file=sys.stderr); sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort): print("vlkd: interrupted; the same command goes on from here", file=sys.stderr); sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort): print(interrupted, file=sys.stderr); sys.exit(130)
     except Exception as e:
         if not hasattr(e, "format_message"): raise                          # a usage error of click has it
         if said := e.format_message(): print(f"vlkd: {said}", file=sys.stderr)                                      # without a command the help has been shown
         sys.exit(2)
+    if r == 130: print(interrupted, file=sys.stderr)                          # typer gives the code, and says nothing
     sys.exit(r if isinstance(r, int) else 0)

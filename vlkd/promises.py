@@ -26,6 +26,8 @@ PROMISES = ( # circumstance, promise, where it is shown
     ("Code that comes with a model", "It is not run.", "test_unbreakable.py::test_code_that_comes_with_a_model_is_not_run"),
     ("Archives", "The library unpacks none, so that no member can lead out of its folder.", "test_unbreakable.py::test_nothing_in_the_library_runs_or_unpacks_what_a_file_holds"),
     ("Code in the parameters of a notebook", "Values arrive as literals, names are checked, and the cell that declares them is read without being run by the runner.", "test_unbreakable.py::test_code_in_a_parameter_is_not_run test_unbreakable.py::test_parameters_are_literals test_unbreakable.py::test_names_that_are_no_parameters_are_refused test_unbreakable.py::test_code_in_a_parameters_cell_is_not_run_by_the_runner"),
+    ("A loss or gradient that is NaN or infinite", "Training stops at that step; the batch and the examples it was drawn from are saved, and no checkpoint holds such weights.", "test_distributed.py::test_what_is_not_finite_stops_and_leaves_its_batch test_distributed.py::test_what_is_not_finite_is_never_saved"),
+    ("One of several machines dies in the middle of a training", "The graph goes on elsewhere and ends with the same records.", "test_scheduler.py::test_a_killed_worker_and_the_same_records test_scheduler.py::test_a_runner_that_is_killed_leaves_its_remote_runs_to_nobody"),
     ("A file of data, settings, cards, claims or a video that was changed anywhere", "A reader gives what it always gives, or an error that names the file.", "fuzz/test_readers.py::test_changed_files test_tasks.py::test_fuzz_readers test_squad.py::test_fuzz_bytes test_video.py::test_damaged_bytes_fuzz test_scale.py::test_captions_cut_anywhere_are_an_error"),
 )
 
