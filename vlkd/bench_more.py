@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from .device import *
+from .bench import interleave, register, goal
 from .core import *
 from .cost import *
 from .data.tabletop import FRAMES, World
@@ -23,21 +24,6 @@ from .models.encoders import load_mobilenet
 from .models.extract import extract_videos
 from .models.retrieval import Keys, nearest
 from .models.tabletop import TabletopFrames, load_tabletop_encoder
-
-try: from vlkd.bench import interleave, register, goal
-except ModuleNotFoundError as e: # the framework is not there: the same three in short
-    if e.name != "vlkd.bench": raise
-    def interleave(variants, repeats=5, warmup=1, *, base=None, seconds=None, seed=0):
-        t = {k: [] for k in variants}; base = base or next(iter(variants)); began = time.perf_counter()
-        for r in range(-warmup, repeats):
-            if seconds is not None and r >= 2 and time.perf_counter()-began > seconds: break
-            for k, f in variants.items():
-                a = time.perf_counter(); f()
-                if r >= 0: t[k].append(time.perf_counter()-a)
-        q = lambda v: dict(zip(("median", "q25", "q75"), np.percentile(v, [50, 25, 75])))
-        return pd.DataFrame([dict(variant=k, **q(v), **{f"ratio{n[6:] and '_'+n}": x for n, x in q(np.array(t[base])/np.array(v)).items()}, rounds=len(v)) for k, v in t.items()])
-    def register(name, title): return lambda f: f
-    def goal(text, measured, *, at_least=None, at_most=None, unit="x", note=""): return dict(goal=text, measured=measured, held=None if measured is None else bool(measured >= at_least if at_most is None else measured <= at_most), note=note)
 
 # %% ../nbs/75_bench_more.ipynb #4648fce8
 _PEAK = """
