@@ -219,7 +219,7 @@ def cost_bench(quick:bool=False, *, models:dict=None) -> pd.DataFrame: # a row a
     for name, (args, more) in (models or bench_scales(quick)).items():
         s = scale(*args, **more); fused = not (cpu and s.dropout); o, step, batch = student_step(s, kd); step(); o.crd.seen.fill_(s.crd_bank)   # a full queue: all negatives are there
         at = dict(model=name, batch=f"{s.batch} x {s.max_tokens}"); rows.append(dict(at, quantity="GFLOPs", predicted=sum(student_flops(s, kd, kernel="poly").values())/1e9, measured=counted_flops(o, batch)/1e9))
-        rates = measured_rates(s); t = interleave({"step": step}, 3 if quick else 11, seconds=10 if quick else 120); said = step_seconds(s, kd, **rates, kernel="poly", fused=fused); parts.append(dict(at, **{f"seconds of {k}": v for k, v in said.items()}, GEMM_GFLOPs=rates["gemm"]/1e9, memory_GBs=rates["memory"]/1e9, call_us=1e6*rates["call"]))
+        rates = measured_rates(s); t = interleave({"step": step}, 15 if quick else 31, warmup=3, seconds=10 if quick else 120); said = step_seconds(s, kd, **rates, kernel="poly", fused=fused); parts.append(dict(at, **{f"seconds of {k}": v for k, v in said.items()}, GEMM_GFLOPs=rates["gemm"]/1e9, memory_GBs=rates["memory"]/1e9, call_us=1e6*rates["call"]))
         rows.append(dict(at, quantity="seconds", predicted=sum(said.values()), measured=float(t["median"][0]))); del o, step, batch
         if cpu: measured = peak_growth(_STEP, threads=torch.get_num_threads(), name=args, more=more, kd=kd)["bytes"]
         else:
