@@ -9,6 +9,7 @@ from vlkd import bench, bench_steps
 from vlkd.bench import BENCHMARKS, benchmarks, goal, interleave, machine, machine_stamp, peak_memory, publish_benchmarks, register, results_file, run_benchmarks, summary
 from vlkd.bench_peer import STEP_LEVERS, LeverObjective, PublicObjective, broadcast_nst, fill_queue, plain_crd, plain_nst, public_nst, public_nt_xent
 from vlkd.bench_steps import StopWatch, Workbench, compare_steps, objective_forms, objective_rows, padded, peak_at, worth
+from vlkd.bench_steps import QUICK_DROPOUT
 from vlkd.core import preset, scale
 from vlkd.losses.chunked import chunked_soft_label
 from vlkd.losses.kd import CRD, nst, nt_xent, objective, released_scale, soft_label
@@ -99,7 +100,8 @@ def test_steps_at_toy_size(monkeypatch, tmp_path):
     levers = {x["lever"]: x for x in r["tables"]["Worth of each lever"]["rows"]}; assert set(STEP_LEVERS.values()) <= set(levers) and levers["teacher under inference mode"]["in ours"] == "no" and f"| {cpu['measured']} |" in said[1]
 
 def test_options_of_a_lever_are_put_back():
-    w = Workbench(scale("smoke", dropout=.1), 2, 8); worth("", w, 2, 8, repeats=1, seconds=1); assert w.lm.config._attn_implementation == w.teacher.config._attn_implementation == "sdpa" and {m.p for m in w.lm.modules() if isinstance(m, torch.nn.Dropout)} == {.1}
+    w = Workbench(scale("smoke"), 2, 8); worth("", w, 2, 8, repeats=1, seconds=1); assert w.lm.config._attn_implementation == w.teacher.config._attn_implementation == "sdpa"
+    w = Workbench(scale("smoke", dropout=.1), 2, 8); worth("", w, 2, 8, repeats=1, seconds=1); assert QUICK_DROPOUT == [True] and {m.p for m in w.lm.modules() if isinstance(m, torch.nn.Dropout)} == {.1}
 
 
 class Clock:

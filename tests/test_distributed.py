@@ -135,7 +135,7 @@ def test_sharded_weights_train_alike(alone, together, case, as_one):
 def test_one_process_writes_and_another_number_goes_on(alone, together, tmp_path):
     "What rank 1 may not write, it refuses in the script. Two processes stop after step 5; one goes on from step 4, and ends where one alone would have."
     run = together/name(ONCE); c = sorted((run/"checkpoints").iterdir()); assert [p.name for p in c] == ["checkpoint-2", "checkpoint-4"] and all(damage(p) is None for p in c)
-    assert {p.name for p in c[1].iterdir()} == {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", SEAL}
+    assert {p.name for p in c[1].iterdir()} == {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "parts.safetensors", SEAL}
     shutil.copytree(run, tmp_path/name(WHOLE), dirs_exist_ok=True); said = launch(1, tmp_path, WHOLE).stdout
     assert f"{WHOLE}: resumes from checkpoint-4" in said; same(alone/f"{name(WHOLE)}.0.npz", tmp_path/f"{name(WHOLE)}.0.npz", only="w.")
     assert json.loads((tmp_path/f"{name(WHOLE)}.0.json").read_text())["seen"] == json.loads((alone/f"{name(WHOLE)}.0.json").read_text())["seen"][4:]
