@@ -139,10 +139,11 @@ def _numbers(label, w, B, L, df, held, peaks, rates, reading) -> list[dict]:
                      "x plain": plain.ratio[v] if plain is not None else np.nan, "GB": (held[v]+peaks[v])/1e9, "model FLOPs / matmul rate": fl/r["median"]/rate if v.startswith("ours") and "released" not in v and rate else np.nan, "rounds": r["rounds"]})
     return rows
 
-def compare_steps(label, s, B, L, reading, *, repeats:int, seconds:float) -> list[dict]:
+def compare_steps(label, s, B, L, reading, *, repeats:int, seconds:float, released:bool=True) -> list[dict]:
     "Ours, the plain baseline and the public formulation at one shape."
-    w = Workbench(s, B, L, reading); cuda, half = device().type == "cuda", bf16_here(); n = 8192 if cuda else 1024
-    vs = {"public": _within(torch_dropout, w.step(w.objective("public"), optim="loop")), "plain": _within(torch_dropout, w.step(w.objective("plain"), optim=default_optim(), bf16=cuda and half)), "ours fp32": w.step(w.objective()), "ours fp32, released objectives": w.step(w.objective("ours, released objectives"))}
+    w = Workbench(s, B, L, reading); cuda, half = device().type == "cuda", bf16_here(); n = 8192 if cuda else 2048
+    vs = {"public": _within(torch_dropout, w.step(w.objective("public"), optim="loop")), "plain": _within(torch_dropout, w.step(w.objective("plain"), optim=default_optim(), bf16=cuda and half)), "ours fp32": w.step(w.objective())}
+    if released: vs["ours fp32, released objectives"] = w.step(w.objective("ours, released objectives"))
     if half: vs["ours bf16"] = w.step(w.objective(), bf16=True)
     if cuda: vs = {k: f for k, f in vs.items() if _fits(f)}
     elif s.hidden >= 512 and sys.platform == "linux": vs |= {f"ours {k}, memory kept": Elsewhere(s, B, L, reading, bf16=k == "bf16") for k in ("fp32", *(("bf16",) if half else ()))} # nothing comes of it for small tensors
@@ -211,7 +212,7 @@ def worth(label, w, B, L, *, repeats, seconds, compiled=False) -> list[dict]:
 # %% ../nbs/70c_bench_steps.ipynb #cce703eb
 def best_batch(s, label, reading, batches, tokens) -> list[dict]:
     "Tokens a second of our step by batch, until memory is full; with the share of the device's matmul rate."
-    cuda = device().type == "cuda"; half = bf16_here(); n = 8192 if cuda else 1024; rows = []
+    cuda = device().type == "cuda"; half = bf16_here(); n = 8192 if cuda else 2048; rows = []
     for B in batches:
         w = Workbench(s, B, tokens, reading); vs = {"ours fp32": w.step(w.objective())} | ({"ours bf16": w.step(w.objective(), bf16=True)} if half else {}); vs = {k: f for k, f in vs.items() if _fits(f)}
         if not vs: break
@@ -227,8 +228,8 @@ def bench_steps(quick:bool) -> pd.DataFrame:
     "Benchmark 1."
     cuda, half = device().type == "cuda", bf16_here(); rows, levers, batches = [], [], []
     for label, s, B, L, reading in shapes_of(quick):
-        few = 9 if label == "micro" or not quick else 3; rows += compare_steps(label, s, B, L, reading, repeats=few, seconds=30 if quick else 240)[0]; gc.collect()
-        if label != "12L/768H" or cuda: n = B if cuda or label == "micro" else 4 if quick else 8; levers += worth(label, Workbench(s, n, L, reading), n, L, repeats=2 if few == 3 else few, seconds=15 if quick else 180, compiled=not quick); gc.collect()
+        few = 9 if label == "micro" or not quick else 4; rows += compare_steps(label, s, B, L, reading, repeats=few, seconds=40 if quick else 240, released=not quick or label == "micro")[0]; gc.collect()
+        if label != "12L/768H" or cuda: n = B if cuda or label == "micro" else 4 if quick else 8; levers += worth(label, Workbench(s, n, L, reading), n, L, repeats=2 if few == 4 else few, seconds=15 if quick else 180, compiled=not quick); gc.collect()
         if not quick and label != "micro": batches += best_batch(s, label, reading, [32, 64, 128, 256, 512] if cuda else [4, 8, 16, 32], L)
     df = pd.DataFrame(rows); at = lambda m, v, c: next((r[c] for r in rows if r["model"] == m and r["variant"] == v), None); m = "6L/512H"
     share = max((r["model FLOPs / matmul rate"] for r in batches if r["model"] == "12L/768H" and r["variant"] == "ours bf16"), default=None) if cuda else None
@@ -281,7 +282,7 @@ def objective_forms(d:int, quick:bool, L:int=128, B:int=32) -> dict: # name -> (
 
 def voken_rate(d:int, quick:bool, repeats, seconds) -> dict:
     "GFLOP/s of retrieving the voken of each token among 30,000 clips, and of a matrix product of the same sort."
-    n, K, m = (2048 if quick else 4096), 30000, 8192 if device().type == "cuda" else 1024; q, keys = _inputs((n, d), (K, d), grad=0)
+    n, K, m = (2048 if quick else 4096), 30000, 8192 if device().type == "cuda" else 2048; q, keys = _inputs((n, d), (K, d), grad=0)
     df = interleave({"nearest": lambda: nearest(q, keys), "scores and argmax": lambda: (F.normalize(q, dim=1) @ F.normalize(keys, dim=1).T).argmax(1), "matmul": matmul(m)}, repeats, seconds=seconds).set_index("variant"); t = df["median"]; fl = 2*n*K*d
     return {"d": d, "tokens": n, "clips": K, "nearest GFLOP/s": fl/t["nearest"]/1e9, "one product and argmax GFLOP/s": fl/t["scores and argmax"]/1e9, "matmul GFLOP/s": 2*m**3/t["matmul"]/1e9, "nearest / matmul rate": float(np.median([fl/a/(2*m**3/b) for a, b in zip(df.attrs["times"]["nearest"], df.attrs["times"]["matmul"])])), "peak MB": peak_memory(lambda: nearest(q, keys))/1e6, "peak MB, one product": peak_memory(lambda: (F.normalize(q, dim=1) @ F.normalize(keys, dim=1).T).argmax(1))/1e6}
 
