@@ -57,7 +57,7 @@ def objective_flops(s:Scale, name:str, *, batch:int, tokens:float, vocab:int=0, 
     if name == "soft_label": return 4*mlm_flops(s, n, vocab)                     # teacher's head, student's head with its gradients
     head = 3*n*2*(d*h + h*(s.vokens if name == "voken" else d))*(head or name == "voken")
     if name == "regression": return head
-    if name == "nst": return head + (4*B*2*L*L*d if kernel == "poly" else 6*B*2*d*d*L)
+    if name == "nst": return head + (4*B*2*L*L*d if kernel == "poly" else 5*B*2*d*d*L)
     if name == "nt_xent": return head + 3*L*2*(2*B)**2*d
     if name == "crd": k = B*KEYS; return head*k/n + 5*2*k*d*s.crd_dim + 2*2*2*k*s.crd_negatives*s.crd_dim
     return head + (0 if known else voken_flops(s, B, L))                         # voken
@@ -92,7 +92,7 @@ def training_memory(s:Scale, kind:str="student", kd:str="", *, batch:int=0, toke
     trained = lm + (sum(video_parameters(s).values()) if kind == "teacher" else sum(distillation_parameters(s, kd).values()))
     out = dict(weights=trained*(12+c) + (lm*(4+c) if names else 0), layers=activation_bytes(s, B*L, half=half, length=0 if fused else L), logits=B*_masked(s, L, None)*s.vocab_size*(10 if half else 8))
     if kind == "teacher": T = frames or s.max_frames; out["video"] = activation_bytes(s, B*T, s.video_layers, half, 0 if fused else T) + B*T*s.feature_dim*(10 if half else 8)
-    if "nst" in names: out["nst"] = B*(12*s.hidden**2 if kernel == "gaussian" else 8*L*L)*2
+    if "nst" in names: out["nst"] = 8*B*L*s.hidden + 2**23 if kernel == "gaussian" else 16*B*L*L
     if "soft_label" in names: out["soft_label"] = B*L*s.vocab_size*20
     if "voken" in names: out["voken"] = B*L*s.vokens*(10 if half else 8)
     bank = 2*s.crd_bank*s.crd_dim*4 if "crd" in names else 0

@@ -43,15 +43,27 @@ def regression(student:torch.Tensor, # (..., D)
     with no_autocast(s): return _counted_mean((s - t).square().sum(-1), len(s))
 
 # %% ../../nbs/31_losses.kd.ipynb #fc196f17
-def _gaussian(a, b, sigma, itself): # mean kernel between the neurons of a (B, L, Da) and b (B, L, Db): (B,)
-    d2 = a.square().sum(1)[:, :, None] + b.square().sum(1)[:, None] - 2*a.transpose(1, 2) @ b
-    # a neuron's distance to itself is 0 without rounding, and has no gradient
-    if itself: d2 = d2.masked_fill(torch.eye(a.shape[-1], dtype=torch.bool, device=a.device), 0)
-    return torch.exp(d2.clamp_min(0)/(-2*sigma**2)).mean((1, 2))
+class _Gaussian(torch.autograd.Function):
+    "Mean kernel between the neurons of a (B, Da, L) and b (B, Db, L), or of a with itself: (B,). Some sentences at a time, and the gradient is made on the way, so that no (B, Da, Db) is kept."
+    @staticmethod
+    def forward(ctx, a, b, sigma):
+        itself = b is None; b = a if itself else b; wants = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not itself]; w, n = 1/sigma**2, a.shape[1]*b.shape[1]; out, grads = [], [torch.empty_like(x) if g else None for x, g in zip((a, b), wants)]
+        step = max(1, 2**(20 if a.device.type == "cpu" else 26)//max(n, 1)) # what stays in a processor's cache; on a GPU a whole batch
+        for i in range(0, len(a), step):
+            x, y = a[i:i+step], b[i:i+step]; k = torch.baddbmm(-w/2*(x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None]), x, y.transpose(1, 2), alpha=w).clamp_(max=0)
+            if itself: k.diagonal(dim1=1, dim2=2).zero_() # a neuron's distance to itself, without rounding
+            k.exp_(); out.append(k.mean((1, 2)))
+            if wants[0]: grads[0][i:i+step] = (k @ y - k.sum(2)[..., None]*x)*((1+itself)*w/n)
+            if wants[1]: grads[1][i:i+step] = (k.transpose(1, 2) @ x - k.sum(1)[..., None]*y)*(w/n)
+        ctx.save_for_backward(*grads); return torch.cat(out)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g): return *(None if d is None else g[:, None, None]*d for d in ctx.saved_tensors), None
 
 def _mmd_gaussian(s, t, sigma, teacher_term):
-    out = _gaussian(s, s, sigma, True) - 2*_gaussian(s, t, sigma, False)
-    return out + _gaussian(t, t, sigma, True) if teacher_term else out
+    s, t = s.transpose(1, 2), t.transpose(1, 2); k = lambda a, b: _Gaussian.apply(a, b, sigma)
+    out = k(s, None) - 2*k(s, t)
+    return out + k(t, None) if teacher_term else out
 
 def _mmd_poly(s, t, teacher_term):
     gs, gt = s @ s.transpose(1, 2)/s.shape[-1], t @ t.transpose(1, 2)/t.shape[-1] # (B, L, L)
