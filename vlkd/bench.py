@@ -97,14 +97,14 @@ def machine_stamp(m:dict=None) -> str:
 BENCHMARKS = {} # name -> dict(title, fn)
 MODULES = ("vlkd.bench_steps", "vlkd.bench_more") # importing them registers their benchmarks; one that is not there is left out
 
-def register(name:str, title:str):
-    "Decorator: enter `fn(quick: bool) -> DataFrame` as the benchmark `name`. A name that another function has is a ValueError."
+def register(name:str, title:str, *, quick:bool=True):
+    "Decorator: enter `fn(quick: bool) -> DataFrame` as the benchmark `name`; without `quick` a quick run of all leaves it out. A name that another function has is a ValueError."
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name): raise ValueError(f"benchmark {name!r}: a name has lower-case letters, digits and _ only")
     def enter(fn):
         old = BENCHMARKS.get(name)
         same = lambda f: f.__qualname__ == fn.__qualname__ and (f.__module__ == fn.__module__ or "__main__" in (f.__module__, fn.__module__)) # its notebook may enter it again
         if old and not same(old["fn"]): raise ValueError(f"there is a benchmark {name!r} already, {old['fn'].__module__}.{old['fn'].__qualname__}; give another name")
-        BENCHMARKS[name] = dict(title=title, fn=fn); return fn
+        BENCHMARKS[name] = dict(title=title, fn=fn, quick=quick); return fn
     return enter
 
 def benchmarks() -> dict: # name -> title
@@ -134,7 +134,7 @@ def _load(): return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") el
 def run_benchmarks(names=None,    # of `benchmarks()`; None: all
                    *, quick:bool=False, repeats:int=0, say=print) -> dict: # what was filed: machine, results
     "Run benchmarks one after the other and file each when it is done. An unknown name is a ValueError; one that fails is named, the others run, and its old result is taken out."
-    known = benchmarks(); names = list(names or known)
+    known = benchmarks(); names = list(names or (n for n in known if not quick or BENCHMARKS[n]["quick"]))
     for n in names:
         if n not in known: raise _unknown("benchmark", n, known)
     if repeats < 0: raise ValueError(f"repeats should be 0 (what each benchmark asks for) or more, got {repeats}")
