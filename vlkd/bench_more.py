@@ -8,7 +8,7 @@ __all__ = ['BEFORE', 'peak_growth', 'unit_vectors', 'naive_top', 'disagreement',
            'cost_bench', 'older_tree', 'reproduce_in', 'headline_bench']
 
 # %% ../nbs/75_bench_more.ipynb #e5268209
-import json, math, os, subprocess, sys, tempfile, time
+import contextlib, json, math, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +128,7 @@ def _encoders():
 @register("extraction", "Feature extraction: decoding, encoding, processes")
 def extraction_bench(quick:bool=False, *, films:dict=None, processes:bool=True) -> pd.DataFrame: # a row a kind of film, encoder, and stage
     "Clips a second: decoding alone, encoding alone, and both with one and two processes."
-    import contextlib, io
+    import io
     rows, said = [], []
     with tempfile.TemporaryDirectory(prefix="vlkd-bench-") as tmp:
         tmp = Path(tmp); films = {k: write_films(tmp, n, k) for k, n in (films or dict(small=48 if quick else 400, web=6 if quick else 48)).items()}; count = iter(range(10**6))
