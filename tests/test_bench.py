@@ -181,6 +181,13 @@ def toy(monkeypatch, tmp_path):
         df = pd.DataFrame({"what": ["a", "b|c"], "x": [1/3, np.nan], "n": [1, 2]}); df.attrs = dict(method="As is.", goals=[goal("fast", 2.5, at_least=2), goal("small", None, at_most=1, unit=" GB")], tables={"More": pd.DataFrame({"s": [12345.678]})}); return df
     return toy
 
+def test_a_quick_run_of_all_leaves_out_what_is_long(toy):
+    ran = []
+    @bench.register("long", "Long", quick=False)
+    def long(quick): ran.append(quick); return pd.DataFrame(dict(x=[1.]))
+    run_benchmarks(quick=True, say=list().append); assert ran == []
+    run_benchmarks(say=list().append); run_benchmarks(["long"], quick=True, say=list().append); assert ran == [False, True]
+
 def test_names():
     assert {"steps", "objectives", "micro"} <= set(benchmarks())
     with pytest.raises(ValueError, match="unknown benchmark 'step'; did you mean 'steps'"): run_benchmarks(["step"], quick=True)
