@@ -68,18 +68,15 @@ def nearest(queries:torch.Tensor, # (Q, D)
     few, many = max(1, tile//(8 if dev.type == "cpu" else 1)), tile      # on a CPU, tiles that stay in its cache
     if k > 1: few, many = max(1, few//2), 4*tile                         # and fewer lists to merge
     with no_autocast(queries):
-        for a in range(0, len(queries), few):
-            q = _rows(queries[a:a+few], cosine, "queries").to(dt); s = i = None
-            for b in range(0, len(rows), many):
-                x = rows[b:b+many].to(dev); x = q @ (x if ready else _rows(x, cosine, "keys")).to(dt).T
-                if s is None: s, i = _best(x, min(k, x.shape[1])); continue
-                hot = slice(None) if s.shape[1] < k else (x.amax(1) > s[:, -1]).nonzero()[:, 0] # an equal score later on is no better
-                if s.shape[1] == k and not len(hot): continue
-                v, j = _best(x if s.shape[1] < k else x[hot], min(k, x.shape[1])); v, o = _top(both := torch.cat([s[hot], v], 1), min(k, both.shape[1]))
-                j = torch.cat([i[hot], j + b], 1).gather(1, o)
-                if s.shape[1] < k: s, i = v, j
-                else: s[hot], i[hot] = v, j
-            S[a:a+few], I[a:a+few] = s, i
+        for b in range(0, len(rows), many):                              # each tile of keys is made ready once
+            key = rows[b:b+many].to(dev); key = (key if ready else _rows(key, cosine, "keys")).to(dt).T; have = min(k, b)
+            for a in range(0, len(queries), few):
+                x, s, i = _rows(queries[a:a+few], cosine, "queries").to(dt) @ key, S[a:a+few], I[a:a+few]
+                if not b: w = min(k, x.shape[1]); s[:, :w], i[:, :w] = _best(x, w); continue
+                hot = slice(None) if have < k else (x.amax(1) > s[:, -1]).nonzero()[:, 0] # an equal score later on is no better
+                if have == k and not len(hot): continue
+                v, j = _best(x[hot], min(k, x.shape[1])); v, o = _top(torch.cat([s[hot, :have], v], 1), w := min(k, have + x.shape[1]))
+                j = torch.cat([i[hot, :have], j + b], 1).gather(1, o); s[hot, :w], i[hot, :w] = v, j
     return S, I
 
 # %% ../../nbs/24_models.retrieval.ipynb #cf44c880
