@@ -181,7 +181,7 @@ _INTRO = "Variants are measured in turns in one process, every round in a new or
 def _page(recs:dict, md:bool) -> str: # stamp -> record
     from vlkd.plots import table_md, table_html
     from vlkd.reproduce import _html
-    e = html.escape; h = (lambda n, t: f"{'#'*n} {t}") if md else (lambda n, t: f"<h{n}>{e(t)}</h{n}>"); p = (lambda t: t) if md else (lambda t: f"<p>{e(t)}</p>"); table = (lambda d: table_md(_shown(d))) if md else (lambda d: table_html(_shown(d)))
+    e = html.escape; h = (lambda n, t: f"{'#'*n} {t}") if md else (lambda n, t: f"<h{n}>{e(t)}</h{n}>"); p = (lambda t: t) if md else (lambda t: "<p>" + re.sub(r"`([^`]+)`", r"<code>\1</code>", e(t)) + "</p>"); table = (lambda d: table_md(_shown(d))) if md else (lambda d: table_html(_shown(d)))
     out = [h(1, "Benchmarks"), p(_INTRO), p("Made by `vlkd bench --publish`.") if md else "<p>Made by <code>vlkd bench --publish</code>.</p>"]
     for stamp, rec in recs.items():
         out += [h(2, f"{rec['machine']['device'] if rec['machine']['device'] != 'cpu' else rec['machine']['cpu']}, {rec['machine']['cores']} cores"), p(_machine_line(rec["machine"]))]
