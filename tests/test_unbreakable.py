@@ -270,6 +270,7 @@ def test_full_disk(name, whole, tmp_path):
     for n, size in enumerate((sizes[0]-1, int(r.integers(sizes[0], sizes[-1])), sizes[-1]-1)):
         out = tmp_path/f"{n}"/"out"; out.parent.mkdir(); [shutil.copy(f, out.parent) for f in w.folder.parent.glob("captions.json")]
         assert forked(lambda: job(out), size=size) == 99
+        assert [f for f in out.parent.rglob(".*") if f.is_file() and not f.name.startswith(".lock")] == [], "half a file is left behind"
         try: x, _ = quiet(look, out)
         except (ValueError, OSError) as e: assert str(out) in str(e), e
         else: assert part(name, x, w.numbers)
