@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vlkd.core import preset, scale
+from vlkd.core import SUMS, preset, scale
 from vlkd.data.tabletop import BASE, EVENTS, FILMED, PAST, World, _did, _do
 from vlkd.data.text import train_tokenizer
 from vlkd.eval.examples import (chance_rates, clip_answers, constant_rates, crossed, differing, filmed, fits, found_by, kinship, nearest_clips, outcome_counts, own_and_others, own_film,
@@ -150,8 +150,9 @@ def test_heads_come_back(tmp_path, small, kd, head):
 
 def test_heads_that_do_not_fit(tmp_path, small):
     from safetensors.torch import load_file, save_file
-    s, tok, teacher = small; o = StudentObjective(language_model(s, tok, 2), teacher, "nst", s=s, args=preset("micro")); save_model(tmp_path, o.lm, tok); f = save_distillation(o, tmp_path); state = load_file(f)
-    save_file(state, f)
+    s, tok, teacher = small; o = StudentObjective(language_model(s, tok, 2), teacher, "nst", s=s, args=preset("micro")); save_model(tmp_path, o.lm, tok); f = save_distillation(o, tmp_path); state = {k: v.clone() for k, v in load_file(f).items()}; f.write_bytes(f.read_bytes()[:100])
+    with pytest.raises(ValueError, match="distillation.safetensors is missing or was changed"): load_distillation(tmp_path, teacher, s)
+    (tmp_path/SUMS).unlink(); save_file(state, f)                                     # a folder from elsewhere, without checksums
     with pytest.raises(ValueError, match="no 'kd' in its metadata"): load_distillation(tmp_path, teacher, s)
     save_file({k: v for k, v in list(state.items())[1:]}, f, metadata=dict(kd="nst", head="1"))
     with pytest.raises(ValueError, match="missing or not expected"): load_distillation(tmp_path, teacher, s)

@@ -188,7 +188,11 @@ def vlkd_command(words):
     while words and hasattr(c, "commands"): assert words[0] in c.commands, words; c = c.commands[words[0]]; words = words[1:]
     c.make_context(c.name, list(words))
 
-def check(words): dict(dask=dask_command, vlkd=vlkd_command)[Path(words[0]).name](words[1:])
+def python_command(words): from vlkd.train.distributed import parser; assert words[:2] == ["-m", "vlkd.train.distributed"]; parser().parse_args(words[2:])
+
+def torchrun_command(words): from torch.distributed.run import parse_args; a = parse_args(words); assert a.module; python_command(["-m", a.training_script, *a.training_script_args])
+
+def check(words): dict(dask=dask_command, vlkd=vlkd_command, python=python_command, torchrun=torchrun_command)[Path(words[0]).name](words[1:])
 
 def test_kubernetes_recipe():
     import yaml
@@ -208,7 +212,7 @@ def test_kubernetes_recipe():
 def test_commands_of_the_page():
     import shlex
     text = "\n".join("".join(c["source"]) for c in json.loads((ROOT/"nbs/scale.ipynb").read_text())["cells"] if c["cell_type"] == "markdown")
-    said = [l.split("#")[0].strip() for b in re.findall(r"^```sh\n(.*?)^```", text, re.S|re.M) for l in b.splitlines()] + [l for l in re.findall(r"`((?:vlkd|dask) [^`]+)`", text)]; assert len(said) > 6
+    said = [l.split("#")[0].strip() for b in re.findall(r"^```sh\n(.*?)^```", text, re.S|re.M) for l in b.replace("\\\n", "").splitlines()] + [l for l in re.findall(r"`((?:vlkd|dask) [^`]+)`", text)]; assert len(said) > 6
     for l in said:
         words = [w for w in shlex.split(l) if not re.match(r"[A-Z_]+=", w)]
         if words[:2] not in (["dask", "scheduler"],) or len(words) > 2: check(words)

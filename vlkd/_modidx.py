@@ -1293,6 +1293,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vlkd.train.data.middle_frame': ('train.data.html#middle_frame', 'vlkd/train/data.py'),
                                  'vlkd.train.data.tabletop_features': ('train.data.html#tabletop_features', 'vlkd/train/data.py')},
             'vlkd.train.distributed': { 'vlkd.train.distributed.main': ('train.distributed.html#main', 'vlkd/train/distributed.py'),
+                                        'vlkd.train.distributed.parser': ('train.distributed.html#parser', 'vlkd/train/distributed.py'),
                                         'vlkd.train.distributed.train': ('train.distributed.html#train', 'vlkd/train/distributed.py')},
             'vlkd.train.loop': { 'vlkd.train.loop.Fixed': ('train.loop.html#fixed', 'vlkd/train/loop.py'),
                                  'vlkd.train.loop.Fixed.__getitem__': ('train.loop.html#fixed.__getitem__', 'vlkd/train/loop.py'),
