@@ -1262,6 +1262,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'vlkd.scheduler._greet': ('scheduler.html#_greet', 'vlkd/scheduler.py'),
                                 'vlkd.scheduler._hash': ('scheduler.html#_hash', 'vlkd/scheduler.py'),
                                 'vlkd.scheduler._local': ('scheduler.html#_local', 'vlkd/scheduler.py'),
+                                'vlkd.scheduler._offspring': ('scheduler.html#_offspring', 'vlkd/scheduler.py'),
                                 'vlkd.scheduler._other_code': ('scheduler.html#_other_code', 'vlkd/scheduler.py'),
                                 'vlkd.scheduler._prober': ('scheduler.html#_prober', 'vlkd/scheduler.py'),
                                 'vlkd.scheduler._refusal': ('scheduler.html#_refusal', 'vlkd/scheduler.py'),

@@ -211,6 +211,8 @@ class _Remote:
     kill = terminate
 
 # %% ../nbs/70d_scheduler.ipynb #fe1a6eec
+def _offspring(): import psutil; return psutil.Process().children(recursive=True)
+
 class Cluster:
     "A Dask cluster for `reproduce(..., cluster=Cluster(where))`; `where` is an address, a scheduler file or local:N."
     def __init__(self, where:str, patience:float=60.): # seconds to wait for a first worker
@@ -246,9 +248,12 @@ class Cluster:
     def _close(self):
         for h in list(self.mine): h.terminate()
         for h in list(self.mine):
-            with contextlib.suppress(subprocess.TimeoutExpired): h.wait(40)
-        if self.client: self.client.close(timeout=5)
-        if self.local: self.local.close(timeout=20)
+            with contextlib.suppress(subprocess.TimeoutExpired): h.wait(10 if self.local else 40)
+        left = _offspring() if self.local else []                               # Ctrl-C reaches them, too, and one that it meets half-way answers nobody any more
+        with contextlib.suppress(Exception): self.client and self.client.close(timeout=5)
+        with contextlib.suppress(Exception): self.local and self.local.close(timeout=10)
+        for p in left:
+            with contextlib.suppress(Exception): p.kill() # gone already, or not ours any more
         if self.lock is not None: os.close(self.lock); shutil.rmtree(self.probe, ignore_errors=True)
         self.client = self.local = self.lock = None; self.workers.clear(); self.mine.clear()
 
