@@ -211,7 +211,12 @@ class _Remote:
     kill = terminate
 
 # %% ../nbs/70d_scheduler.ipynb #fe1a6eec
-def _offspring(): import psutil; return psutil.Process().children(recursive=True)
+def _processes(local) -> list:
+    "Worker processes of a cluster of ours, with what they started."
+    import psutil; out = []
+    for w in local.workers.values():
+        with contextlib.suppress(psutil.Error): p = psutil.Process(w.pid); out += [p, *p.children(recursive=True)]
+    return [p for p in out if p.pid != os.getpid()]
 
 class Cluster:
     "A Dask cluster for `reproduce(..., cluster=Cluster(where))`; `where` is an address, a scheduler file or local:N."
@@ -249,7 +254,7 @@ class Cluster:
         for h in list(self.mine): h.terminate()
         for h in list(self.mine):
             with contextlib.suppress(subprocess.TimeoutExpired): h.wait(10 if self.local else 40)
-        left = _offspring() if self.local else []                               # Ctrl-C reaches them, too, and one that it meets half-way answers nobody any more
+        left = _processes(self.local) if self.local else []                       # Ctrl-C reaches them, too, and one that it meets half-way answers nobody any more
         with contextlib.suppress(Exception): self.client and self.client.close(timeout=5)
         with contextlib.suppress(Exception): self.local and self.local.close(timeout=10)
         for p in left:
