@@ -77,10 +77,10 @@ CASES = ["mlm", "nst", "crd", "nst+crd", "regression", "soft_label", "voken", "n
 APART = ["mlm", "nst", "regression", "soft_label", "voken"] # whose loss is a mean
 
 def launch(n, *args, script=DRIVER, env=None, check=True):
-    "Run a script in `n` processes of torchrun; one process is started as usual."
-    cmd = [sys.executable, "-c", script] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--no-python", sys.executable, "-c", script]
+    "Run a script in `n` processes of torchrun, which meet at this address whatever the machine is called; one process is started as usual."
+    cmd = [sys.executable, "-c", script] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc_per_node={n}", "--no-python", sys.executable, "-c", script]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("VLKD_") or k in ("VLKD_CACHE",)}
-    r = subprocess.run([*cmd, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=1500, env={**clean, "PYTHONPATH": str(ROOT), "VLKD_DEVICE": "cpu", "OMP_NUM_THREADS": "1", **(env or {})})
+    r = subprocess.run([*cmd, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=400, env={**clean, "PYTHONPATH": str(ROOT), "VLKD_DEVICE": "cpu", "OMP_NUM_THREADS": "1", **(env or {})})
     if check: assert r.returncode == 0, (r.stdout+r.stderr)[-4000:]
     return r
 
