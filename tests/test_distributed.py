@@ -187,3 +187,19 @@ def test_levers_are_checked(tmp_path, monkeypatch):
 def test_workers_make_the_same_batches(tmp_path):
     x = lambda **kw: torch.tensor([h["loss"] for h in fit(Bad(""), lambda items: dict(x=torch.tensor([[float(i)] for i, _ in items])), 40, tmp_path, steps=10, batch=4, lr=1e-3, **kw)])
     assert torch.equal(x(), x(levers=dict(workers=2)))
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_training_has_the_same_losses(tmp_path):
+    "Sentences of several lengths, of a batch and of the teacher; `graphs` makes CUDA graphs on a GPU only."
+    from torch._dynamo.utils import counters
+    from vlkd.core import scale
+    from vlkd.models.language import language_model
+    from vlkd.train.data import TabletopData
+    from vlkd.train.student import StudentObjective, text_collator
+    s = scale("smoke", dropout=0., batch=8, crd_bank=64, crd_negatives=40); d = TabletopData(s, 101); seen = {}
+    def losses(**levers):
+        o = StudentObjective(language_model(s, d.tokenizer, 1), language_model(s, d.tokenizer, 2).eval(), "nst+crd", s=s); counters.clear(); torch.compiler.reset()
+        h = fit(o, text_collator(d.tokens, d.tokenizer, s, 0), len(d.tokens.lengths), tmp_path/str(levers), steps=4, batch=8, lr=1e-3, levers=levers); seen[str(levers)] = counters["stats"]["unique_graphs"]; return [[x[k] for k in ("loss", "mlm", "nst", "crd", "grad_norm")] for x in h]
+    want = losses(); assert len(want) == 4 and seen["{}"] == 0
+    for lever in ("compile", "graphs"): assert np.allclose(losses(**{lever: True}), want, rtol=1e-4) and seen[str({lever: True})] >= 2, seen
+    with pytest.raises(ValueError, match="graphs and compile cannot be had together"): losses(graphs=True, compile=True)

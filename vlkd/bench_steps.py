@@ -169,12 +169,13 @@ def _attention(lms, kind):
     finally:
         for m in lms: m.set_attn_implementation(old)
 
-def _compiling(lms): # a context in which the layers of models are compiled, each by itself
-    ls, made = [l for m in lms for l in m.modules() if type(l).__name__ == "BertLayer"], []
+def _compiling(lms, kind="BertLayer", **how): # a context in which the layers of models, or their encoders, are compiled, each by itself
+    ls, made = [l for m in lms for l in m.modules() if type(l).__name__ == kind], []
     @contextlib.contextmanager
     def on():
+        torch.compiler.cudagraph_mark_step_begin()
         if not made:
-            for l in ls: l.compile(); made.append(l._compiled_call_impl)
+            for l in ls: l.compile(**how); made.append(l._compiled_call_impl)
         for l, c in zip(ls, made): l._compiled_call_impl = c
         try: yield
         finally:
@@ -194,10 +195,10 @@ def lever_steps(w:Workbench, compiled:bool=False) -> dict: # label -> (step, whe
     out["teacher under inference mode"] = (w.step(w.objective(), inference=True, **auto), False)
     if w.s.dropout: f2 = w.step(w.objective(), **auto); out[f"dropout 0 instead of {w.s.dropout:g}"] = (_within(lambda: _dropout(w.lm, 0.), f2), False)
     if half: out["bf16 autocast"] = (w.step(w.objective(), bf16=not auto["bf16"]), auto["bf16"])
-    if compiled:
-        g = _within(_compiling([w.lm, w.teacher]), w.step(w.objective(), **auto))
-        try: g(); out["torch.compile of each layer"] = (g, False)
-        except Exception as e: print(f"torch.compile is left out: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}") # without a compiler, say
+    for text, how in ({"torch.compile of each layer": {}} | ({} if cpu else {"CUDA graphs of the encoders": dict(kind="BertEncoder", mode="reduce-overhead")})).items() if compiled else ():
+        g = _within(_compiling([w.lm, w.teacher], **how), w.step(w.objective(), **auto))
+        try: [g() for _ in range(3)]; out[text] = (g, False) # the first compiles, the second records
+        except Exception as e: print(f"{text} is left out: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}") # without a compiler, say
     return out
 
 def worth(label, w, B, L, *, repeats, seconds, compiled=False) -> list[dict]:

@@ -105,6 +105,7 @@ def same_start(objective:nn.Module) -> None:
 # %% ../../nbs/40_train.loop.ipynb #5891eed7
 LEVERS = dict(precision="auto",            # auto | fp32 | bf16: bfloat16 autocast; auto takes it on a GPU that has it
               compile=False,               # torch.compile for each transformer layer
+              graphs=False,                # CUDA graphs of whole encoders, one for each length of a batch: for small models, whose kernels end before the next is sent
               accumulate=1,                # parts of a process's batch that go forward and backward one after another
               workers=0,                   # processes that make batches ahead
               optim="adamw_torch_fused",   # as TrainingArguments calls it
@@ -158,6 +159,7 @@ class ObjectiveTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.args.world_size > 1: torch.manual_seed(int(fingerprint([self.args.seed, self.state.global_step, self.part, self.args.process_index]), 16) % 2**63) # dropout that differs between processes and is drawn again alike by a resumed run
+        if self.graphs and not self.part: torch.compiler.cudagraph_mark_step_begin() # memory of the step before may be written over
         self.part += 1
         if not model.training: model.train() # walking all modules at every step costs a millisecond
         inputs = self._prepare_inputs(inputs)
@@ -259,12 +261,13 @@ def fit(objective:nn.Module,   # forward(**batch) -> dict with `loss`
     if resume and not (resume/opt).is_file(): raise ValueError(f"{what}: {resume} was written {'without' if use['fsdp'] else 'with'} fsdp: go on as it began, or delete it")
     if resume and use["fsdp"]: load_weights(objective, str(resume/"model.safetensors"))
     model = sharded(objective) if use["fsdp"] else objective
-    if use["compile"]: compile_layers(model)
+    if use["graphs"] and (use["compile"] or use["fsdp"]): raise ValueError(f"{what}: graphs and {'compile' if use['compile'] else 'fsdp'} cannot be had together")
+    if use["compile"] or use["graphs"]: compile_layers(model, use["graphs"])
     callbacks = [Progress(out, what), *([EarlyStoppingCallback(patience)] if keep and patience else [])]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*|.*lr_scheduler.step.*")
         t = ObjectiveTrainer(model=model, args=args, data_collator=collate, train_dataset=Draws(n, steps*batch, seed, batch, lengths), callbacks=callbacks, eval_dataset=Fixed(valid[1]) if keep else None)
-        t.parts, t.n_parts, t.objective, t.bad, t.out, t.what, t.sharded = {}, 0, objective, None, out, what, use["fsdp"]; t.is_distributed_loading_by_transformers |= use["fsdp"]; t.remove_callback(PrinterCallback)
+        t.parts, t.n_parts, t.objective, t.bad, t.out, t.what, t.sharded, t.graphs = {}, 0, objective, None, out, what, use["fsdp"], use["graphs"]; t.is_distributed_loading_by_transformers |= use["fsdp"]; t.remove_callback(PrinterCallback)
         if keep: t.get_eval_dataloader = lambda *a, **k: torch.utils.data.DataLoader(Fixed(valid[1]), batch_size=batch, collate_fn=valid[0])
         if resume and (resume/"parts.safetensors").is_file(): t.load_parts(resume)
         if resume and not rank: print(f"{what}: resumes from {resume.name}", flush=True)
@@ -273,11 +276,12 @@ def fit(objective:nn.Module,   # forward(**batch) -> dict with `loss`
     objective.eval(); from_main(lambda: shutil.rmtree(checks, ignore_errors=True))
     return [{k: v for k, v in h.items() if k in ("step", "loss", "eval_loss", "learning_rate", "grad_norm") or not k.startswith(("eval_", "train_", "epoch", "total_"))} for h in t.state.log_history if "loss" in h or "eval_loss" in h]
 
-def compile_layers(objective:nn.Module) -> None:
-    "`torch.compile` each layer of the BERTs of an objective and of its teacher by itself, for every length of a batch."
+def compile_layers(objective:nn.Module, graphs:bool=False) -> None:
+    "`torch.compile` each layer of the BERTs of an objective and of its teacher by itself, for every length of a batch; or each encoder as a whole, on a GPU as a CUDA graph for each length."
+    kind, how = ("BertEncoder", dict(mode="reduce-overhead")) if graphs else ("BertLayer", {})
     for m in (objective, *getattr(objective, "_teacher", ())):
         for layer in m.modules() if m is not None else ():
-            if type(layer).__name__ == "BertLayer" and layer._compiled_call_impl is None: layer.compile(dynamic=True)
+            if type(layer).__name__ == kind and layer._compiled_call_impl is None: layer.compile(dynamic=True, **how)
 
 class Fixed(torch.utils.data.Dataset):
     "Examples 0..n-1 in order, always epoch 0: what validation sees."
