@@ -150,6 +150,12 @@ def test_the_runner_goes_and_nothing_is_left(toy, how):
     n = json.loads((part()/"checkpoint").read_text())[0]; assert toy.why(ids=["teacher"]) == {"teacher@1": "was interrupted, goes on"}; time.sleep(.5); assert json.loads((part()/"checkpoint").read_text())[0] == n
 
 
+def test_the_end_of_a_local_cluster_spares_other_processes(toy):
+    other = subprocess.Popen(["sleep", "300"])                                 # of a notebook's user, say
+    try: assert toy.run(["other"], cluster=Cluster("local:1"))["done"] == ["other@1"] and other.poll() is None
+    finally: other.kill(); other.wait()
+
+
 def test_a_runner_that_is_killed_leaves_its_remote_runs_to_nobody(quick, dask):
     toy = quick; toy.nb("teacher", params, start, training.replace("40", "600"), end); w = dask.worker(*toy.preload)
     p = subprocess.Popen([sys.executable, "-c", "from vlkd.cli import main; main()", "reproduce", "teacher", "--scale", "smoke", "--scheduler", dask.file], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

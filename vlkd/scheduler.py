@@ -254,7 +254,7 @@ class Cluster:
         for h in list(self.mine): h.terminate()
         for h in list(self.mine):
             with contextlib.suppress(subprocess.TimeoutExpired): h.wait(10 if self.local else 40)
-        left = _processes(self.local) if self.local else []                       # Ctrl-C reaches them, too, and one that it meets half-way answers nobody any more
+        left = _processes(self.local) if self.local else []                       # one that does not answer any more is ended all the same
         with contextlib.suppress(Exception): self.client and self.client.close(timeout=5)
         with contextlib.suppress(Exception): self.local and self.local.close(timeout=10)
         for p in left:
