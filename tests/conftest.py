@@ -1,14 +1,25 @@
 "Quiet, offline and single-threaded tests, with a torchvision that imports."
+
 import os, signal
 from pathlib import Path
 
 import pytest
 
-for k, v in dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1", MPLBACKEND="agg", TOKENIZERS_PARALLELISM="false").items(): os.environ.setdefault(k, v)
-signal.signal(signal.SIGINT, signal.default_int_handler) # a background job of a shell is started with SIGINT ignored, and would hand that on to what the tests interrupt
+for k, v in dict(
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TQDM_DISABLE="1",
+    MPLBACKEND="agg",
+    TOKENIZERS_PARALLELISM="false",
+).items():
+    os.environ.setdefault(k, v)
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a background job of a shell is started with SIGINT ignored, and would hand that on to what the tests interrupt
 
 
-import vlkd # noqa: E402,F401 a torchvision that imports
+import vlkd  # noqa: E402,F401 a torchvision that imports
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +32,8 @@ def root() -> Path:
 def data() -> Path:
     "The folder of real data sets; skips where there is none."
     from vlkd.core import data_dir
+
     d = data_dir(need=False)
-    if d is None: pytest.skip("VLKD_DATA is not set")
+    if d is None:
+        pytest.skip("VLKD_DATA is not set")
     return d

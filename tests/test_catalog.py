@@ -1,4 +1,5 @@
 "Data cards: broken ones are refused by file and key, and the numbers of rows that they state are those of the files."
+
 import gzip, os, re, shutil, subprocess, sys, tomllib
 
 import pytest, yaml
@@ -6,25 +7,75 @@ import pytest, yaml
 from vlkd.core import scales
 from vlkd.data.catalog import SECTIONS, cards, print_status, read_card, require, status, waiting
 
-ALL = ["flickr8k", "free_exercise_db", "glue_diagnostics", "glue_mnli", "glue_qnli", "glue_qqp", "glue_sst2", "howto100m", "mnli_1k", "msvd_clips", "piqa", "squad", "superglue_axb", "swag", "swag_fixture_21rows", "tabletop",
-       "tokenizer_vocabs", "tracie", "video_raw", "weights", "wikipedia_en", "wikitext", "wikitext103"]
-HEAD = dict(pretty_name="Spoons", license="cc-by-4.0", language=["en"], size_categories=["n<1K"], task_categories=["text-classification"],
-            vlkd=dict(id="spoons", redistributable=True, folder="spoons", files=[dict(path="a.tsv", required=True, rows=3), dict(path="photos/", required=True), dict(path="b.txt", required=False)],
-                      needed_by=["m5@real", "*@paper"], roles=["teacher"], splits={"train": 3}, columns=["SPOON"]))
+ALL = [
+    "flickr8k",
+    "free_exercise_db",
+    "glue_diagnostics",
+    "glue_mnli",
+    "glue_qnli",
+    "glue_qqp",
+    "glue_sst2",
+    "howto100m",
+    "mnli_1k",
+    "msvd_clips",
+    "piqa",
+    "squad",
+    "superglue_axb",
+    "swag",
+    "swag_fixture_21rows",
+    "tabletop",
+    "tokenizer_vocabs",
+    "tracie",
+    "video_raw",
+    "weights",
+    "wikipedia_en",
+    "wikitext",
+    "wikitext103",
+]
+HEAD = dict(
+    pretty_name="Spoons",
+    license="cc-by-4.0",
+    language=["en"],
+    size_categories=["n<1K"],
+    task_categories=["text-classification"],
+    vlkd=dict(
+        id="spoons",
+        redistributable=True,
+        folder="spoons",
+        files=[
+            dict(path="a.tsv", required=True, rows=3),
+            dict(path="photos/", required=True),
+            dict(path="b.txt", required=False),
+        ],
+        needed_by=["m5@real", "*@paper"],
+        roles=["teacher"],
+        splits={"train": 3},
+        columns=["SPOON"],
+    ),
+)
 
 
 def write(folder, head=HEAD, sections=SECTIONS, name="spoons"):
-    f = folder/f"{name}.md"
-    f.write_text("---\n" + (head if isinstance(head, str) else yaml.safe_dump(head)) + "---\n\n# Spoons\n\n" + "\n".join(f"## {s}\n\nText.\n" for s in sections), encoding="utf-8")
+    f = folder / f"{name}.md"
+    f.write_text(
+        "---\n"
+        + (head if isinstance(head, str) else yaml.safe_dump(head))
+        + "---\n\n# Spoons\n\n"
+        + "\n".join(f"## {s}\n\nText.\n" for s in sections),
+        encoding="utf-8",
+    )
     return f
+
 
 def changed(**kw):
     "HEAD with keys changed; `vlkd__x` is a key of the block, None removes."
     h = {**HEAD, "vlkd": dict(HEAD["vlkd"])}
     for k, v in kw.items():
         d, k = (h["vlkd"], k[6:]) if k.startswith("vlkd__") else (h, k)
-        if v is None: d.pop(k)
-        else: d[k] = v
+        if v is None:
+            d.pop(k)
+        else:
+            d[k] = v
     return h
 
 
@@ -33,129 +84,254 @@ def test_the_release_has_these_cards():
     assert sorted(cs) == ALL
     assert [c.id for c in cs.values() if c.embedded] == ["tabletop"]
     for c in cs.values():
-        if c.license in ("research use", "mixed or not stated") or "terms" in c.license.lower(): assert not c.redistributable, f"{c.id} must not be republished under {c.license}"
-    for i in ("flickr8k", "msvd_clips", "video_raw", "glue_sst2", "howto100m"): assert not cs[i].redistributable
+        if c.license in ("research use", "mixed or not stated") or "terms" in c.license.lower():
+            assert not c.redistributable, f"{c.id} must not be republished under {c.license}"
+    for i in ("flickr8k", "msvd_clips", "video_raw", "glue_sst2", "howto100m"):
+        assert not cs[i].redistributable
+
 
 def test_a_good_card_reads_back(tmp_path):
     c = read_card(write(tmp_path))
-    assert (c.id, c.name, c.license, c.columns, c.roles, c.needed_by) == ("spoons", "Spoons", "cc-by-4.0", ("SPOON",), ("teacher",), ("m5@real", "*@paper"))
-    assert [(d.path, d.required, d.rows) for d in c.files] == [("a.tsv", True, 3), ("photos/", True, None), ("b.txt", False, None)]
+    assert (c.id, c.name, c.license, c.columns, c.roles, c.needed_by) == (
+        "spoons",
+        "Spoons",
+        "cc-by-4.0",
+        ("SPOON",),
+        ("teacher",),
+        ("m5@real", "*@paper"),
+    )
+    assert [(d.path, d.required, d.rows) for d in c.files] == [
+        ("a.tsv", True, 3),
+        ("photos/", True, None),
+        ("b.txt", False, None),
+    ]
     assert list(c.sections) == list(SECTIONS) and c.how == "Text."
 
-@pytest.mark.parametrize("change, message", [
-    (dict(pretty_name=None), "the key pretty_name is missing"), (dict(licence="x"), "unknown key 'licence'; did you mean 'license'"), (dict(license=3), "license should be str"),
-    (dict(license="other"), "license_name should say which"), (dict(license=" "), "license is empty"), (dict(language="en"), "language should be list"), (dict(size_categories=["small"]), "unknown value 'small'"),
-    (dict(size_categories=[]), "size_categories should hold one of"), (dict(vlkd=None), "the key vlkd is missing"), (dict(vlkd=["id"]), "vlkd should be dict"),
-    (dict(vlkd__id="forks"), "id should be the file's name 'spoons'"), (dict(vlkd__redistributable="no way"), "redistributable should be bool"), (dict(vlkd__redistributable=1), "redistributable should be bool"),
-    (dict(vlkd__folder="../spoons"), "folder should be a path below"), (dict(vlkd__folder=""), "folder is empty"), (dict(vlkd__files=[]), "should have a required file"),
-    (dict(vlkd__files=[dict(path="a", required=False)]), "should have a required file"), (dict(vlkd__files=["a.tsv"]), r"files\[0\] should be a mapping"), (dict(vlkd__files=[dict(path="a")]), r"files\[0\]: the key required is missing"),
-    (dict(vlkd__files=[dict(path="a", required=True, rows=True)]), "rows should be int"), (dict(vlkd__files=[dict(path="a", required=True, rows=0)]), "rows should be positive"),
-    (dict(vlkd__files=[dict(path="/etc/a", required=True)]), r"files\[0\]: path should be a path below"), (dict(vlkd__files=[dict(path="a", required=True)]*2), "names something twice"),
-    (dict(vlkd__files=[dict(path="a", required=True, sha="x")]), "unknown key 'sha'"), (dict(vlkd__needed_by=["m5"]), "table ids like m5@real"), (dict(vlkd__needed_by=["m5@rael"]), "did you mean 'real'"),
-    (dict(vlkd__needed_by=[5]), "should hold words"), (dict(vlkd__roles=["techer"]), "did you mean 'teacher'"), (dict(vlkd__splits={"train": "many"}), "splits should map names to numbers"),
-    (dict(vlkd__splits={"train": True}), "splits should map names to numbers"), (dict(vlkd__splits=None), "the key splits is missing"), (dict(vlkd__need_by=["m5@real"]), "did you mean 'needed_by'"),
-    (dict(vlkd__columns="SPOON"), "columns should be list")])
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(pretty_name=None), "the key pretty_name is missing"),
+        (dict(licence="x"), "unknown key 'licence'; did you mean 'license'"),
+        (dict(license=3), "license should be str"),
+        (dict(license="other"), "license_name should say which"),
+        (dict(license=" "), "license is empty"),
+        (dict(language="en"), "language should be list"),
+        (dict(size_categories=["small"]), "unknown value 'small'"),
+        (dict(size_categories=[]), "size_categories should hold one of"),
+        (dict(vlkd=None), "the key vlkd is missing"),
+        (dict(vlkd=["id"]), "vlkd should be dict"),
+        (dict(vlkd__id="forks"), "id should be the file's name 'spoons'"),
+        (dict(vlkd__redistributable="no way"), "redistributable should be bool"),
+        (dict(vlkd__redistributable=1), "redistributable should be bool"),
+        (dict(vlkd__folder="../spoons"), "folder should be a path below"),
+        (dict(vlkd__folder=""), "folder is empty"),
+        (dict(vlkd__files=[]), "should have a required file"),
+        (dict(vlkd__files=[dict(path="a", required=False)]), "should have a required file"),
+        (dict(vlkd__files=["a.tsv"]), r"files\[0\] should be a mapping"),
+        (dict(vlkd__files=[dict(path="a")]), r"files\[0\]: the key required is missing"),
+        (dict(vlkd__files=[dict(path="a", required=True, rows=True)]), "rows should be int"),
+        (dict(vlkd__files=[dict(path="a", required=True, rows=0)]), "rows should be positive"),
+        (dict(vlkd__files=[dict(path="/etc/a", required=True)]), r"files\[0\]: path should be a path below"),
+        (dict(vlkd__files=[dict(path="a", required=True)] * 2), "names something twice"),
+        (dict(vlkd__files=[dict(path="a", required=True, sha="x")]), "unknown key 'sha'"),
+        (dict(vlkd__needed_by=["m5"]), "table ids like m5@real"),
+        (dict(vlkd__needed_by=["m5@rael"]), "did you mean 'real'"),
+        (dict(vlkd__needed_by=[5]), "should hold words"),
+        (dict(vlkd__roles=["techer"]), "did you mean 'teacher'"),
+        (dict(vlkd__splits={"train": "many"}), "splits should map names to numbers"),
+        (dict(vlkd__splits={"train": True}), "splits should map names to numbers"),
+        (dict(vlkd__splits=None), "the key splits is missing"),
+        (dict(vlkd__need_by=["m5@real"]), "did you mean 'needed_by'"),
+        (dict(vlkd__columns="SPOON"), "columns should be list"),
+    ],
+)
 def test_a_broken_card_is_refused_by_file_and_key(tmp_path, change, message):
     f = write(tmp_path, changed(**change))
-    with pytest.raises(ValueError, match=message) as e: read_card(f)
+    with pytest.raises(ValueError, match=message) as e:
+        read_card(f)
     assert str(f) in str(e.value)
 
-@pytest.mark.parametrize("text, message", [("", "should start with a YAML head"), ("# Spoons\n", "should start with a YAML head"), ("---\npretty_name: x\n", "should start with a YAML head"),
-    ("---\na: [1\n---\n", "not valid YAML"), ("---\npretty_name: x\npretty_name: y\n---\n", "key 'pretty_name' occurs twice"), ("---\njust words\n---\n", "should be a mapping"), ("---\n- a\n---\n", "should be a mapping"),
-    ("---\na: !!python/object:os.system x\n---\n", "not valid YAML"), ("---\n? [a]\n: b\n---\n", "not valid YAML")])
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "should start with a YAML head"),
+        ("# Spoons\n", "should start with a YAML head"),
+        ("---\npretty_name: x\n", "should start with a YAML head"),
+        ("---\na: [1\n---\n", "not valid YAML"),
+        ("---\npretty_name: x\npretty_name: y\n---\n", "key 'pretty_name' occurs twice"),
+        ("---\njust words\n---\n", "should be a mapping"),
+        ("---\n- a\n---\n", "should be a mapping"),
+        ("---\na: !!python/object:os.system x\n---\n", "not valid YAML"),
+        ("---\n? [a]\n: b\n---\n", "not valid YAML"),
+    ],
+)
 def test_a_broken_head_is_refused(tmp_path, text, message):
-    f = tmp_path/"spoons.md"; f.write_text(text)
-    with pytest.raises(ValueError, match=message) as e: read_card(f)
+    f = tmp_path / "spoons.md"
+    f.write_text(text)
+    with pytest.raises(ValueError, match=message) as e:
+        read_card(f)
     assert str(f) in str(e.value)
+
 
 def test_bytes_that_are_not_text(tmp_path):
-    (tmp_path/"spoons.md").write_bytes(b"---\n\xff\xfe\n---\n")
-    with pytest.raises(ValueError, match="spoons.md is not UTF-8"): cards(tmp_path)
+    (tmp_path / "spoons.md").write_bytes(b"---\n\xff\xfe\n---\n")
+    with pytest.raises(ValueError, match="spoons.md is not UTF-8"):
+        cards(tmp_path)
+
 
 @pytest.mark.parametrize("gone", SECTIONS)
 def test_every_section_is_required(tmp_path, gone):
-    with pytest.raises(ValueError, match=f"'## {gone}' is missing"): read_card(write(tmp_path, sections=[s for s in SECTIONS if s != gone]))
+    with pytest.raises(ValueError, match=f"'## {gone}' is missing"):
+        read_card(write(tmp_path, sections=[s for s in SECTIONS if s != gone]))
+
 
 def test_windows_line_ends(tmp_path):
-    f = write(tmp_path); f.write_bytes(f.read_bytes().replace(b"\n", b"\r\n"))
+    f = write(tmp_path)
+    f.write_bytes(f.read_bytes().replace(b"\n", b"\r\n"))
     assert read_card(f).how == "Text."
 
+
 def test_no_cards(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no data cards"): cards(tmp_path)
-    with pytest.raises(FileNotFoundError, match="does not exist"): cards(tmp_path/"none")
+    with pytest.raises(FileNotFoundError, match="holds no data cards"):
+        cards(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        cards(tmp_path / "none")
 
 
 def test_states(tmp_path):
-    write(tmp_path); d = tmp_path/"data"; s = d/"spoons"; (s/"photos").mkdir(parents=True)
+    write(tmp_path)
+    d = tmp_path / "data"
+    s = d / "spoons"
+    (s / "photos").mkdir(parents=True)
     look = lambda: status(d, tmp_path).loc[0]
-    assert look()["state"] == "missing" and look()["missing files"] == ["a.tsv", "photos/ (no such folder, or an empty one)"]
-    (s/"a.tsv").write_text("x"); assert look()["state"] == "partial" and waiting(status(d, tmp_path)) == {"*@paper": ["spoons (column SPOON) (in part)"], "m5@real": ["spoons (column SPOON) (in part)"]}
-    with pytest.raises(FileNotFoundError, match=r"spoons is partial: it lacks photos/.*Text\."): require("spoons", data=d, folder=tmp_path)
-    (s/"photos"/"1.jpg").write_bytes(b"x"); assert look()["state"] == "present" and waiting(status(d, tmp_path)) == {}
+    assert look()["state"] == "missing" and look()["missing files"] == [
+        "a.tsv",
+        "photos/ (no such folder, or an empty one)",
+    ]
+    (s / "a.tsv").write_text("x")
+    assert look()["state"] == "partial" and waiting(status(d, tmp_path)) == {
+        "*@paper": ["spoons (column SPOON) (in part)"],
+        "m5@real": ["spoons (column SPOON) (in part)"],
+    }
+    with pytest.raises(FileNotFoundError, match=r"spoons is partial: it lacks photos/.*Text\."):
+        require("spoons", data=d, folder=tmp_path)
+    (s / "photos" / "1.jpg").write_bytes(b"x")
+    assert look()["state"] == "present" and waiting(status(d, tmp_path)) == {}
     assert require("spoons", data=d, folder=tmp_path) == {"spoons": s.resolve()}
-    (s/"a.tsv").unlink(); (s/"a.tsv").mkdir(); assert look()["missing files"] == ["a.tsv"], "a folder is not a file"
+    (s / "a.tsv").unlink()
+    (s / "a.tsv").mkdir()
+    assert look()["missing files"] == ["a.tsv"], "a folder is not a file"
+
 
 def test_a_file_in_the_place_of_the_data_folder(tmp_path):
-    (tmp_path/"data").write_text("")
-    with pytest.raises(FileNotFoundError, match="is not a folder"): status(tmp_path/"data")
+    (tmp_path / "data").write_text("")
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        status(tmp_path / "data")
+
 
 def test_without_data(monkeypatch, capsys):
     monkeypatch.setenv("VLKD_DATA", "")
-    df = status(); assert df[df["state"] == "present"]["data set"].tolist() == ["tabletop"] and set(df["state"]) == {"present", "missing"}
-    with pytest.raises(FileNotFoundError, match="VLKD_DATA is not set.*\n*.*squad is missing"): require("tabletop", "squad", "piqa")
-    print_status(); out = capsys.readouterr().out
-    assert "export VLKD_DATA=" in out and re.search(r"\*@real: .*flickr8k.*glue_mnli \(column MNLI\)", out) and re.search(r"m7@real: glue_diagnostics \(column Lexicon", out) and "@micro:" not in out
+    df = status()
+    assert df[df["state"] == "present"]["data set"].tolist() == ["tabletop"] and set(df["state"]) == {
+        "present",
+        "missing",
+    }
+    with pytest.raises(FileNotFoundError, match="VLKD_DATA is not set.*\n*.*squad is missing"):
+        require("tabletop", "squad", "piqa")
+    print_status()
+    out = capsys.readouterr().out
+    assert (
+        "export VLKD_DATA=" in out
+        and re.search(r"\*@real: .*flickr8k.*glue_mnli \(column MNLI\)", out)
+        and re.search(r"m7@real: glue_diagnostics \(column Lexicon", out)
+        and "@micro:" not in out
+    )
+
 
 def test_a_wrong_folder_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setenv("VLKD_DATA", str(tmp_path/"none"))
-    with pytest.raises(FileNotFoundError, match="not a folder"): print_status()
+    monkeypatch.setenv("VLKD_DATA", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        print_status()
+
 
 def test_everything_missing_is_named_at_once(tmp_path):
-    with pytest.raises(FileNotFoundError) as e: require("squad", "piqa", data=tmp_path)
-    assert "squad is missing" in str(e.value) and "piqa is missing" in str(e.value) and "valid.jsonl.gz" in str(e.value) and str(tmp_path/"piqa") in str(e.value)
+    with pytest.raises(FileNotFoundError) as e:
+        require("squad", "piqa", data=tmp_path)
+    assert (
+        "squad is missing" in str(e.value)
+        and "piqa is missing" in str(e.value)
+        and "valid.jsonl.gz" in str(e.value)
+        and str(tmp_path / "piqa") in str(e.value)
+    )
 
 
 def test_cards_name_tables_of_the_plan(root):
-    plan = root/"nbs"/"experiments"/"plan.toml"
-    text = plan.read_text(encoding="utf-8"); tomllib.loads(text)
+    plan = root / "nbs" / "experiments" / "plan.toml"
+    text = plan.read_text(encoding="utf-8")
+    tomllib.loads(text)
     ids = set(re.findall(r"[\"']?([\w-]+)[\"']?", text))
     for c in cards().values():
-        for t in c.needed_by: assert t.split("@")[0] in {"*"} | ids, f"{c.path}: needed_by {t}, which plan.toml does not have"
+        for t in c.needed_by:
+            assert t.split("@")[0] in {"*"} | ids, f"{c.path}: needed_by {t}, which plan.toml does not have"
         assert all(t.split("@")[1] in scales() for t in c.needed_by)
+
 
 def test_the_card_of_tabletop_is_of_its_edition():
     from vlkd.data.tabletop import EDITION, World
-    c = cards()["tabletop"]; assert f"edition `{EDITION}`" in c.sections["Origin"]
+
+    c = cards()["tabletop"]
+    assert f"edition `{EDITION}`" in c.sections["Origin"]
     assert {f"{k} nouns": len(v) for k, v in World(1).splits.items()}.items() <= c.splits.items()
 
 
 def count(p) -> int:
     "Rows of a file, counted without the readers of the library."
-    if p.is_dir(): return sum(1 for q in p.iterdir() if q.is_file())
-    with (gzip.open(p, "rb") if p.suffix == ".gz" else open(p, "rb")) as f: b = f.read()
-    if "squad" in p.parts and ".json" in p.name: return b.count(b'"question"')
+    if p.is_dir():
+        return sum(1 for q in p.iterdir() if q.is_file())
+    with gzip.open(p, "rb") if p.suffix == ".gz" else open(p, "rb") as f:
+        b = f.read()
+    if "squad" in p.parts and ".json" in p.name:
+        return b.count(b'"question"')
     if p.name == "captions_msvd_all.json":
         import json
+
         return len(json.loads(b))
     if p.suffix == ".npz":
         import numpy as np
+
         return len(np.load(p)["files"])
     n = b.count(b"\n") + (not b.endswith(b"\n"))
     return n - (p.parent.name.startswith("glue_") or p.suffix == ".csv")  # header line
+
 
 def test_rows_of_the_real_files(data):
     seen = 0
     for c in cards().values():
         for d in c.files:
-            p = data/c.folder/d.path
-            if d.rows and p.exists(): seen += 1; assert count(p) == d.rows, f"{c.path} says {d.rows} rows of {d.path}, the file has {count(p)}"
+            p = data / c.folder / d.path
+            if d.rows and p.exists():
+                seen += 1
+                assert count(p) == d.rows, f"{c.path} says {d.rows} rows of {d.path}, the file has {count(p)}"
     assert seen, "no file of any card is there"
+
 
 def test_licences_agree_with_the_sources(data):
     "A folder's SOURCE.json and its card name the same licence."
     import json
-    words = {"cc-by-sa-4.0": "CC BY-SA 4.0", "cc-by-sa-3.0": "CC BY-SA 3.0", "afl-3.0": "AFL-3.0", "apache-2.0": "Apache-2.0", "research use": "research use", "mit": "SWAG: MIT", "MultiNLI terms": "MultiNLI:",
-             "GLUE terms, none stated for the texts": "terms per gluebenchmark; no file in repo"}
+
+    words = {
+        "cc-by-sa-4.0": "CC BY-SA 4.0",
+        "cc-by-sa-3.0": "CC BY-SA 3.0",
+        "afl-3.0": "AFL-3.0",
+        "apache-2.0": "Apache-2.0",
+        "research use": "research use",
+        "mit": "SWAG: MIT",
+        "MultiNLI terms": "MultiNLI:",
+        "GLUE terms, none stated for the texts": "terms per gluebenchmark; no file in repo",
+    }
     for c in cards().values():
-        s = data/c.folder/"SOURCE.json"
-        if c.folder and s.is_file(): assert words[c.license].lower() in json.loads(s.read_text())["licence"].lower(), c.id
+        s = data / c.folder / "SOURCE.json"
+        if c.folder and s.is_file():
+            assert words[c.license].lower() in json.loads(s.read_text())["licence"].lower(), c.id

@@ -1,4 +1,5 @@
 """Tabletop's own encoders: captions that say what can be seen, a CLIP that is trained once, and the same features from files."""
+
 import contextlib, io, threading
 from functools import partial
 
@@ -14,8 +15,12 @@ from vlkd.models.encoders import GridPixels
 from vlkd.models.extract import VideoItem, encode_video, extract_videos
 from vlkd.models.tabletop import *
 
-clip = pytest.mark.skipif(not __import__("importlib").util.find_spec("open_clip"), reason="the `encoders` extra is not installed")
-video = pytest.mark.skipif(not __import__("importlib").util.find_spec("av"), reason="the `video` extra is not installed")
+clip = pytest.mark.skipif(
+    not __import__("importlib").util.find_spec("open_clip"), reason="the `encoders` extra is not installed"
+)
+video = pytest.mark.skipif(
+    not __import__("importlib").util.find_spec("av"), reason="the `video` extra is not installed"
+)
 TINY = dict(clips=30, steps=6, batch=16)
 
 
@@ -23,77 +28,161 @@ def test_frames_that_look_alike_have_the_same_facts():
     "A caption must not tell what its one frame does not show: the future, or an event whose props are not yet there."
     what = [(e, o) for e, v in {**EVENTS, **STATIC}.items() for o in v if e != "push"]
     for shape in SHAPES:
-        looks = pd.DataFrame(dict(shape=[shape]*(len(what)+1), size=["large"]*(len(what)+1))); happens = [*what, ("push", "roll" if shape in ROUND else "slide")]
-        e, o = zip(*happens); x = render(looks, e, o, [7]*len(looks), noise=0.).reshape(-1, SIDE, SIDE, 3); d = frame_facts(looks, e, o, [7]*len(looks)); facts = {}
-        for a, f in zip(x, d.replace(dict(state=dict(narrow="whole", wide="whole"))).itertuples(index=False)): facts.setdefault(a.tobytes(), set()).add(tuple(f))     # widths between pixels look alike
+        looks = pd.DataFrame(dict(shape=[shape] * (len(what) + 1), size=["large"] * (len(what) + 1)))
+        happens = [*what, ("push", "roll" if shape in ROUND else "slide")]
+        e, o = zip(*happens)
+        x = render(looks, e, o, [7] * len(looks), noise=0.0).reshape(-1, SIDE, SIDE, 3)
+        d = frame_facts(looks, e, o, [7] * len(looks))
+        facts = {}
+        for a, f in zip(x, d.replace(dict(state=dict(narrow="whole", wide="whole"))).itertuples(index=False)):
+            facts.setdefault(a.tobytes(), set()).add(tuple(f))  # widths between pixels look alike
         assert max(map(len, facts.values())) == 1 and len(facts) < len(x)
 
+
 def test_surfaces_are_the_ones_filmed():
-    n = 60; looks = pd.DataFrame(dict(shape=["square"]*n, size=["large"]*n)); x = render(looks, ["heat"]*n, ["keep"]*n, range(n), noise=0.)[:, 0].astype(float); d = surfaces(range(n))
+    n = 60
+    looks = pd.DataFrame(dict(shape=["square"] * n, size=["large"] * n))
+    x = render(looks, ["heat"] * n, ["keep"] * n, range(n), noise=0.0)[:, 0].astype(float)
+    d = surfaces(range(n))
     for i in range(n):
-        tint = np.array(COLOURS[d.colour[i]], float); a = x[i, 13:23, 8:24].reshape(-1, 3); far = np.linalg.norm(a/np.linalg.norm(a, axis=1, keepdims=True)-tint/np.linalg.norm(tint), axis=1)
-        light = a[far < .03].max(1); assert len(light) > 20, (i, d.colour[i])                                # pixels of this tint
-        assert (light.min() < .7*light.max()) == (d.texture[i] == "striped"), i
+        tint = np.array(COLOURS[d.colour[i]], float)
+        a = x[i, 13:23, 8:24].reshape(-1, 3)
+        far = np.linalg.norm(
+            a / np.linalg.norm(a, axis=1, keepdims=True) - tint / np.linalg.norm(tint), axis=1
+        )
+        light = a[far < 0.03].max(1)
+        assert len(light) > 20, (i, d.colour[i])  # pixels of this tint
+        assert (light.min() < 0.7 * light.max()) == (d.texture[i] == "striped"), i
+
 
 def test_captions_name_what_they_keep():
-    r = rng("captions"); looks, events, outcomes = nameless(50, 5); d = frame_facts(looks, events, outcomes, range(50))
+    r = rng("captions")
+    looks, events, outcomes = nameless(50, 5)
+    d = frame_facts(looks, events, outcomes, range(50))
     for f in d.to_dict("records"):
-        s = f" {caption_frame(r, f, 1.)} "
+        s = f" {caption_frame(r, f, 1.0)} "
         assert all(any(f" {p} " in s for p in SAY[k][v]) for k, v in f.items() if v), (s, f)
-        assert clip_tokens([s]).max() == clip_tokens(["a thing"]).max()                                      # the end is within the length
+        assert clip_tokens([s]).max() == clip_tokens(["a thing"]).max()  # the end is within the length
     assert len({caption_frame(r, d.iloc[0].to_dict()) for _ in range(50)}) > 10
+
 
 @clip
 def test_clip_is_the_same_with_more_threads():
     import torch
-    x = TabletopClip(**TINY).films(3, 1)[0]; a = TabletopClip(**TINY).fit().image(x); old = torch.get_num_threads(); torch.set_num_threads(2); torch.manual_seed(99)
-    try: b = TabletopClip(**TINY).fit(); assert torch.get_num_threads() == 2
-    finally: torch.set_num_threads(old)
+
+    x = TabletopClip(**TINY).films(3, 1)[0]
+    a = TabletopClip(**TINY).fit().image(x)
+    old = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.manual_seed(99)
+    try:
+        b = TabletopClip(**TINY).fit()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(old)
     assert np.array_equal(a, b.image(x)) and TabletopClip(**dict(TINY, seed=1)).name != b.name
+
 
 @clip
 def test_of_several_that_ask_one_trains(tmp_path, monkeypatch):
     made = []
+
     class Counted(TabletopClip):
-        def fit(self): made.append(1); return super().fit()
-    monkeypatch.setattr(module, "TabletopClip", partial(Counted, **TINY)); got = []
+        def fit(self):
+            made.append(1)
+            return super().fit()
+
+    monkeypatch.setattr(module, "TabletopClip", partial(Counted, **TINY))
+    got = []
     with contextlib.redirect_stderr(io.StringIO()):
-        ts = [threading.Thread(target=lambda: got.append(load_tabletop_clip(tmp_path))) for _ in range(3)]; [t.start() for t in ts]; [t.join() for t in ts]
+        ts = [threading.Thread(target=lambda: got.append(load_tabletop_clip(tmp_path))) for _ in range(3)]
+        [t.start() for t in ts]
+        [t.join() for t in ts]
     assert len(made) == 1 and len(got) == 3
-    f = next((tmp_path/"encoders").glob("*.safetensors")); f.write_bytes(f.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="tabletop-clip.*damaged.*delete the file"): load_tabletop_clip(tmp_path)
+    f = next((tmp_path / "encoders").glob("*.safetensors"))
+    f.write_bytes(f.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="tabletop-clip.*damaged.*delete the file"):
+        load_tabletop_clip(tmp_path)
 
 
 class Ends:
     "An encoder of clips that look back: the brightness of each of its frames."
+
     frames, rate, size, trailing, dim, name = 6, 4, 32, True, 6, "ends"
-    def encode(self, x): return GridPixels(1).encode(x)[..., 0]
+
+    def encode(self, x):
+        return GridPixels(1).encode(x)[..., 0]
+
 
 @video
 def test_clips_that_look_back_end_at_their_row(tmp_path):
-    x = (np.arange(22)*10)[:, None, None, None]+np.zeros((1, 32, 32, 3)); f = write_mp4(tmp_path/"a.mp4", x.astype(np.uint8), 4)
-    levels = lambda y: (y+1)*127.5
+    x = (np.arange(22) * 10)[:, None, None, None] + np.zeros((1, 32, 32, 3))
+    f = write_mp4(tmp_path / "a.mp4", x.astype(np.uint8), 4)
+    levels = lambda y: (y + 1) * 127.5
     for fps, every in ((1, 4), (2, 2), (4, 1)):
-        y, cut = encode_video(VideoItem(f), None, Ends(), fps); rows = range(0, 22, every); assert len(y) == len(rows) and not cut
-        assert np.abs(levels(y)-[[10*max(k-5+j, 0) for j in range(6)] for k in rows]).max() < 4
-    y, cut = encode_video(VideoItem(f), GridPixels(1), Ends(), 2, max_frames=7); assert len(y) == 7 and cut and abs(levels(y[6, -1])-120) < 4 and np.abs(levels(y[:, 0])-levels(y[:, -1])).max() < 2
+        y, cut = encode_video(VideoItem(f), None, Ends(), fps)
+        rows = range(0, 22, every)
+        assert len(y) == len(rows) and not cut
+        assert np.abs(levels(y) - [[10 * max(k - 5 + j, 0) for j in range(6)] for k in rows]).max() < 4
+    y, cut = encode_video(VideoItem(f), GridPixels(1), Ends(), 2, max_frames=7)
+    assert (
+        len(y) == 7
+        and cut
+        and abs(levels(y[6, -1]) - 120) < 4
+        and np.abs(levels(y[:, 0]) - levels(y[:, -1])).max() < 2
+    )
+
 
 @video
 @pytest.mark.parametrize("kind", ["resnet", pytest.param("clip", marks=[clip, pytest.mark.slow])])
 def test_films_of_a_world_through_the_command(tmp_path, kind):
     from vlkd.cli import main
-    world = World(6); films = world.frames(np.arange(12)); v = tmp_path/"v"
-    for i, x in enumerate(films): write_mp4(v/f"{i:02}.mp4", x if i else np.kron(x, np.ones((1, 2, 2, 1), np.uint8)), 1)       # the first at twice the size
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as e: main(["extract", str(v), "--out", str(tmp_path/"out"), "--frames", f"tabletop-{kind}", "--clips", "tabletop-3d", "--workers", "2"])
+
+    world = World(6)
+    films = world.frames(np.arange(12))
+    v = tmp_path / "v"
+    for i, x in enumerate(films):
+        write_mp4(
+            v / f"{i:02}.mp4", x if i else np.kron(x, np.ones((1, 2, 2, 1), np.uint8)), 1
+        )  # the first at twice the size
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()) as said,
+        pytest.raises(SystemExit) as e,
+    ):
+        main(
+            [
+                "extract",
+                str(v),
+                "--out",
+                str(tmp_path / "out"),
+                "--frames",
+                f"tabletop-{kind}",
+                "--clips",
+                "tabletop-3d",
+                "--workers",
+                "2",
+            ]
+        )
     assert e.value.code == 0, said.getvalue()
     from vlkd.data.video import load_features
-    feats, enc = load_features(tmp_path/"out"), load_tabletop_encoder(kind=kind); assert feats.manifest["dims"] == [enc.dim_2d, 14] and feats.manifest["clips"]["trailing"]
-    seen = np.stack([read_frames(v/f"{i:02}.mp4", fps=1, size=32)[0] for i in range(12)]); want = enc.encode(seen); got = np.stack([feats[f"{i:02}"] for i in range(12)])
-    assert got.shape == want.shape and np.abs(got.astype(float)-want).max() < 2e-2
-    assert np.corrcoef(got[1:].ravel(), enc.encode(films[1:]).ravel())[0, 1] > .9                            # and nearly those of the frames before compression
+
+    feats, enc = load_features(tmp_path / "out"), load_tabletop_encoder(kind=kind)
+    assert feats.manifest["dims"] == [enc.dim_2d, 14] and feats.manifest["clips"]["trailing"]
+    seen = np.stack([read_frames(v / f"{i:02}.mp4", fps=1, size=32)[0] for i in range(12)])
+    want = enc.encode(seen)
+    got = np.stack([feats[f"{i:02}"] for i in range(12)])
+    assert got.shape == want.shape and np.abs(got.astype(float) - want).max() < 2e-2
+    assert (
+        np.corrcoef(got[1:].ravel(), enc.encode(films[1:]).ravel())[0, 1] > 0.9
+    )  # and nearly those of the frames before compression
+
 
 @video
 def test_a_folder_of_other_features_is_refused(tmp_path):
-    write_mp4(tmp_path/"v/a.mp4", World(6).frames([0])[0], 1); extract_videos(tmp_path/"v", tmp_path/"out", "tabletop-resnet", "tabletop-3d", workers=1)
-    with pytest.raises(ValueError, match="other features .encoder"): extract_videos(tmp_path/"v", tmp_path/"out", None, "tabletop-3d", workers=1)
-    with pytest.raises(ValueError, match="fps 2 should divide the 1 frames a second of tabletop-3000-0-3d"): extract_videos(tmp_path/"v", tmp_path/"x", None, "tabletop-3d", fps=2, workers=1)
+    write_mp4(tmp_path / "v/a.mp4", World(6).frames([0])[0], 1)
+    extract_videos(tmp_path / "v", tmp_path / "out", "tabletop-resnet", "tabletop-3d", workers=1)
+    with pytest.raises(ValueError, match="other features .encoder"):
+        extract_videos(tmp_path / "v", tmp_path / "out", None, "tabletop-3d", workers=1)
+    with pytest.raises(ValueError, match="fps 2 should divide the 1 frames a second of tabletop-3000-0-3d"):
+        extract_videos(tmp_path / "v", tmp_path / "x", None, "tabletop-3d", fps=2, workers=1)

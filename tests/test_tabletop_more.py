@@ -1,4 +1,5 @@
 "More questions about the embedded world: what every one of them promises, in other worlds than the notebook's."
+
 import pandas as pd, pytest
 
 from vlkd.data.squad import *
@@ -9,34 +10,82 @@ from vlkd.data.tasks import *
 N = dict(train=150, dev=60, test=150)
 OUTCOME = {p: (e, o) for e, v in EVENTS.items() for o in v for p in SAID[o]}
 
+
 @pytest.fixture(scope="module", params=[1, 103])
-def worlds(request): return World(request.param), World(request.param, counterfactual=True)
+def worlds(request):
+    return World(request.param), World(request.param, counterfactual=True)
+
 
 @pytest.mark.parametrize("name", MORE)
 def test_promises(worlds, name):
-    a, b = worlds; nouns = a.nouns; ids = set()
+    a, b = worlds
+    nouns = a.nouns
+    ids = set()
     for split, n in N.items():
-        x, y = more_task(a, name, split, n), more_task(b, name, split, n); pd.testing.assert_frame_equal(x, more_task(World(a.seed), name, split, n))   # the same again
-        answer = [c for c in x if c in ("label", "answers", "starts")]; text = x.drop(columns=answer); pd.testing.assert_frame_equal(text, y.drop(columns=answer))
-        same = (x[answer].astype(str) == y[answer].astype(str)).all(axis=1); assert same[~x.kind.isin(["hidden", "unfilmed"])].all()
-        if split == "train": assert same.all()                                          # the counterfactual keeps training nouns
-        assert len(x) == n and not set(x.id) & ids and not text.drop(columns="id").astype(str).duplicated().any(); ids |= set(x.id)
-        assert set(x.group) <= set(nouns[nouns.split == split].noun) and (split == "test" or "unfilmed" not in set(x.kind)) and set(x.kind) <= {"language", "said", "static", "hidden", "unfilmed"}
-        assert ((x.kind == "hidden") <= x.group.map(nouns.filmed)).all() and ((x.kind == "unfilmed") <= ~x.group.map(nouns.filmed).astype(bool)).all()
-        words = {w for s in text.drop(columns=["id", "group", "kind"]).select_dtypes(exclude=["number", "bool"]).astype(str).to_numpy().ravel() for w in s.split()}
-        assert not words & set(nouns[nouns.split != split].noun)                         # no text of one split names a noun of another
+        x, y = more_task(a, name, split, n), more_task(b, name, split, n)
+        pd.testing.assert_frame_equal(x, more_task(World(a.seed), name, split, n))  # the same again
+        answer = [c for c in x if c in ("label", "answers", "starts")]
+        text = x.drop(columns=answer)
+        pd.testing.assert_frame_equal(text, y.drop(columns=answer))
+        same = (x[answer].astype(str) == y[answer].astype(str)).all(axis=1)
+        assert same[~x.kind.isin(["hidden", "unfilmed"])].all()
+        if split == "train":
+            assert same.all()  # the counterfactual keeps training nouns
+        assert (
+            len(x) == n and not set(x.id) & ids and not text.drop(columns="id").astype(str).duplicated().any()
+        )
+        ids |= set(x.id)
+        assert (
+            set(x.group) <= set(nouns[nouns.split == split].noun)
+            and (split == "test" or "unfilmed" not in set(x.kind))
+            and set(x.kind) <= {"language", "said", "static", "hidden", "unfilmed"}
+        )
+        assert ((x.kind == "hidden") <= x.group.map(nouns.filmed)).all() and (
+            (x.kind == "unfilmed") <= ~x.group.map(nouns.filmed).astype(bool)
+        ).all()
+        words = {
+            w
+            for s in text.drop(columns=["id", "group", "kind"])
+            .select_dtypes(exclude=["number", "bool"])
+            .astype(str)
+            .to_numpy()
+            .ravel()
+            for w in s.split()
+        }
+        assert not words & set(
+            nouns[nouns.split != split].noun
+        )  # no text of one split names a noun of another
+
 
 def test_formats(worlds, tmp_path):
     w = worlds[0]
-    for name, v in dict(squad1="1.1", squad2="2.0").items(): df = more_task(w, name, "dev", 60); pd.testing.assert_frame_equal(read_squad(write_squad(df, tmp_path/f"dev-v{v}.json", v), version=v), df)
-    for name in ("swag", "diagnostics"): df = more_task(w, name, "dev", 60); write_task(name, df, tmp_path, "dev"); pd.testing.assert_frame_equal(read_task(name, tmp_path, "dev"), canonical(name, df))
-    assert more_task(w, "squad2", "dev", 60).impossible.mean() > .1 and not more_task(w, "squad1", "dev", 60).impossible.any()
+    for name, v in dict(squad1="1.1", squad2="2.0").items():
+        df = more_task(w, name, "dev", 60)
+        pd.testing.assert_frame_equal(
+            read_squad(write_squad(df, tmp_path / f"dev-v{v}.json", v), version=v), df
+        )
+    for name in ("swag", "diagnostics"):
+        df = more_task(w, name, "dev", 60)
+        write_task(name, df, tmp_path, "dev")
+        pd.testing.assert_frame_equal(read_task(name, tmp_path, "dev"), canonical(name, df))
+    assert (
+        more_task(w, "squad2", "dev", 60).impossible.mean() > 0.1
+        and not more_task(w, "squad1", "dev", 60).impossible.any()
+    )
     pd.testing.assert_frame_equal(more_task(w, "piqa", "dev", 20), w.task("piqa", "dev", 20))
-    with pytest.raises(ValueError, match="train, dev or test"): more_task(w, "swag", "deb")
-    with pytest.raises(ValueError, match="unknown task 'swga'; did you mean 'swag'"): more_task(w, "swga")
+    with pytest.raises(ValueError, match="train, dev or test"):
+        more_task(w, "swag", "deb")
+    with pytest.raises(ValueError, match="unknown task 'swga'; did you mean 'swag'"):
+        more_task(w, "swga")
+
 
 def test_every_outcome_of_the_event_is_among_the_endings(worlds):
     "So that the answer cannot be found by leaving out what the event cannot have."
     for x in more_task(worlds[0], "swag", "test", 200).itertuples():
-        if x.kind not in ("hidden", "unfilmed"): continue
-        ends = [OUTCOME.get(x[i]) for i in range(3, 7)]; e = ends[x.label][0]; assert {o for k, o in filter(None, ends) if k == e} == set(EVENTS[e]) and ends[x.label][1] == worlds[0].nouns.at[x.group, e]
+        if x.kind not in ("hidden", "unfilmed"):
+            continue
+        ends = [OUTCOME.get(x[i]) for i in range(3, 7)]
+        e = ends[x.label][0]
+        assert {o for k, o in filter(None, ends) if k == e} == set(EVENTS[e]) and ends[x.label][1] == worlds[
+            0
+        ].nouns.at[x.group, e]

@@ -19,60 +19,114 @@ from .core import *
 from .core import _unknown
 
 # %% ../nbs/70a_bench.ipynb #b2a09982
-repeats_override = [0] # of `vlkd bench --repeats`; 0: what a benchmark asks for
+repeats_override = [0]  # of `vlkd bench --repeats`; 0: what a benchmark asks for
+
 
 def wait():
     "Wait until the device has done its work."
-    if device().type == "cuda": torch.cuda.synchronize()
+    if device().type == "cuda":
+        torch.cuda.synchronize()
 
-def interleave(variants:dict,      # name -> function without arguments
-               repeats:int=5,      # rounds that count
-               warmup:int=1,       # rounds before them
-               *, base:str=None,   # variant that ratios refer to; None: the first
-               seconds:float=None, # no new round after so much time, once two are done
-               seed:int=0, clock=time.perf_counter) -> pd.DataFrame: # a row a variant: median, q25, q75 in seconds; ratio, ratio_q25, ratio_q75: how many times faster than `base`; rounds. `attrs["times"]` holds all of them
+
+def interleave(
+    variants: dict,  # name -> function without arguments
+    repeats: int = 5,  # rounds that count
+    warmup: int = 1,  # rounds before them
+    *,
+    base: str = None,  # variant that ratios refer to; None: the first
+    seconds: float = None,  # no new round after so much time, once two are done
+    seed: int = 0,
+    clock=time.perf_counter,
+) -> pd.DataFrame:  # a row a variant: median, q25, q75 in seconds; ratio, ratio_q25, ratio_q75: how many times faster than `base`; rounds. `attrs["times"]` holds all of them
     "Times of variants that run in turns. A ratio is the median over rounds of the base's time by the variant's in the same round, so that a load which lasts longer than a round takes nothing from it."
-    if not variants: raise ValueError("interleave: no variants to measure")
+    if not variants:
+        raise ValueError("interleave: no variants to measure")
     base, repeats = base or next(iter(variants)), repeats_override[0] or repeats
-    if base not in variants: raise ValueError(f"interleave: no variant {base!r}; there are {', '.join(variants)}")
-    if repeats < 1: raise ValueError(f"interleave: repeats should be at least 1, got {repeats}")
+    if base not in variants:
+        raise ValueError(f"interleave: no variant {base!r}; there are {', '.join(variants)}")
+    if repeats < 1:
+        raise ValueError(f"interleave: repeats should be at least 1, got {repeats}")
     order, shuffle, t = list(variants), random.Random(seed), {k: [] for k in variants}
     for _ in range(warmup):
-        for k in order: variants[k]()
+        for k in order:
+            variants[k]()
     began = clock()
     for r in range(repeats):
-        if seconds is not None and r >= 2 and clock()-began > seconds: break
-        shuffle.shuffle(order); gc.collect()
-        for k in order: # a collection during a measurement would be charged to whoever is running
-            gc.disable(); wait(); a = clock()
-            try: variants[k](); wait(); t[k].append(clock()-a)
-            finally: gc.enable()
+        if seconds is not None and r >= 2 and clock() - began > seconds:
+            break
+        shuffle.shuffle(order)
+        gc.collect()
+        for k in order:  # a collection during a measurement would be charged to whoever is running
+            gc.disable()
+            wait()
+            a = clock()
+            try:
+                variants[k]()
+                wait()
+                t[k].append(clock() - a)
+            finally:
+                gc.enable()
     return summary(t, base)
 
-def summary(times:dict, base:str) -> pd.DataFrame:
+
+def summary(times: dict, base: str) -> pd.DataFrame:
     "Medians and quartiles of times (name -> seconds, one a round) and of their ratios to `base` within rounds."
-    b = np.asarray(times[base], float); rows = []
+    b = np.asarray(times[base], float)
+    rows = []
     for k, v in times.items():
-        v = np.asarray(v, float); q = np.percentile(v, [50, 25, 75])
-        with np.errstate(all="ignore"): r = np.percentile(b/v, [50, 25, 75])
-        rows.append(dict(variant=k, median=q[0], q25=q[1], q75=q[2], ratio=r[0], ratio_q25=r[1], ratio_q75=r[2], rounds=len(v)))
-    out = pd.DataFrame(rows); out.attrs = dict(times={k: list(map(float, v)) for k, v in times.items()}); return out
+        v = np.asarray(v, float)
+        q = np.percentile(v, [50, 25, 75])
+        with np.errstate(all="ignore"):
+            r = np.percentile(b / v, [50, 25, 75])
+        rows.append(
+            dict(
+                variant=k,
+                median=q[0],
+                q25=q[1],
+                q75=q[2],
+                ratio=r[0],
+                ratio_q25=r[1],
+                ratio_q75=r[2],
+                rounds=len(v),
+            )
+        )
+    out = pd.DataFrame(rows)
+    out.attrs = dict(times={k: list(map(float, v)) for k, v in times.items()})
+    return out
 
 # %% ../nbs/70a_bench.ipynb #a2ec040b
 @contextlib.contextmanager
-def _quiet_stderr(): # the profiler's library reports its start and its end there
-    sys.stderr.flush(); kept = os.dup(2); null = os.open(os.devnull, os.O_WRONLY); os.dup2(null, 2)
-    try: yield
-    finally: os.dup2(kept, 2); os.close(kept); os.close(null)
+def _quiet_stderr():  # the profiler's library reports its start and its end there
+    sys.stderr.flush()
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
-def peak_memory(f) -> int: # bytes
+
+def peak_memory(f) -> int:  # bytes
     "The most that tensors take while `f` runs, beyond what they took before."
     gc.collect()
     if device().type == "cuda":
-        torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated(); f(); torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()-before
-    with _quiet_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p: f()
-    e = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with (
+        _quiet_stderr(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p,
+    ):
+        f()
+    e = sorted(
+        (e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]"
+    )
     return int(max(0, np.cumsum([n for _, n in e]).max())) if e else 0
 
 # %% ../nbs/70a_bench.ipynb #0627afda
@@ -81,137 +135,323 @@ def _cpu() -> str:
     m = re.search(r"^model name\s*:\s*(.+)$", f.read_text(), re.M) if f.is_file() else None
     return " ".join((m[1] if m else platform.processor() or platform.machine()).split())
 
+
 def machine() -> dict:
     "What a measurement depends on: processor, cores, memory, accelerator, threads, versions."
-    m = dict(cpu=_cpu(), cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), device=torch.cuda.get_device_name(device()) if device().type == "cuda" else "cpu", threads=torch.get_num_threads(), system=f"{platform.system()} {platform.machine()}")
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names: m["memory_GB"] = round(os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")/2**30)
-    if device().type == "cuda": m["device_GB"] = round(torch.cuda.get_device_properties(device()).total_memory/2**30)
+    m = dict(
+        cpu=_cpu(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        device=torch.cuda.get_device_name(device()) if device().type == "cuda" else "cpu",
+        threads=torch.get_num_threads(),
+        system=f"{platform.system()} {platform.machine()}",
+    )
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        m["memory_GB"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    if device().type == "cuda":
+        m["device_GB"] = round(torch.cuda.get_device_properties(device()).total_memory / 2**30)
     return m | dict(versions=versions())
 
-def machine_stamp(m:dict=None) -> str:
+
+def machine_stamp(m: dict = None) -> str:
     "A short name of a machine as results are filed: its processor or GPU, cores, and a hash of the rest."
-    m = m or machine(); slug = re.sub(r"[^a-z0-9]+", "-", (m["cpu"] if m["device"] == "cpu" else m["device"]).lower()).strip("-")[:40].strip("-")
+    m = m or machine()
+    slug = (
+        re.sub(r"[^a-z0-9]+", "-", (m["cpu"] if m["device"] == "cpu" else m["device"]).lower())
+        .strip("-")[:40]
+        .strip("-")
+    )
     return f"{slug}-{m['cores']}c-{fingerprint(m)[:6]}"
 
 # %% ../nbs/70a_bench.ipynb #4e612302
-BENCHMARKS = {} # name -> dict(title, fn)
-MODULES = ("vlkd.bench_steps", "vlkd.bench_more") # importing them registers their benchmarks; one that is not there is left out
+BENCHMARKS = {}  # name -> dict(title, fn)
+MODULES = (
+    "vlkd.bench_steps",
+    "vlkd.bench_more",
+)  # importing them registers their benchmarks; one that is not there is left out
 
-def register(name:str, title:str, *, quick:bool=True):
+
+def register(name: str, title: str, *, quick: bool = True):
     "Decorator: enter `fn(quick: bool) -> DataFrame` as the benchmark `name`; without `quick` a quick run of all leaves it out. A name that another function has is a ValueError."
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name): raise ValueError(f"benchmark {name!r}: a name has lower-case letters, digits and _ only")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"benchmark {name!r}: a name has lower-case letters, digits and _ only")
+
     def enter(fn):
         old = BENCHMARKS.get(name)
-        same = lambda f: f.__qualname__ == fn.__qualname__ and (f.__module__ == fn.__module__ or "__main__" in (f.__module__, fn.__module__)) # its notebook may enter it again
-        if old and not same(old["fn"]): raise ValueError(f"there is a benchmark {name!r} already, {old['fn'].__module__}.{old['fn'].__qualname__}; give another name")
-        BENCHMARKS[name] = dict(title=title, fn=fn, quick=quick); return fn
+        same = lambda f: (
+            f.__qualname__ == fn.__qualname__
+            and (f.__module__ == fn.__module__ or "__main__" in (f.__module__, fn.__module__))
+        )  # its notebook may enter it again
+        if old and not same(old["fn"]):
+            raise ValueError(
+                f"there is a benchmark {name!r} already, {old['fn'].__module__}.{old['fn'].__qualname__}; give another name"
+            )
+        BENCHMARKS[name] = dict(title=title, fn=fn, quick=quick)
+        return fn
+
     return enter
 
-def benchmarks() -> dict: # name -> title
+
+def benchmarks() -> dict:  # name -> title
     "All benchmarks, in the order of `MODULES`."
     for m in MODULES:
-        try: importlib.import_module(m)
+        try:
+            importlib.import_module(m)
         except ModuleNotFoundError as e:
-            if e.name != m: raise
+            if e.name != m:
+                raise
     return {k: b["title"] for k, b in BENCHMARKS.items()}
 
-def goal(text:str, measured, *, at_least:float=None, at_most:float=None, unit:str="x", note:str="") -> dict:
+
+def goal(
+    text: str, measured, *, at_least: float = None, at_most: float = None, unit: str = "x", note: str = ""
+) -> dict:
     "A goal beside what was measured; `held` is None where `measured` is None: not measured here."
-    if (at_least is None) == (at_most is None): raise ValueError(f"goal {text!r}: give at_least or at_most")
-    m = None if measured is None or not math.isfinite(measured) else float(measured); lim = at_most if at_least is None else at_least
-    return dict(goal=text, asked=f"{'at most' if at_least is None else 'at least'} {lim:g}{unit}", measured="not measured here" if m is None else f"{m:.3g}{unit}", held=None if m is None else bool(m <= lim if at_least is None else m >= lim), note=note)
+    if (at_least is None) == (at_most is None):
+        raise ValueError(f"goal {text!r}: give at_least or at_most")
+    m = None if measured is None or not math.isfinite(measured) else float(measured)
+    lim = at_most if at_least is None else at_least
+    return dict(
+        goal=text,
+        asked=f"{'at most' if at_least is None else 'at least'} {lim:g}{unit}",
+        measured="not measured here" if m is None else f"{m:.3g}{unit}",
+        held=None if m is None else bool(m <= lim if at_least is None else m >= lim),
+        note=note,
+    )
 
 # %% ../nbs/70a_bench.ipynb #bc94ace8
 def _plain_rows(df) -> list[dict]:
-    def v(x): return None if x is None or x is pd.NA or (isinstance(x, (float, np.floating)) and not math.isfinite(x)) else x.item() if isinstance(x, np.generic) else x
+    def v(x):
+        return (
+            None
+            if x is None or x is pd.NA or (isinstance(x, (float, np.floating)) and not math.isfinite(x))
+            else x.item()
+            if isinstance(x, np.generic)
+            else x
+        )
+
     return [{str(k): v(x) for k, x in zip(df.columns, r)} for r in df.itertuples(index=False, name=None)]
 
-def results_file(m:dict=None, quick:bool=False) -> Path: # of quick runs apart, so that a look takes nothing from a full run
-    return path("runs")/"bench"/f"{machine_stamp(m)}{'.quick' if quick else ''}.json"
 
-def _load(): return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+def results_file(
+    m: dict = None, quick: bool = False
+) -> Path:  # of quick runs apart, so that a look takes nothing from a full run
+    return path("runs") / "bench" / f"{machine_stamp(m)}{'.quick' if quick else ''}.json"
 
-def run_benchmarks(names=None,    # of `benchmarks()`; None: all
-                   *, quick:bool=False, repeats:int=0, say=print) -> dict: # what was filed: machine, results
+
+def _load():
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def run_benchmarks(
+    names=None,  # of `benchmarks()`; None: all
+    *,
+    quick: bool = False,
+    repeats: int = 0,
+    say=print,
+) -> dict:  # what was filed: machine, results
     "Run benchmarks one after the other and file each when it is done. An unknown name is a ValueError; one that fails is named, the others run, and its old result is taken out."
-    known = benchmarks(); names = list(names or (n for n in known if not quick or BENCHMARKS[n]["quick"]))
+    known = benchmarks()
+    names = list(names or (n for n in known if not quick or BENCHMARKS[n]["quick"]))
     for n in names:
-        if n not in known: raise _unknown("benchmark", n, known)
-    if repeats < 0: raise ValueError(f"repeats should be 0 (what each benchmark asks for) or more, got {repeats}")
-    m = machine(); f = results_file(m, quick); rec = read_json(f) if f.is_file() else dict(machine=m, results={}); failed = {}
+        if n not in known:
+            raise _unknown("benchmark", n, known)
+    if repeats < 0:
+        raise ValueError(f"repeats should be 0 (what each benchmark asks for) or more, got {repeats}")
+    m = machine()
+    f = results_file(m, quick)
+    rec = read_json(f) if f.is_file() else dict(machine=m, results={})
+    failed = {}
     for n in names:
-        began, load = time.time(), _load(); say(f"\n{n}: {known[n]}"); repeats_override[0] = repeats
-        try: df = BENCHMARKS[n]["fn"](quick)
-        except Exception as e: failed[n] = f"{type(e).__name__}: {e}"; rec["results"].pop(n, None); say(f"{n} failed: {failed[n]}")
+        began, load = time.time(), _load()
+        say(f"\n{n}: {known[n]}")
+        repeats_override[0] = repeats
+        try:
+            df = BENCHMARKS[n]["fn"](quick)
+        except Exception as e:
+            failed[n] = f"{type(e).__name__}: {e}"
+            rec["results"].pop(n, None)
+            say(f"{n} failed: {failed[n]}")
         else:
-            a = df.attrs; rec["results"][n] = dict(title=known[n], quick=quick, repeats=repeats or None, seconds=round(time.time()-began, 1), load=[load, _load()], date=time.strftime("%Y-%m-%d"), git=git_state(), method=a.get("method", ""), goals=a.get("goals", []),
-                rows=_plain_rows(df), columns=list(map(str, df.columns)), tables={t: dict(columns=list(map(str, d.columns)), rows=_plain_rows(d)) for t, d in a.get("tables", {}).items()})
+            a = df.attrs
+            rec["results"][n] = dict(
+                title=known[n],
+                quick=quick,
+                repeats=repeats or None,
+                seconds=round(time.time() - began, 1),
+                load=[load, _load()],
+                date=time.strftime("%Y-%m-%d"),
+                git=git_state(),
+                method=a.get("method", ""),
+                goals=a.get("goals", []),
+                rows=_plain_rows(df),
+                columns=list(map(str, df.columns)),
+                tables={
+                    t: dict(columns=list(map(str, d.columns)), rows=_plain_rows(d))
+                    for t, d in a.get("tables", {}).items()
+                },
+            )
             say(_md(rec["results"][n]))
-        finally: repeats_override[0] = 0
+        finally:
+            repeats_override[0] = 0
         write_json(f, rec)
-    say(f"\nfiled in {f}"); return rec | dict(failed=failed)
+    say(f"\nfiled in {f}")
+    return rec | dict(failed=failed)
 
-def _frames(r:dict): # (title, frame) of a result, the main one first
+
+def _frames(r: dict):  # (title, frame) of a result, the main one first
     yield "", pd.DataFrame(r["rows"], columns=r["columns"])
-    for t, d in r["tables"].items(): yield t, pd.DataFrame(d["rows"], columns=d["columns"])
+    for t, d in r["tables"].items():
+        yield t, pd.DataFrame(d["rows"], columns=d["columns"])
 
-def _shown(df): # three significant digits, thousands kept
-    def s(v): return v if not isinstance(v, (float, np.floating)) or math.isnan(v) else f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.3g}"
+
+def _shown(df):  # three significant digits, thousands kept
+    def s(v):
+        return (
+            v
+            if not isinstance(v, (float, np.floating)) or math.isnan(v)
+            else f"{v:,.0f}"
+            if abs(v) >= 1000
+            else f"{v:.3g}"
+        )
+
     out = df.copy()
     for c in out:
-        if pd.api.types.is_float_dtype(out[c]): out[c] = [s(v) for v in out[c]]
+        if pd.api.types.is_float_dtype(out[c]):
+            out[c] = [s(v) for v in out[c]]
     return out
 
-def _goal_frame(goals): return pd.DataFrame([{"goal": g["goal"], "asked": g["asked"], "measured": g["measured"], "held": {True: "yes", False: "no", None: "–"}[g["held"]], "note": g.get("note", "")} for g in goals])
 
-def _md(r:dict) -> str:
+def _goal_frame(goals):
+    return pd.DataFrame(
+        [
+            {
+                "goal": g["goal"],
+                "asked": g["asked"],
+                "measured": g["measured"],
+                "held": {True: "yes", False: "no", None: "–"}[g["held"]],
+                "note": g.get("note", ""),
+            }
+            for g in goals
+        ]
+    )
+
+
+def _md(r: dict) -> str:
     from vlkd.plots import table_md
-    return "\n\n".join([*((f"**{t}**\n\n" if t else "") + table_md(_shown(d)) for t, d in _frames(r)), *([table_md(_goal_frame(r["goals"]))] if r["goals"] else []), *([r["method"]] if r["method"] else [])])
+
+    return "\n\n".join(
+        [
+            *((f"**{t}**\n\n" if t else "") + table_md(_shown(d)) for t, d in _frames(r)),
+            *([table_md(_goal_frame(r["goals"]))] if r["goals"] else []),
+            *([r["method"]] if r["method"] else []),
+        ]
+    )
 
 # %% ../nbs/70a_bench.ipynb #10d23dfb
-def _machine_line(m:dict) -> str:
+def _machine_line(m: dict) -> str:
     v = ", ".join(f"{k} {x}" for k, x in m["versions"].items())
-    return f"{m['device'] if m['device'] != 'cpu' else m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m.get('memory_GB', '?')} GB" + (f", {m['device_GB']} GB on the device, {m['cpu']}" if "device_GB" in m else "") + f". {v}."
+    return (
+        f"{m['device'] if m['device'] != 'cpu' else m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m.get('memory_GB', '?')} GB"
+        + (f", {m['device_GB']} GB on the device, {m['cpu']}" if "device_GB" in m else "")
+        + f". {v}."
+    )
 
-def _result_line(r:dict) -> str:
-    g = r["git"]; return f"{'Quick' if r['quick'] else 'Full'} run of {r['date']}, {r['seconds']:.0f} s, commit {g.get('commit', 'none')[:10]}{' with local changes' if g.get('dirty') else ''}, load average {r['load'][0]} before and {r['load'][1]} after."
+
+def _result_line(r: dict) -> str:
+    g = r["git"]
+    return f"{'Quick' if r['quick'] else 'Full'} run of {r['date']}, {r['seconds']:.0f} s, commit {g.get('commit', 'none')[:10]}{' with local changes' if g.get('dirty') else ''}, load average {r['load'][0]} before and {r['load'][1]} after."
+
 
 _INTRO = "Variants are measured in turns in one process, every round in a new order. Times are medians over rounds with their quartiles (q25, q75); a ratio says how many times faster than the base a variant is, as median over rounds of the ratio within the round. Memory is the peak of what tensors take."
 
-def _page(recs:dict, md:bool) -> str: # stamp -> record
+
+def _page(recs: dict, md: bool) -> str:  # stamp -> record
     from vlkd.plots import table_md, table_html
     from vlkd.reproduce import _html
-    e = html.escape; h = (lambda n, t: f"{'#'*n} {t}") if md else (lambda n, t: f"<h{n}>{e(t)}</h{n}>"); p = (lambda t: t) if md else (lambda t: "<p>" + re.sub(r"`([^`]+)`", r"<code>\1</code>", e(t)) + "</p>"); table = (lambda d: table_md(_shown(d))) if md else (lambda d: table_html(_shown(d)))
-    out = [h(1, "Benchmarks"), p(_INTRO), p("Made by `vlkd bench --publish`.") if md else "<p>Made by <code>vlkd bench --publish</code>.</p>"]
+
+    e = html.escape
+    h = (lambda n, t: f"{'#' * n} {t}") if md else (lambda n, t: f"<h{n}>{e(t)}</h{n}>")
+    p = (lambda t: t) if md else (lambda t: "<p>" + re.sub(r"`([^`]+)`", r"<code>\1</code>", e(t)) + "</p>")
+    table = (lambda d: table_md(_shown(d))) if md else (lambda d: table_html(_shown(d)))
+    out = [
+        h(1, "Benchmarks"),
+        p(_INTRO),
+        p("Made by `vlkd bench --publish`.") if md else "<p>Made by <code>vlkd bench --publish</code>.</p>",
+    ]
     for stamp, rec in recs.items():
-        out += [h(2, f"{rec['machine']['device'] if rec['machine']['device'] != 'cpu' else rec['machine']['cpu']}, {rec['machine']['cores']} cores"), p(_machine_line(rec["machine"]))]
-        if g := [dict(g, goal=f"{n}: {g['goal']}") for n, r in rec["results"].items() for g in r["goals"]]: out += [h(3, "Goals"), table(_goal_frame(g))]
+        out += [
+            h(
+                2,
+                f"{rec['machine']['device'] if rec['machine']['device'] != 'cpu' else rec['machine']['cpu']}, {rec['machine']['cores']} cores",
+            ),
+            p(_machine_line(rec["machine"])),
+        ]
+        if g := [dict(g, goal=f"{n}: {g['goal']}") for n, r in rec["results"].items() for g in r["goals"]]:
+            out += [h(3, "Goals"), table(_goal_frame(g))]
         for n, r in rec["results"].items():
             out += [h(3, r["title"]), *([p(r["method"])] if r["method"] else [])]
-            for t, d in _frames(r): out += [*([h(4, t)] if t else []), table(d)]
+            for t, d in _frames(r):
+                out += [*([h(4, t)] if t else []), table(d)]
             links = [(f"{stamp}/{f}", f) for f, _ in _csvs(n, r)]
-            out += [p(_result_line(r)), " · ".join(f"[{f}]({l})" for l, f in links) if md else "<p>" + " · ".join(f"<a href='{l}'>{f}</a>" for l, f in links) + "</p>"]
-    return "\n\n".join(out) + "\n" if md else _html("Benchmarks", "\n".join(out), "Made by vlkd bench --publish.")
+            out += [
+                p(_result_line(r)),
+                " · ".join(f"[{f}]({l})" for l, f in links)
+                if md
+                else "<p>" + " · ".join(f"<a href='{l}'>{f}</a>" for l, f in links) + "</p>",
+            ]
+    return (
+        "\n\n".join(out) + "\n"
+        if md
+        else _html("Benchmarks", "\n".join(out), "Made by vlkd bench --publish.")
+    )
+
 
 def _csvs(n, r):
-    for t, d in _frames(r): yield f"{n}{'-' + re.sub(r'[^a-z0-9]+', '-', t.lower()).strip('-') if t else ''}.csv", d
+    for t, d in _frames(r):
+        yield f"{n}{'-' + re.sub(r'[^a-z0-9]+', '-', t.lower()).strip('-') if t else ''}.csv", d
 
-def publish_benchmarks() -> Path: # reports/bench
+
+def publish_benchmarks() -> Path:  # reports/bench
     "Write the page from this machine's results and those that were published of other machines; nothing changes where it fails."
-    m = machine(); dst = path("reports")/"bench"; found = [read_json(f)["results"] for q in (True, False) if (f := results_file(m, q)).is_file()]; mine = {k: r for d in found for k, r in d.items()} # full runs over quick ones
-    if not mine: raise ValueError("nothing to publish: no benchmark has run on this machine with these versions; run `vlkd bench` first")
-    order = list(benchmarks()); recs = {p.stem: read_json(p) for p in sorted(dst.glob("*.json"))} | {machine_stamp(m): dict(machine=m, results=dict(sorted(mine.items(), key=lambda x: order.index(x[0]) if x[0] in order else len(order))))}
-    dst.parent.mkdir(parents=True, exist_ok=True); new = Path(tempfile.mkdtemp(dir=dst.parent, prefix=".bench."))
+    m = machine()
+    dst = path("reports") / "bench"
+    found = [read_json(f)["results"] for q in (True, False) if (f := results_file(m, q)).is_file()]
+    mine = {k: r for d in found for k, r in d.items()}  # full runs over quick ones
+    if not mine:
+        raise ValueError(
+            "nothing to publish: no benchmark has run on this machine with these versions; run `vlkd bench` first"
+        )
+    order = list(benchmarks())
+    recs = {p.stem: read_json(p) for p in sorted(dst.glob("*.json"))} | {
+        machine_stamp(m): dict(
+            machine=m,
+            results=dict(
+                sorted(mine.items(), key=lambda x: order.index(x[0]) if x[0] in order else len(order))
+            ),
+        )
+    }
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=dst.parent, prefix=".bench."))
     try:
         for stamp, rec in recs.items():
-            write_json(new/f"{stamp}.json", rec); (new/stamp).mkdir()
+            write_json(new / f"{stamp}.json", rec)
+            (new / stamp).mkdir()
             for n, r in rec["results"].items():
-                for name, d in _csvs(n, r): d.to_csv(new/stamp/name, index=False)
-        (new/"README.md").write_text(_page(recs, True), encoding="utf-8"); (new/"index.html").write_text(_page(recs, False), encoding="utf-8")
-        os.chmod(new, 0o755); old = new.with_name(new.name + ".old")
-        if dst.exists(): os.rename(dst, old)
-        try: os.rename(new, dst)
-        except BaseException: os.rename(old, dst) if old.exists() else None; raise
+                for name, d in _csvs(n, r):
+                    d.to_csv(new / stamp / name, index=False)
+        (new / "README.md").write_text(_page(recs, True), encoding="utf-8")
+        (new / "index.html").write_text(_page(recs, False), encoding="utf-8")
+        os.chmod(new, 0o755)
+        old = new.with_name(new.name + ".old")
+        if dst.exists():
+            os.rename(dst, old)
+        try:
+            os.rename(new, dst)
+        except BaseException:
+            os.rename(old, dst) if old.exists() else None
+            raise
         shutil.rmtree(old, ignore_errors=True)
-    except BaseException: shutil.rmtree(new, ignore_errors=True); raise
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     return dst

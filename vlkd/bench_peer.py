@@ -22,117 +22,250 @@ from .models.language import BertForMaskedLM
 from .train.student import *
 
 # %% ../nbs/70b_bench_peer.ipynb #33f68888
-def _kernel_loop(a, b, f): # (L, Da), (L, Db): mean over pairs of neurons of f, which takes their (Da, Db, L) broadcast
+def _kernel_loop(
+    a, b, f
+):  # (L, Da), (L, Db): mean over pairs of neurons of f, which takes their (Da, Db, L) broadcast
     return f(a.T[:, None], b.T[None]).mean()
 
-def public_nst(student:torch.Tensor, # (B, L, Ds)
-               teacher:torch.Tensor) -> torch.Tensor: # (B, L, Dt)
-    "The neuron-selectivity term as the released code computes it: a loop over sentences, all pairs of neurons broadcast over tokens."
-    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1); poly = lambda x, y: (x*y).sum(-1).pow(2); out = 0
-    for b in range(len(student)):
-        s, t = F.normalize(student[b], dim=0), F.normalize(teacher[b], dim=0); out = out + _kernel_loop(s, s, poly) - 2*_kernel_loop(s, t, poly)
-    return out/student.shape[1]
 
-def public_nt_xent(student:torch.Tensor, # (B, L, D)
-                   teacher:torch.Tensor, temperature:float=1.) -> torch.Tensor:
+def public_nst(
+    student: torch.Tensor,  # (B, L, Ds)
+    teacher: torch.Tensor,
+) -> torch.Tensor:  # (B, L, Dt)
+    "The neuron-selectivity term as the released code computes it: a loop over sentences, all pairs of neurons broadcast over tokens."
+    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    poly = lambda x, y: (x * y).sum(-1).pow(2)
+    out = 0
+    for b in range(len(student)):
+        s, t = F.normalize(student[b], dim=0), F.normalize(teacher[b], dim=0)
+        out = out + _kernel_loop(s, s, poly) - 2 * _kernel_loop(s, t, poly)
+    return out / student.shape[1]
+
+
+def public_nt_xent(
+    student: torch.Tensor,  # (B, L, D)
+    teacher: torch.Tensor,
+    temperature: float = 1.0,
+) -> torch.Tensor:
     "NT-Xent position by position: all pairs of the 2B states broadcast, the mask of partners filled in by Python, the mean divided by 2B once more."
-    B, L = student.shape[:2]; out = 0
+    B, L = student.shape[:2]
+    out = 0
     for i in range(L):
-        z = torch.cat([student[:, i], teacher[:, i]]); sim = F.cosine_similarity(z[:, None], z[None], dim=-1)/temperature
-        rival = torch.ones(2*B, 2*B, dtype=torch.bool)
-        for k in range(B): rival[k, k] = rival[B+k, B+k] = rival[k, B+k] = rival[B+k, k] = False
-        pos = torch.cat([torch.diag(sim, B), torch.diag(sim, -B)])[:, None]; neg = sim[rival.to(sim.device)].reshape(2*B, -1)
-        out = out + F.cross_entropy(torch.cat([pos, neg], 1), torch.zeros(2*B, dtype=torch.long, device=sim.device))/(2*B)
-    return out/L
+        z = torch.cat([student[:, i], teacher[:, i]])
+        sim = F.cosine_similarity(z[:, None], z[None], dim=-1) / temperature
+        rival = torch.ones(2 * B, 2 * B, dtype=torch.bool)
+        for k in range(B):
+            rival[k, k] = rival[B + k, B + k] = rival[k, B + k] = rival[B + k, k] = False
+        pos = torch.cat([torch.diag(sim, B), torch.diag(sim, -B)])[:, None]
+        neg = sim[rival.to(sim.device)].reshape(2 * B, -1)
+        out = out + F.cross_entropy(
+            torch.cat([pos, neg], 1), torch.zeros(2 * B, dtype=torch.long, device=sim.device)
+        ) / (2 * B)
+    return out / L
 
 # %% ../nbs/70b_bench_peer.ipynb #d16b86d0
 class PublicHead(nn.Sequential):
     "Linear, GELU, LayerNorm, Linear; its output has unit length."
-    def __init__(self, width:int, out:int): super().__init__(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, out))
-    def forward(self, x): return F.normalize(super().forward(x), dim=-1)
+
+    def __init__(self, width: int, out: int):
+        super().__init__(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, out))
+
+    def forward(self, x):
+        return F.normalize(super().forward(x), dim=-1)
+
 
 class PublicObjective(nn.Module):
     "MLM + NST + NT-Xent as the released code computes them in a step. The teacher is no part of the module."
+
     def __init__(self, lm, teacher_lm):
-        super().__init__(); ds, dt = lm.config.hidden_size, teacher_lm.config.hidden_size
-        self.lm, self._teacher = lm, [teacher_lm, PublicHead(dt, dt).to(next(teacher_lm.parameters()))]; self.heads = nn.ModuleDict({k: PublicHead(ds, dt) for k in ("nst", "nt_xent")})
+        super().__init__()
+        ds, dt = lm.config.hidden_size, teacher_lm.config.hidden_size
+        self.lm, self._teacher = lm, [teacher_lm, PublicHead(dt, dt).to(next(teacher_lm.parameters()))]
+        self.heads = nn.ModuleDict({k: PublicHead(ds, dt) for k in ("nst", "nt_xent")})
 
     @torch.no_grad()
     def teach(self, masked, mask) -> torch.Tensor:
         "The teacher's states; its two heads are computed and dropped, and the states go through numpy."
-        lm, head = self._teacher; lm.eval(); h = lm.bert(input_ids=masked, attention_mask=mask).last_hidden_state; lm.cls(h); head(h)
+        lm, head = self._teacher
+        lm.eval()
+        h = lm.bert(input_ids=masked, attention_mask=mask).last_hidden_state
+        lm.cls(h)
+        head(h)
         return torch.from_numpy(h.cpu().numpy()).to(masked.device)
 
     def forward(self, ids, mask, masked, where, position=None, vokens=None):
-        h = self.lm.bert(input_ids=masked, attention_mask=mask).last_hidden_state; t = self.teach(masked, mask)
+        h = self.lm.bert(input_ids=masked, attention_mask=mask).last_hidden_state
+        t = self.teach(masked, mask)
         mlm = F.cross_entropy(self.lm.cls(h).flatten(0, 1), ids.masked_fill(~where, -100).flatten())
-        parts = dict(mlm=mlm, nst=public_nst(self.heads["nst"](h), t), nt_xent=public_nt_xent(self.heads["nt_xent"](h), t)); loss = sum(parts.values())
-        self.seen = [x.item() for x in (loss, *parts.values())]                 # read off at every step, each a wait for a GPU
+        parts = dict(
+            mlm=mlm,
+            nst=public_nst(self.heads["nst"](h), t),
+            nt_xent=public_nt_xent(self.heads["nt_xent"](h), t),
+        )
+        loss = sum(parts.values())
+        self.seen = [
+            x.item() for x in (loss, *parts.values())
+        ]  # read off at every step, each a wait for a GPU
         return dict(loss=loss, **parts)
 
 # %% ../nbs/70b_bench_peer.ipynb #9e6f962a
-def plain_nst(student, teacher, mask=None, *, kernel="gaussian", sigma=1., normalize="neuron", teacher_term=True) -> torch.Tensor:
+def plain_nst(
+    student, teacher, mask=None, *, kernel="gaussian", sigma=1.0, normalize="neuron", teacher_term=True
+) -> torch.Tensor:
     "`nst` with its kernels as (B, Ds, Dt) matrices: squared inner products, or Gaussians of `torch.cdist`."
     s, t = student, teacher
-    if mask is not None: s, t = s*mask[..., None], t*mask[..., None]
-    if normalize == "token+neuron": s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)
-    if normalize: s, t = F.normalize(s, dim=1), F.normalize(t, dim=1)
+    if mask is not None:
+        s, t = s * mask[..., None], t * mask[..., None]
+    if normalize == "token+neuron":
+        s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)
+    if normalize:
+        s, t = F.normalize(s, dim=1), F.normalize(t, dim=1)
     s, t = s.transpose(1, 2), t.transpose(1, 2)
-    def k(a, b): return ((a @ b.transpose(1, 2)).square() if kernel == "poly" else torch.exp(-torch.cdist(a, b).square()/(2*sigma**2))).mean((1, 2))
-    return (k(s, s) - 2*k(s, t) + (k(t, t) if teacher_term else 0)).mean()
 
-def broadcast_nst(student, teacher, *, kernel="gaussian", sigma=1., normalize="neuron", teacher_term=True, loop:bool=False) -> torch.Tensor:
+    def k(a, b):
+        return (
+            (a @ b.transpose(1, 2)).square()
+            if kernel == "poly"
+            else torch.exp(-torch.cdist(a, b).square() / (2 * sigma**2))
+        ).mean((1, 2))
+
+    return (k(s, s) - 2 * k(s, t) + (k(t, t) if teacher_term else 0)).mean()
+
+
+def broadcast_nst(
+    student,
+    teacher,
+    *,
+    kernel="gaussian",
+    sigma=1.0,
+    normalize="neuron",
+    teacher_term=True,
+    loop: bool = False,
+) -> torch.Tensor:
     "`nst` with all pairs of neurons broadcast over tokens, (B, Ds, Dt, L); `loop`: one sentence at a time."
-    if loop: return torch.stack([broadcast_nst(s[None], t[None], kernel=kernel, sigma=sigma, normalize=normalize, teacher_term=teacher_term) for s, t in zip(student, teacher)]).mean()
+    if loop:
+        return torch.stack(
+            [
+                broadcast_nst(
+                    s[None],
+                    t[None],
+                    kernel=kernel,
+                    sigma=sigma,
+                    normalize=normalize,
+                    teacher_term=teacher_term,
+                )
+                for s, t in zip(student, teacher)
+            ]
+        ).mean()
     s, t = student, teacher
-    if normalize == "token+neuron": s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)
-    if normalize: s, t = F.normalize(s, dim=1), F.normalize(t, dim=1)
+    if normalize == "token+neuron":
+        s, t = F.normalize(s, dim=-1), F.normalize(t, dim=-1)
+    if normalize:
+        s, t = F.normalize(s, dim=1), F.normalize(t, dim=1)
     s, t = s.transpose(1, 2), t.transpose(1, 2)
-    def k(a, b): return ((a[:, :, None]*b[:, None]).sum(-1).square() if kernel == "poly" else torch.exp(-(a[:, :, None] - b[:, None]).square().sum(-1)/(2*sigma**2))).mean((1, 2))
-    return (k(s, s) - 2*k(s, t) + (k(t, t) if teacher_term else 0)).mean()
 
-def plain_crd(crd:CRD, student, teacher, index=None) -> torch.Tensor:
+    def k(a, b):
+        return (
+            (a[:, :, None] * b[:, None]).sum(-1).square()
+            if kernel == "poly"
+            else torch.exp(-(a[:, :, None] - b[:, None]).square().sum(-1) / (2 * sigma**2))
+        ).mean((1, 2))
+
+    return (k(s, s) - 2 * k(s, t) + (k(t, t) if teacher_term else 0)).mean()
+
+
+def plain_crd(crd: CRD, student, teacher, index=None) -> torch.Tensor:
     "CRD over a full queue with `index` (N, K) negatives for each sample, gathered to (N, K, F); None: drawn, each sample its own. The features are stored."
-    s, t = crd.features(student, teacher); N, M = crd.negatives, crd.bank_size; c = N/M; loss = 0
-    if int(crd.seen) < M: raise ValueError(f"plain_crd needs a full queue: {int(crd.seen)} of {M} places are filled")
-    if index is None: index = torch.randint(M, (len(s), N), device=s.device)
+    s, t = crd.features(student, teacher)
+    N, M = crd.negatives, crd.bank_size
+    c = N / M
+    loss = 0
+    if int(crd.seen) < M:
+        raise ValueError(f"plain_crd needs a full queue: {int(crd.seen)} of {M} places are filled")
+    if index is None:
+        index = torch.randint(M, (len(s), N), device=s.device)
     for x, mem in ((s, crd.memory_v2), (t, crd.memory_v1)):
-        neg = torch.exp(torch.einsum("bd,bkd->bk", x, mem[index].to(x.dtype))/crd.temperature); pos = torch.exp((s*t).sum(-1)/crd.temperature)
-        loss = loss - (torch.log(pos/(pos+c)) + torch.log(c/(neg+c)).sum(1)).mean()
-    if crd.training: crd._store(s, t, None)
+        neg = torch.exp(torch.einsum("bd,bkd->bk", x, mem[index].to(x.dtype)) / crd.temperature)
+        pos = torch.exp((s * t).sum(-1) / crd.temperature)
+        loss = loss - (torch.log(pos / (pos + c)) + torch.log(c / (neg + c)).sum(1)).mean()
+    if crd.training:
+        crd._store(s, t, None)
     return loss
 
-def fill_queue(crd:CRD, seed:int=0) -> CRD:
+
+def fill_queue(crd: CRD, seed: int = 0) -> CRD:
     "Fill the queue with random directions, as it is after `bank_size` samples of training."
     g = torch.Generator().manual_seed(seed)
-    for m in (crd.memory_v1, crd.memory_v2): m.copy_(unit(torch.randn(m.shape, generator=g)))
-    crd.seen.fill_(crd.bank_size); return crd
+    for m in (crd.memory_v1, crd.memory_v2):
+        m.copy_(unit(torch.randn(m.shape, generator=g)))
+    crd.seen.fill_(crd.bank_size)
+    return crd
 
 # %% ../nbs/70b_bench_peer.ipynb #5248be60
-STEP_LEVERS = dict(mlm="MLM head on masked positions only", nst="NST by matrix products", crd="CRD's negatives shared by the batch", head="teacher without its head", numpy="teacher's states stay tensors")
+STEP_LEVERS = dict(
+    mlm="MLM head on masked positions only",
+    nst="NST by matrix products",
+    crd="CRD's negatives shared by the batch",
+    head="teacher without its head",
+    numpy="teacher's states stay tensors",
+)
+
 
 class LeverObjective(StudentObjective):
     "MLM + NST + CRD with some `STEP_LEVERS` taken out: `without` names them; `nst_form` is what takes the place of `nst`: loop or plain."
-    def __init__(self, *a, without=(), nst_form:str="loop", shared=False, **kw):
-        super().__init__(*a, **kw); self.without, self.nst_form, self.shared = set(without), nst_form, shared
-        if bad := self.without - set(STEP_LEVERS): raise ValueError(f"no lever {sorted(bad)[0]!r}; there are {', '.join(STEP_LEVERS)}")
-        if set(self.kd) != {"nst", "crd"}: raise ValueError(f"levers are of nst+crd, not of {'+'.join(self.kd) or 'nothing'}")
+
+    def __init__(self, *a, without=(), nst_form: str = "loop", shared=False, **kw):
+        super().__init__(*a, **kw)
+        self.without, self.nst_form, self.shared = set(without), nst_form, shared
+        if bad := self.without - set(STEP_LEVERS):
+            raise ValueError(f"no lever {sorted(bad)[0]!r}; there are {', '.join(STEP_LEVERS)}")
+        if set(self.kd) != {"nst", "crd"}:
+            raise ValueError(f"levers are of nst+crd, not of {'+'.join(self.kd) or 'nothing'}")
+
     @torch.no_grad()
     def teach(self, masked, ids, mask, known=None):
         t = super().teach(masked, ids, mask, known)
-        if "head" in self.without: self._teacher[0].cls(t["states"])
-        if "numpy" in self.without: t["states"] = torch.from_numpy(t["states"].float().cpu().numpy() if t["states"].dtype == torch.bfloat16 else t["states"].cpu().numpy()).to(masked.device)
+        if "head" in self.without:
+            self._teacher[0].cls(t["states"])
+        if "numpy" in self.without:
+            t["states"] = torch.from_numpy(
+                t["states"].float().cpu().numpy()
+                if t["states"].dtype == torch.bfloat16
+                else t["states"].cpu().numpy()
+            ).to(masked.device)
         return t
+
     def forward(self, ids, mask, masked, where, position=None, vokens=None, **more):
-        if not self.without: return super().forward(ids, mask, masked, where, position, vokens, **more)
-        h = hidden_states(self.lm, masked, mask); t = self.teach(masked, ids, mask)["states"]; at = torch.arange(len(h), device=h.device)[:, None]
-        mlm = F.cross_entropy(self.lm.cls(h).flatten(0, 1).float(), ids.masked_fill(~where, -100).flatten()) if "mlm" in self.without else mlm_loss(self.lm, h, ids, where)
+        if not self.without:
+            return super().forward(ids, mask, masked, where, position, vokens, **more)
+        h = hidden_states(self.lm, masked, mask)
+        t = self.teach(masked, ids, mask)["states"]
+        at = torch.arange(len(h), device=h.device)[:, None]
+        mlm = (
+            F.cross_entropy(self.lm.cls(h).flatten(0, 1).float(), ids.masked_fill(~where, -100).flatten())
+            if "mlm" in self.without
+            else mlm_loss(self.lm, h, ids, where)
+        )
         x = self.heads["nst"](h)
-        if "nst" not in self.without: n = nst(x, t, mask, **self.args["nst"])
+        if "nst" not in self.without:
+            n = nst(x, t, mask, **self.args["nst"])
         else:
-            with no_autocast(x): n = (plain_nst if self.nst_form == "plain" else lambda *a, **k: broadcast_nst(*a, **k, loop=True))(*promoted(x, t), **self.args["nst"])
+            with no_autocast(x):
+                n = (
+                    plain_nst
+                    if self.nst_form == "plain"
+                    else lambda *a, **k: broadcast_nst(*a, **k, loop=True)
+                )(*promoted(x, t), **self.args["nst"])
         k, u = (y.flatten(0, 1) for y in (self.heads["crd"](h[at, position]), t[at, position]))
-        if "crd" not in self.without: c = self.crd(k, u)
+        if "crd" not in self.without:
+            c = self.crd(k, u)
         else:
-            with no_autocast(k): c = plain_crd(self.crd, *promoted(k, u), self.crd._draw(self.crd.bank_size, self.crd.negatives).expand(len(k), -1) if self.shared else None)
-        return dict(loss=mlm+self.weights["nst"]*n+self.weights["crd"]*c, mlm=mlm, nst=n, crd=c)
+            with no_autocast(k):
+                c = plain_crd(
+                    self.crd,
+                    *promoted(k, u),
+                    self.crd._draw(self.crd.bank_size, self.crd.negatives).expand(len(k), -1)
+                    if self.shared
+                    else None,
+                )
+        return dict(loss=mlm + self.weights["nst"] * n + self.weights["crd"] * c, mlm=mlm, nst=n, crd=c)

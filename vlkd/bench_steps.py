@@ -38,352 +38,1077 @@ from .bench_peer import *
 # %% ../nbs/70c_bench_steps.ipynb #1983f010
 def bf16_here() -> bool:
     "Whether the device multiplies bfloat16 matrices in hardware."
-    return torch.cuda.is_bf16_supported() if device().type == "cuda" else bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)())
+    return (
+        torch.cuda.is_bf16_supported()
+        if device().type == "cuda"
+        else bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)())
+    )
+
 
 def default_optim() -> str:
     "The optimiser that `transformers.Trainer` takes where nothing is said."
     from transformers import TrainingArguments
-    f = TrainingArguments.__dataclass_fields__["optim"]; return str(getattr(f.default, "value", f.default) or getattr(TrainingArguments, "default_optim", "adamw_torch"))
 
-def _bytes(tensors) -> int: return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if torch.is_tensor(t)}.values())
+    f = TrainingArguments.__dataclass_fields__["optim"]
+    return str(
+        getattr(f.default, "value", f.default) or getattr(TrainingArguments, "default_optim", "adamw_torch")
+    )
+
+
+def _bytes(tensors) -> int:
+    return sum(
+        {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in tensors
+            if torch.is_tensor(t)
+        }.values()
+    )
+
 
 class Workbench:
     "A student's and a teacher's model of scale `s`, and a batch of random full sentences on the device."
-    def __init__(self, s:Scale, batch:int, tokens:int, reading:str="paper", seed:int=0):
-        torch.manual_seed(seed); g = torch.Generator().manual_seed(seed); dev = device(); c = bert_config(s, s.vocab_size); self.s, self.n, self.args, self.reading = s, batch*tokens, preset(reading), reading
-        self.lm, self.teacher = (quick_dropout(BertForMaskedLM(c)).to(dev) if s.dropout else BertForMaskedLM(c).to(dev) for _ in range(2)); self.teacher.requires_grad_(False).eval()
-        ids = torch.randint(5, s.vocab_size, (batch, tokens), generator=g); where = torch.zeros(batch, tokens, dtype=torch.bool); k = max(1, round(s.mask_prob*(tokens-2)))
-        for b in range(batch): where[b, 1+torch.randperm(tokens-2, generator=g)[:k]] = True
-        self.masked = k; self.batch = {a: v.to(dev) for a, v in dict(ids=ids, mask=torch.ones_like(ids).bool(), masked=ids.masked_fill(where, 4), where=where, position=torch.randint(tokens, (batch, KEYS), generator=g)).items()}
 
-    def objective(self, kind:str="ours", **kw):
+    def __init__(self, s: Scale, batch: int, tokens: int, reading: str = "paper", seed: int = 0):
+        torch.manual_seed(seed)
+        g = torch.Generator().manual_seed(seed)
+        dev = device()
+        c = bert_config(s, s.vocab_size)
+        self.s, self.n, self.args, self.reading = s, batch * tokens, preset(reading), reading
+        self.lm, self.teacher = (
+            quick_dropout(BertForMaskedLM(c)).to(dev) if s.dropout else BertForMaskedLM(c).to(dev)
+            for _ in range(2)
+        )
+        self.teacher.requires_grad_(False).eval()
+        ids = torch.randint(5, s.vocab_size, (batch, tokens), generator=g)
+        where = torch.zeros(batch, tokens, dtype=torch.bool)
+        k = max(1, round(s.mask_prob * (tokens - 2)))
+        for b in range(batch):
+            where[b, 1 + torch.randperm(tokens - 2, generator=g)[:k]] = True
+        self.masked = k
+        self.batch = {
+            a: v.to(dev)
+            for a, v in dict(
+                ids=ids,
+                mask=torch.ones_like(ids).bool(),
+                masked=ids.masked_fill(where, 4),
+                where=where,
+                position=torch.randint(tokens, (batch, KEYS), generator=g),
+            ).items()
+        }
+
+    def objective(self, kind: str = "ours", **kw):
         "ours, plain (every lever out, vectorised losses) or public; `kw` go to `LeverObjective`."
         torch.manual_seed(1)
-        if kind == "public": return PublicObjective(self.lm, self.teacher).to(device()).train()
-        if kind == "plain": kw = dict(without=("mlm", "nst", "crd"), nst_form="plain")
-        if kind == "ours, released objectives": return StudentObjective(self.lm, self.teacher, "nst+nt_xent", s=self.s, args=preset("released")).to(device()).train()
-        o = LeverObjective(self.lm, self.teacher, "nst+crd", s=self.s, args=self.args, **kw).to(device()).train(); fill_queue(o.crd); return o
+        if kind == "public":
+            return PublicObjective(self.lm, self.teacher).to(device()).train()
+        if kind == "plain":
+            kw = dict(without=("mlm", "nst", "crd"), nst_form="plain")
+        if kind == "ours, released objectives":
+            return (
+                StudentObjective(self.lm, self.teacher, "nst+nt_xent", s=self.s, args=preset("released"))
+                .to(device())
+                .train()
+            )
+        o = (
+            LeverObjective(self.lm, self.teacher, "nst+crd", s=self.s, args=self.args, **kw)
+            .to(device())
+            .train()
+        )
+        fill_queue(o.crd)
+        return o
 
-    def step(self, o, *, optim:str="adamw_torch_fused", bf16:bool=False, inference:bool=False, lr:float=1e-5):
+    def step(
+        self,
+        o,
+        *,
+        optim: str = "adamw_torch_fused",
+        bf16: bool = False,
+        inference: bool = False,
+        lr: float = 1e-5,
+    ):
         "A function that makes one step of the objective `o`; its attribute `held` says the bytes that weights and optimiser take."
-        how = dict(adamw_torch_fused=dict(fused=True), adamw_torch=dict(), loop=dict(foreach=False, fused=False))
-        if optim not in how: raise ValueError(f"optim should be {', '.join(how)}, not {optim!r}")
-        ps = [p for p in o.parameters() if p.requires_grad]; opt = torch.optim.AdamW(ps, lr=lr, weight_decay=.01, **how[optim]); dev = device()
-        if inference: o.teach = torch.inference_mode()(type(o).teach.__get__(o))
+        how = dict(
+            adamw_torch_fused=dict(fused=True), adamw_torch=dict(), loop=dict(foreach=False, fused=False)
+        )
+        if optim not in how:
+            raise ValueError(f"optim should be {', '.join(how)}, not {optim!r}")
+        ps = [p for p in o.parameters() if p.requires_grad]
+        opt = torch.optim.AdamW(ps, lr=lr, weight_decay=0.01, **how[optim])
+        dev = device()
+        if inference:
+            o.teach = torch.inference_mode()(type(o).teach.__get__(o))
+
         def step():
-            with torch.autocast(dev.type, torch.bfloat16, enabled=bf16): loss = o(**self.batch)["loss"]
-            loss.backward(); torch.nn.utils.clip_grad_norm_(ps, 1.); opt.step(); opt.zero_grad(set_to_none=True); return loss.detach()
-        step.held = lambda: _bytes([*o.parameters(), *o.buffers(), *self.teacher.parameters(), *(v for st in opt.state.values() for v in st.values())])
+            with torch.autocast(dev.type, torch.bfloat16, enabled=bf16):
+                loss = o(**self.batch)["loss"]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(ps, 1.0)
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+            return loss.detach()
+
+        step.held = lambda: _bytes(
+            [
+                *o.parameters(),
+                *o.buffers(),
+                *self.teacher.parameters(),
+                *(v for st in opt.state.values() for v in st.values()),
+            ]
+        )
         return step
+
 
 @contextlib.contextmanager
 def torch_dropout():
     "Within it, dropout is torch's own."
     was, QUICK_DROPOUT[0] = QUICK_DROPOUT[0], False
-    try: yield
-    finally: QUICK_DROPOUT[0] = was
+    try:
+        yield
+    finally:
+        QUICK_DROPOUT[0] = was
+
 
 def _within(context, f):
     def step():
-        with context(): return f()
-    if hasattr(f, "held"): step.held = f.held
+        with context():
+            return f()
+
+    if hasattr(f, "held"):
+        step.held = f.held
     return step
 
-KEPT = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**40), THP_MEM_ALLOC_ENABLE="1") # the C library keeps freed memory, and torch asks for huge pages: no page is fetched and emptied anew at every step
+
+KEPT = dict(
+    MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**40), THP_MEM_ALLOC_ENABLE="1"
+)  # the C library keeps freed memory, and torch asks for huge pages: no page is fetched and emptied anew at every step
+
 
 class Elsewhere:
     "`Workbench(...).step` of our objective in a process of its own with other environment variables; a call makes one step there."
-    def __init__(self, s:Scale, batch:int, tokens:int, reading:str, *, bf16:bool=False, env:dict=KEPT):
-        self.p = subprocess.Popen([sys.executable, "-c", "from vlkd.bench_steps import serve_steps; serve_steps()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | env | dict(OMP_NUM_THREADS=str(torch.get_num_threads()), PYTHONPATH=os.pathsep.join(filter(None, sys.path))))
+
+    def __init__(
+        self, s: Scale, batch: int, tokens: int, reading: str, *, bf16: bool = False, env: dict = KEPT
+    ):
+        self.p = subprocess.Popen(
+            [sys.executable, "-c", "from vlkd.bench_steps import serve_steps; serve_steps()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | env
+            | dict(
+                OMP_NUM_THREADS=str(torch.get_num_threads()),
+                PYTHONPATH=os.pathsep.join(filter(None, sys.path)),
+            ),
+        )
         self.ask(dict(s=dict(s), batch=batch, tokens=tokens, reading=reading, bf16=bf16))
+
     def ask(self, what):
-        try: self.p.stdin.write(json.dumps(what)+"\n"); self.p.stdin.flush()
-        except BrokenPipeError: pass
+        try:
+            self.p.stdin.write(json.dumps(what) + "\n")
+            self.p.stdin.flush()
+        except BrokenPipeError:
+            pass
         for line in self.p.stdout:
-            if line.startswith("{"): return json.loads(line)
+            if line.startswith("{"):
+                return json.loads(line)
         raise RuntimeError(f"the process of a variant ended with {self.p.wait()}; what it said is above")
-    def __call__(self): self.ask("step")
-    def held(self): return self.ask("held")["held"]
-    def peak(self): return self.ask("peak")["peak"]
-    def close(self): self.p.stdin.close(); self.p.wait(); self.p.stdout.close()
+
+    def __call__(self):
+        self.ask("step")
+
+    def held(self):
+        return self.ask("held")["held"]
+
+    def peak(self):
+        return self.ask("peak")["peak"]
+
+    def close(self):
+        self.p.stdin.close()
+        self.p.wait()
+        self.p.stdout.close()
+
 
 def serve_steps():
     "What `Elsewhere` runs: a line of JSON comes in for each thing to do, and one goes out when it is done."
-    a = json.loads(sys.stdin.readline()); w = Workbench(Scale(**a["s"]), a["batch"], a["tokens"], a["reading"]); f = w.step(w.objective(), bf16=a["bf16"]); print("{}", flush=True)
+    a = json.loads(sys.stdin.readline())
+    w = Workbench(Scale(**a["s"]), a["batch"], a["tokens"], a["reading"])
+    f = w.step(w.objective(), bf16=a["bf16"])
+    print("{}", flush=True)
     for line in sys.stdin:
-        what = json.loads(line); print(json.dumps(dict(held=f.held()) if what == "held" else dict(peak=peak_memory(f)) if what == "peak" else (f(), {})[1]), flush=True)
+        what = json.loads(line)
+        print(
+            json.dumps(
+                dict(held=f.held())
+                if what == "held"
+                else dict(peak=peak_memory(f))
+                if what == "peak"
+                else (f(), {})[1]
+            ),
+            flush=True,
+        )
 
-def _fits(step) -> bool: # False where the GPU's memory does not suffice; a warm-up as well
-    try: step(); return True
-    except torch.OutOfMemoryError: gc.collect(); torch.cuda.empty_cache(); return False
 
-def matmul(n:int, dtype=torch.float32):
+def _fits(step) -> bool:  # False where the GPU's memory does not suffice; a warm-up as well
+    try:
+        step()
+        return True
+    except torch.OutOfMemoryError:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return False
+
+
+def matmul(n: int, dtype=torch.float32):
     "A function that multiplies two n x n matrices, 2 n^3 FLOPs."
-    a, b = (torch.randn(n, n, device=device()).to(dtype) for _ in range(2)); out = torch.empty_like(a)
+    a, b = (torch.randn(n, n, device=device()).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)
 
 # %% ../nbs/70c_bench_steps.ipynb #2bee5a41
-def shapes_of(quick:bool) -> list: # (label, scale, batch, tokens, reading)
+def shapes_of(quick: bool) -> list:  # (label, scale, batch, tokens, reading)
     "Models and batches of benchmark 1."
-    cuda = device().type == "cuda"; micro, small, large = settings("micro"), settings("paper"), settings("paper", "base")
-    out = [("micro", micro, micro.batch, micro.max_tokens, "micro"), ("6L/512H", small, 32 if cuda or not quick else 8, 128, "paper")]
+    cuda = device().type == "cuda"
+    micro, small, large = settings("micro"), settings("paper"), settings("paper", "base")
+    out = [
+        ("micro", micro, micro.batch, micro.max_tokens, "micro"),
+        ("6L/512H", small, 32 if cuda or not quick else 8, 128, "paper"),
+    ]
     return out + ([] if quick else [("12L/768H", large, 32 if cuda else 8, 128, "paper")])
 
+
 def _numbers(label, w, B, L, df, held, peaks, rates, reading) -> list[dict]:
-    plain = summary(df.attrs["times"], "plain").set_index("variant") if "plain" in df.attrs["times"] else None; rows = []
-    fl = sum(student_flops(w.s, "nst+crd", batch=B, tokens=L, masked=w.masked, kernel=w.args["nst"]["kernel"]).values())
+    plain = summary(df.attrs["times"], "plain").set_index("variant") if "plain" in df.attrs["times"] else None
+    rows = []
+    fl = sum(
+        student_flops(
+            w.s, "nst+crd", batch=B, tokens=L, masked=w.masked, kernel=w.args["nst"]["kernel"]
+        ).values()
+    )
     for r in df.to_dict("records"):
-        if (v := r["variant"]).startswith("matmul"): continue
-        half = "bf16" in v or (v == "plain" and device().type == "cuda" and bf16_here()); rate = rates.get("matmul bf16" if half else "matmul fp32")
-        rows.append({"model": label, "batch": f"{B} x {L}", "variant": v, "tokens/s": w.n/r["median"], "step s": r["median"], "q25": r["q25"], "q75": r["q75"], "x public": r["ratio"], "x public q25": r["ratio_q25"], "x public q75": r["ratio_q75"],
-                     "x plain": plain.ratio[v] if plain is not None else np.nan, "GB": (held[v]+peaks[v])/1e9, "model FLOPs / matmul rate": fl/r["median"]/rate if v.startswith("ours") and "released" not in v and rate else np.nan, "rounds": r["rounds"]})
+        if (v := r["variant"]).startswith("matmul"):
+            continue
+        half = "bf16" in v or (v == "plain" and device().type == "cuda" and bf16_here())
+        rate = rates.get("matmul bf16" if half else "matmul fp32")
+        rows.append(
+            {
+                "model": label,
+                "batch": f"{B} x {L}",
+                "variant": v,
+                "tokens/s": w.n / r["median"],
+                "step s": r["median"],
+                "q25": r["q25"],
+                "q75": r["q75"],
+                "x public": r["ratio"],
+                "x public q25": r["ratio_q25"],
+                "x public q75": r["ratio_q75"],
+                "x plain": plain.ratio[v] if plain is not None else np.nan,
+                "GB": (held[v] + peaks[v]) / 1e9,
+                "model FLOPs / matmul rate": fl / r["median"] / rate
+                if v.startswith("ours") and "released" not in v and rate
+                else np.nan,
+                "rounds": r["rounds"],
+            }
+        )
     return rows
 
-def compare_steps(label, s, B, L, reading, *, repeats:int, seconds:float, released:bool=True) -> list[dict]:
+
+def compare_steps(
+    label, s, B, L, reading, *, repeats: int, seconds: float, released: bool = True
+) -> list[dict]:
     "Ours, the plain baseline and the public formulation at one shape."
-    w = Workbench(s, B, L, reading); cuda, half = device().type == "cuda", bf16_here(); n = 8192 if cuda else 2048
-    vs = {"public": _within(torch_dropout, w.step(w.objective("public"), optim="loop")), "plain": _within(torch_dropout, w.step(w.objective("plain"), optim=default_optim(), bf16=cuda and half)), "ours fp32": w.step(w.objective())}
-    if released: vs["ours fp32, released objectives"] = w.step(w.objective("ours, released objectives"))
-    if half: vs["ours bf16"] = w.step(w.objective(), bf16=True)
-    if cuda: vs = {k: f for k, f in vs.items() if _fits(f)}
-    elif s.hidden >= 512 and sys.platform == "linux": vs |= {f"ours {k}, memory kept": Elsewhere(s, B, L, reading, bf16=k == "bf16") for k in ("fp32", *(("bf16",) if half else ()))} # nothing comes of it for small tensors
-    peaks, held = {k: f.peak() if isinstance(f, Elsewhere) else peak_memory(f) for k, f in vs.items()}, {k: f.held() for k, f in vs.items()} # a first step, after which the optimiser's state is there
+    w = Workbench(s, B, L, reading)
+    cuda, half = device().type == "cuda", bf16_here()
+    n = 8192 if cuda else 2048
+    vs = {
+        "public": _within(torch_dropout, w.step(w.objective("public"), optim="loop")),
+        "plain": _within(
+            torch_dropout, w.step(w.objective("plain"), optim=default_optim(), bf16=cuda and half)
+        ),
+        "ours fp32": w.step(w.objective()),
+    }
+    if released:
+        vs["ours fp32, released objectives"] = w.step(w.objective("ours, released objectives"))
+    if half:
+        vs["ours bf16"] = w.step(w.objective(), bf16=True)
+    if cuda:
+        vs = {k: f for k, f in vs.items() if _fits(f)}
+    elif s.hidden >= 512 and sys.platform == "linux":
+        vs |= {
+            f"ours {k}, memory kept": Elsewhere(s, B, L, reading, bf16=k == "bf16")
+            for k in ("fp32", *(("bf16",) if half else ()))
+        }  # nothing comes of it for small tensors
+    peaks, held = (
+        {k: f.peak() if isinstance(f, Elsewhere) else peak_memory(f) for k, f in vs.items()},
+        {k: f.held() for k, f in vs.items()},
+    )  # a first step, after which the optimiser's state is there
     mm = {"matmul fp32": matmul(n)} | ({"matmul bf16": matmul(n, torch.bfloat16)} if half else {})
-    df = interleave(vs | mm, repeats, warmup=1 if s.hidden < 512 or cuda else 0, base="public" if "public" in vs else next(iter(vs)), seconds=seconds); [f.close() for f in vs.values() if isinstance(f, Elsewhere)]; rates = {k: 2*n**3/df.set_index("variant")["median"][k] for k in mm}
+    df = interleave(
+        vs | mm,
+        repeats,
+        warmup=1 if s.hidden < 512 or cuda else 0,
+        base="public" if "public" in vs else next(iter(vs)),
+        seconds=seconds,
+    )
+    [f.close() for f in vs.values() if isinstance(f, Elsewhere)]
+    rates = {k: 2 * n**3 / df.set_index("variant")["median"][k] for k in mm}
     return _numbers(label, w, B, L, df, held, peaks, rates, reading), rates
 
 # %% ../nbs/70c_bench_steps.ipynb #d8f4946d
 @contextlib.contextmanager
-def _dropout(lm, p): # all dropout of a model at p
+def _dropout(lm, p):  # all dropout of a model at p
     ms = [(m, m.p) for m in lm.modules() if isinstance(m, torch.nn.Dropout)]
-    for m, _ in ms: m.p = p
-    try: yield
+    for m, _ in ms:
+        m.p = p
+    try:
+        yield
     finally:
-        for m, q in ms: m.p = q
+        for m, q in ms:
+            m.p = q
+
 
 @contextlib.contextmanager
 def _attention(lms, kind):
     old = lms[0].config._attn_implementation
-    for m in lms: m.set_attn_implementation(kind)
-    try: yield
+    for m in lms:
+        m.set_attn_implementation(kind)
+    try:
+        yield
     finally:
-        for m in lms: m.set_attn_implementation(old)
+        for m in lms:
+            m.set_attn_implementation(old)
 
-def _compiling(lms, kind="BertLayer", **how): # a context in which the layers of models, or their encoders, are compiled, each by itself
+
+def _compiling(
+    lms, kind="BertLayer", **how
+):  # a context in which the layers of models, or their encoders, are compiled, each by itself
     ls, made = [l for m in lms for l in m.modules() if type(l).__name__ == kind], []
+
     @contextlib.contextmanager
     def on():
         torch.compiler.cudagraph_mark_step_begin()
         if not made:
-            for l in ls: l.compile(**how); made.append(l._compiled_call_impl)
-        for l, c in zip(ls, made): l._compiled_call_impl = c
-        try: yield
+            for l in ls:
+                l.compile(**how)
+                made.append(l._compiled_call_impl)
+        for l, c in zip(ls, made):
+            l._compiled_call_impl = c
+        try:
+            yield
         finally:
-            for l in ls: l._compiled_call_impl = None
+            for l in ls:
+                l._compiled_call_impl = None
+
     return on
 
-def lever_steps(w:Workbench, compiled:bool=False) -> dict: # label -> (step, whether ours has the lever)
+
+def lever_steps(w: Workbench, compiled: bool = False) -> dict:  # label -> (step, whether ours has the lever)
     "Our step with one change at a time."
-    half = bf16_here(); auto = dict(bf16=device().type == "cuda" and half); out = {"ours": (w.step(w.objective(), **auto), None)}
-    for k, text in STEP_LEVERS.items(): out[text] = (w.step(w.objective(without=(k,)), **auto), True)
-    out["NST by matrix products, against (d, d) kernels of a whole batch"] = (w.step(w.objective(without=("nst",), nst_form="plain"), **auto), True)
-    out["fused AdamW against a loop"] = (w.step(w.objective(), optim="loop", **auto), True); out["fused AdamW against foreach"] = (w.step(w.objective(), optim="adamw_torch", **auto), True)
-    f = w.step(w.objective(), **auto); cpu = device().type == "cpu"
-    if not (cpu and w.s.dropout): out["SDPA against eager attention"] = (_within(lambda: _attention([w.lm, w.teacher], "eager"), f), True) # with dropout SDPA has no fast form on a CPU
-    else: out["dropout in 16 bits"] = (_within(torch_dropout, f), True)
-    if cpu and w.s.hidden >= 512 and sys.platform == "linux": out["memory kept, in huge pages (environment)"] = (Elsewhere(w.s, len(w.batch["ids"]), w.batch["ids"].shape[1], w.reading), False)
+    half = bf16_here()
+    auto = dict(bf16=device().type == "cuda" and half)
+    out = {"ours": (w.step(w.objective(), **auto), None)}
+    for k, text in STEP_LEVERS.items():
+        out[text] = (w.step(w.objective(without=(k,)), **auto), True)
+    out["NST by matrix products, against (d, d) kernels of a whole batch"] = (
+        w.step(w.objective(without=("nst",), nst_form="plain"), **auto),
+        True,
+    )
+    out["fused AdamW against a loop"] = (w.step(w.objective(), optim="loop", **auto), True)
+    out["fused AdamW against foreach"] = (w.step(w.objective(), optim="adamw_torch", **auto), True)
+    f = w.step(w.objective(), **auto)
+    cpu = device().type == "cpu"
+    if not (cpu and w.s.dropout):
+        out["SDPA against eager attention"] = (
+            _within(lambda: _attention([w.lm, w.teacher], "eager"), f),
+            True,
+        )  # with dropout SDPA has no fast form on a CPU
+    else:
+        out["dropout in 16 bits"] = (_within(torch_dropout, f), True)
+    if cpu and w.s.hidden >= 512 and sys.platform == "linux":
+        out["memory kept, in huge pages (environment)"] = (
+            Elsewhere(w.s, len(w.batch["ids"]), w.batch["ids"].shape[1], w.reading),
+            False,
+        )
     out["teacher under inference mode"] = (w.step(w.objective(), inference=True, **auto), False)
-    if w.s.dropout: f2 = w.step(w.objective(), **auto); out[f"dropout 0 instead of {w.s.dropout:g}"] = (_within(lambda: _dropout(w.lm, 0.), f2), False)
-    if half: out["bf16 autocast"] = (w.step(w.objective(), bf16=not auto["bf16"]), auto["bf16"])
-    for text, how in ({"torch.compile of each layer": {}} | ({} if cpu else {"CUDA graphs of the encoders": dict(kind="BertEncoder", mode="reduce-overhead")})).items() if compiled else ():
+    if w.s.dropout:
+        f2 = w.step(w.objective(), **auto)
+        out[f"dropout 0 instead of {w.s.dropout:g}"] = (_within(lambda: _dropout(w.lm, 0.0), f2), False)
+    if half:
+        out["bf16 autocast"] = (w.step(w.objective(), bf16=not auto["bf16"]), auto["bf16"])
+    for text, how in (
+        (
+            {"torch.compile of each layer": {}}
+            | (
+                {}
+                if cpu
+                else {"CUDA graphs of the encoders": dict(kind="BertEncoder", mode="reduce-overhead")}
+            )
+        ).items()
+        if compiled
+        else ()
+    ):
         g = _within(_compiling([w.lm, w.teacher], **how), w.step(w.objective(), **auto))
-        try: [g() for _ in range(3)]; out[text] = (g, False) # the first compiles, the second records
-        except Exception as e: print(f"{text} is left out: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}") # without a compiler, say
+        try:
+            [g() for _ in range(3)]
+            out[text] = (g, False)  # the first compiles, the second records
+        except Exception as e:
+            print(
+                f"{text} is left out: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
+            )  # without a compiler, say
     return out
+
 
 def worth(label, w, B, L, *, repeats, seconds, compiled=False) -> list[dict]:
     "What each lever is worth: time without it by time with it."
-    ls = {k: v for k, v in lever_steps(w, compiled).items() if _fits(v[0])}; df = interleave({k: f for k, (f, _) in ls.items()}, repeats, warmup=0, base="ours", seconds=seconds); rows = []; [f.close() for f, _ in ls.values() if isinstance(f, Elsewhere)]
+    ls = {k: v for k, v in lever_steps(w, compiled).items() if _fits(v[0])}
+    df = interleave({k: f for k, (f, _) in ls.items()}, repeats, warmup=0, base="ours", seconds=seconds)
+    rows = []
+    [f.close() for f, _ in ls.values() if isinstance(f, Elsewhere)]
     for r in df.to_dict("records"):
-        if (has := ls[r["variant"]][1]) is None: continue
-        q = [r["ratio"], r["ratio_q25"], r["ratio_q75"]]; q = [1/q[0], 1/q[2], 1/q[1]] if has else q
-        rows.append({"model": label, "batch": f"{B} x {L}", "lever": r["variant"], "in ours": "yes" if has else "no", "x faster with it": q[0], "q25": q[1], "q75": q[2], "rounds": r["rounds"]})
+        if (has := ls[r["variant"]][1]) is None:
+            continue
+        q = [r["ratio"], r["ratio_q25"], r["ratio_q75"]]
+        q = [1 / q[0], 1 / q[2], 1 / q[1]] if has else q
+        rows.append(
+            {
+                "model": label,
+                "batch": f"{B} x {L}",
+                "lever": r["variant"],
+                "in ours": "yes" if has else "no",
+                "x faster with it": q[0],
+                "q25": q[1],
+                "q75": q[2],
+                "rounds": r["rounds"],
+            }
+        )
     return rows
 
 # %% ../nbs/70c_bench_steps.ipynb #cce703eb
 def best_batch(s, label, reading, batches, tokens) -> list[dict]:
     "Tokens a second of our step by batch, until memory is full; with the share of the device's matmul rate."
-    cuda = device().type == "cuda"; half = bf16_here(); n = 8192 if cuda else 2048; rows = []
+    cuda = device().type == "cuda"
+    half = bf16_here()
+    n = 8192 if cuda else 2048
+    rows = []
     for B in batches:
-        w = Workbench(s, B, tokens, reading); vs = {"ours fp32": w.step(w.objective())} | ({"ours bf16": w.step(w.objective(), bf16=True)} if half else {}); vs = {k: f for k, f in vs.items() if _fits(f)}
-        if not vs: break
-        mm = {"matmul fp32": matmul(n)} | ({"matmul bf16": matmul(n, torch.bfloat16)} if half else {}); df = interleave(vs | mm, 5 if cuda else 2, base=next(iter(vs)), warmup=0).set_index("variant"); fl = sum(student_flops(s, "nst+crd", batch=B, tokens=tokens, masked=w.masked, kernel=w.args["nst"]["kernel"]).values())
-        for k in vs: rows.append({"model": label, "batch": f"{B} x {tokens}", "variant": k, "tokens/s": w.n/df["median"][k], "step s": df["median"][k], "model FLOPs / matmul rate": fl/df["median"][k]/(2*n**3/df["median"][k.replace("ours", "matmul")])})
-        del w, vs, df; gc.collect(); torch.cuda.empty_cache() if cuda else None
+        w = Workbench(s, B, tokens, reading)
+        vs = {"ours fp32": w.step(w.objective())} | (
+            {"ours bf16": w.step(w.objective(), bf16=True)} if half else {}
+        )
+        vs = {k: f for k, f in vs.items() if _fits(f)}
+        if not vs:
+            break
+        mm = {"matmul fp32": matmul(n)} | ({"matmul bf16": matmul(n, torch.bfloat16)} if half else {})
+        df = interleave(vs | mm, 5 if cuda else 2, base=next(iter(vs)), warmup=0).set_index("variant")
+        fl = sum(
+            student_flops(
+                s, "nst+crd", batch=B, tokens=tokens, masked=w.masked, kernel=w.args["nst"]["kernel"]
+            ).values()
+        )
+        for k in vs:
+            rows.append(
+                {
+                    "model": label,
+                    "batch": f"{B} x {tokens}",
+                    "variant": k,
+                    "tokens/s": w.n / df["median"][k],
+                    "step s": df["median"][k],
+                    "model FLOPs / matmul rate": fl
+                    / df["median"][k]
+                    / (2 * n**3 / df["median"][k.replace("ours", "matmul")]),
+                }
+            )
+        del w, vs, df
+        gc.collect()
+        torch.cuda.empty_cache() if cuda else None
     return rows
+
 
 _STEP = "A step is teacher forward, MLM, NST and CRD, forward, backward, clipping to norm 1 and AdamW. public: the released code's formulation (float32, losses in Python loops, head on every position, teacher's head computed and dropped, numpy round trip, AdamW in a loop). plain: what transformers.Trainer takes by itself ({optim}, the models' default attention{half}), head on every position, (d, d) kernels, negatives gathered for each sample. ours: StudentObjective and the settings of fit; `released objectives` has the terms that the public formulation has; `memory kept` runs with the environment variables of `vlkd.bench_steps.KEPT`, in a process of its own. Weights, gradients and optimiser state count in GB. Model FLOPs are those of the cost model, without recomputation; the matmul rate is measured in the same rounds."
 
+
 @register("steps", "A student's step against its peers, and what each lever is worth")
-def bench_steps(quick:bool) -> pd.DataFrame:
+def bench_steps(quick: bool) -> pd.DataFrame:
     "Benchmark 1."
-    cuda, half = device().type == "cuda", bf16_here(); rows, levers, batches = [], [], []
+    cuda, half = device().type == "cuda", bf16_here()
+    rows, levers, batches = [], [], []
     for label, s, B, L, reading in shapes_of(quick):
-        few = 9 if label == "micro" or not quick else 4; rows += compare_steps(label, s, B, L, reading, repeats=few, seconds=40 if quick else 240, released=not quick or label == "micro")[0]; gc.collect()
-        if label != "12L/768H" or cuda: n = B if cuda or label == "micro" else 4 if quick else 8; levers += worth(label, Workbench(s, n, L, reading), n, L, repeats=2 if few == 4 else few, seconds=15 if quick else 180, compiled=not quick); gc.collect()
-        if not quick and label != "micro": batches += best_batch(s, label, reading, [32, 64, 128, 256, 512] if cuda else [4, 8, 16, 32], L)
-    df = pd.DataFrame(rows); at = lambda m, v, c: next((r[c] for r in rows if r["model"] == m and r["variant"] == v), None); m = "6L/512H"
-    share = max((r["model FLOPs / matmul rate"] for r in batches if r["model"] == "12L/768H" and r["variant"] == "ours bf16"), default=None) if cuda else None
-    note = "; quick: batch 8" if quick and not cuda else ""; most = lambda c, *vs: max((x for v in vs if (x := at(m, v, c))), default=None)
-    def bound(v): # what the matmul rate would allow
-        x, share = at(m, v, "x public"), at(m, v, "model FLOPs / matmul rate"); return f"; matrix products alone would allow {x/share:.1f}x" if x and share else ""
-    df.attrs = dict(method=_STEP.format(optim=default_optim(), half=", bfloat16" if cuda and half else ""), tables={"Worth of each lever": pd.DataFrame(levers)} | ({"Batch sizes": pd.DataFrame(batches)} if batches else {}),
-        goals=[goal("6L/512H against the public formulation, CPU, float32", None if cuda else most("x public", "ours fp32", "ours fp32, memory kept"), at_least=4, note=("" if cuda else "the better of memory kept and not" + bound("ours fp32, memory kept")) + note), goal("6L/512H against the public formulation, CPU, bf16", None if cuda else most("x public", "ours bf16", "ours bf16, memory kept"), at_least=7.5, note=("" if cuda else "the better of memory kept and not" + bound("ours bf16, memory kept")) + note),
-               goal("6L/512H against the public formulation, GPU", at(m, "ours bf16", "x public") if cuda else None, at_least=10), goal("6L/512H against the plain baseline, CPU", None if cuda else at(m, "ours fp32", "x plain"), at_least=1.3, note="both in float32" + note),
-               goal("6L/512H against the plain baseline, GPU", at(m, "ours bf16", "x plain") if cuda else None, at_least=1.5, note="both in bf16" if cuda else ""), goal("12L/768H at its best batch, GPU: model FLOPs by matmul rate", share, at_least=.5, unit="")])
+        few = 9 if label == "micro" or not quick else 4
+        rows += compare_steps(
+            label,
+            s,
+            B,
+            L,
+            reading,
+            repeats=few,
+            seconds=40 if quick else 240,
+            released=not quick or label == "micro",
+        )[0]
+        gc.collect()
+        if label != "12L/768H" or cuda:
+            n = B if cuda or label == "micro" else 4 if quick else 8
+            levers += worth(
+                label,
+                Workbench(s, n, L, reading),
+                n,
+                L,
+                repeats=2 if few == 4 else few,
+                seconds=15 if quick else 180,
+                compiled=not quick,
+            )
+            gc.collect()
+        if not quick and label != "micro":
+            batches += best_batch(s, label, reading, [32, 64, 128, 256, 512] if cuda else [4, 8, 16, 32], L)
+    df = pd.DataFrame(rows)
+    at = lambda m, v, c: next((r[c] for r in rows if r["model"] == m and r["variant"] == v), None)
+    m = "6L/512H"
+    share = (
+        max(
+            (
+                r["model FLOPs / matmul rate"]
+                for r in batches
+                if r["model"] == "12L/768H" and r["variant"] == "ours bf16"
+            ),
+            default=None,
+        )
+        if cuda
+        else None
+    )
+    note = "; quick: batch 8" if quick and not cuda else ""
+    most = lambda c, *vs: max((x for v in vs if (x := at(m, v, c))), default=None)
+
+    def bound(v):  # what the matmul rate would allow
+        x, share = at(m, v, "x public"), at(m, v, "model FLOPs / matmul rate")
+        return f"; matrix products alone would allow {x / share:.1f}x" if x and share else ""
+
+    df.attrs = dict(
+        method=_STEP.format(optim=default_optim(), half=", bfloat16" if cuda and half else ""),
+        tables={"Worth of each lever": pd.DataFrame(levers)}
+        | ({"Batch sizes": pd.DataFrame(batches)} if batches else {}),
+        goals=[
+            goal(
+                "6L/512H against the public formulation, CPU, float32",
+                None if cuda else most("x public", "ours fp32", "ours fp32, memory kept"),
+                at_least=4,
+                note=("" if cuda else "the better of memory kept and not" + bound("ours fp32, memory kept"))
+                + note,
+            ),
+            goal(
+                "6L/512H against the public formulation, CPU, bf16",
+                None if cuda else most("x public", "ours bf16", "ours bf16, memory kept"),
+                at_least=7.5,
+                note=("" if cuda else "the better of memory kept and not" + bound("ours bf16, memory kept"))
+                + note,
+            ),
+            goal(
+                "6L/512H against the public formulation, GPU",
+                at(m, "ours bf16", "x public") if cuda else None,
+                at_least=10,
+            ),
+            goal(
+                "6L/512H against the plain baseline, CPU",
+                None if cuda else at(m, "ours fp32", "x plain"),
+                at_least=1.3,
+                note="both in float32" + note,
+            ),
+            goal(
+                "6L/512H against the plain baseline, GPU",
+                at(m, "ours bf16", "x plain") if cuda else None,
+                at_least=1.5,
+                note="both in bf16" if cuda else "",
+            ),
+            goal("12L/768H at its best batch, GPU: model FLOPs by matmul rate", share, at_least=0.5, unit=""),
+        ],
+    )
     return df
 
 # %% ../nbs/70c_bench_steps.ipynb #7197cc8d
-def _grad(f, *inputs): # forward and backward as a function without arguments
+def _grad(f, *inputs):  # forward and backward as a function without arguments
     def run():
         f(*inputs).backward()
-        for x in inputs: x.grad = None
+        for x in inputs:
+            x.grad = None
+
     return run
 
-def _inputs(*shapes, grad=1, seed=0): # the first `grad` want gradients
-    g = torch.Generator().manual_seed(seed); return [torch.randn(*s, generator=g).to(device()).requires_grad_(i < grad) for i, s in enumerate(shapes)]
 
-def peak_at(make, want:int, measured=None) -> int: # bytes
+def _inputs(*shapes, grad=1, seed=0):  # the first `grad` want gradients
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(*s, generator=g).to(device()).requires_grad_(i < grad) for i, s in enumerate(shapes)]
+
+
+def peak_at(make, want: int, measured=None) -> int:  # bytes
     "Peak memory of `make(n)()` at n = want; with `measured` (n1, n2), drawn out as a straight line through those."
-    if measured is None: return peak_memory(make(want))
-    (a, b), (x, y) = measured, [peak_memory(make(n)) for n in measured]; return int(y + (y-x)/(b-a)*(want-b))
+    if measured is None:
+        return peak_memory(make(want))
+    (a, b), (x, y) = measured, [peak_memory(make(n)) for n in measured]
+    return int(y + (y - x) / (b - a) * (want - b))
 
-def objective_rows(name, d, forms:dict, want:int, repeats, seconds) -> list[dict]: # forms: label -> (make(n), n timed, peak measured at or None); the first is ours
+
+def objective_rows(
+    name, d, forms: dict, want: int, repeats, seconds
+) -> list[dict]:  # forms: label -> (make(n), n timed, peak measured at or None); the first is ours
     "Time and peak memory of the forms of an objective; ratios to ours, per item."
-    runs = {k: make(n) for k, (make, n, _) in forms.items()}; df = interleave(runs, repeats, base=next(iter(forms)), seconds=seconds).set_index("variant"); first = forms[next(iter(forms))][1]; peaks = {k: peak_at(make, want, m) for k, (make, _, m) in forms.items()}; p0 = max(1, peaks[next(iter(forms))])
-    return [{"objective": name, "d": d, "form": k, "items": n, "ms an item": 1e3*df["median"][k]/n, "q25": 1e3*df.q25[k]/n, "q75": 1e3*df.q75[k]/n, "x ours' time": (1/df.ratio[k])*first/n, f"peak MB": peaks[k]/1e6, "of items": want, "x ours' memory": peaks[k]/p0} for k, (_, n, _) in forms.items()]
+    runs = {k: make(n) for k, (make, n, _) in forms.items()}
+    df = interleave(runs, repeats, base=next(iter(forms)), seconds=seconds).set_index("variant")
+    first = forms[next(iter(forms))][1]
+    peaks = {k: peak_at(make, want, m) for k, (make, _, m) in forms.items()}
+    p0 = max(1, peaks[next(iter(forms))])
+    return [
+        {
+            "objective": name,
+            "d": d,
+            "form": k,
+            "items": n,
+            "ms an item": 1e3 * df["median"][k] / n,
+            "q25": 1e3 * df.q25[k] / n,
+            "q75": 1e3 * df.q75[k] / n,
+            "x ours' time": (1 / df.ratio[k]) * first / n,
+            f"peak MB": peaks[k] / 1e6,
+            "of items": want,
+            "x ours' memory": peaks[k] / p0,
+        }
+        for k, (_, n, _) in forms.items()
+    ]
 
-def objective_forms(d:int, quick:bool, L:int=128, B:int=32) -> dict: # name -> (forms, items)
+
+def objective_forms(d: int, quick: bool, L: int = 128, B: int = 32) -> dict:  # name -> (forms, items)
     "The objectives of benchmark 2 with their forms."
-    some = 4 if quick else B; out = {}
+    some = 4 if quick else B
+    out = {}
     for kernel in ("poly", "gaussian"):
-        def make(f, kernel=kernel): return lambda n: _grad(lambda s, t: f(s, t, kernel=kernel), *_inputs((n, L, d), (n, L, d)))
-        out[f"NST {kernel}"] = ({"ours": (make(nst), B if kernel == "poly" else some, None), "(d, d) kernels of the batch": (make(plain_nst), some, None), "broadcast, sentence by sentence": (make(lambda *a, **k: broadcast_nst(*a, loop=True, **k)), 1, (1, 2)), "broadcast": (make(broadcast_nst), 1, (1, 2))}, B)
-    out["NT-Xent"] = ({"ours": (lambda n: _grad(nt_xent, *_inputs((n, L, d), (n, L, d))), B, None), "position by position": (lambda n: _grad(public_nt_xent, *_inputs((n, L, d), (n, L, d))), B, None)}, B)
-    torch.manual_seed(0); crd = fill_queue(CRD(d, d, 128, negatives=4096, bank_size=16384).to(device()))
-    out["CRD, 4,096 negatives"] = ({"ours: negatives shared, queue": (lambda n: _grad(crd, *_inputs((n, d), (n, d))), B*KEYS, None), "gathered for each sample": (lambda n: _grad(lambda s, t: plain_crd(crd, s, t), *_inputs((n, d), (n, d))), B*KEYS, None)}, B*KEYS)
-    V, n, chunk = 30522, 512 if quick else B*L, 128 if quick else 256
+
+        def make(f, kernel=kernel):
+            return lambda n: _grad(lambda s, t: f(s, t, kernel=kernel), *_inputs((n, L, d), (n, L, d)))
+
+        out[f"NST {kernel}"] = (
+            {
+                "ours": (make(nst), B if kernel == "poly" else some, None),
+                "(d, d) kernels of the batch": (make(plain_nst), some, None),
+                "broadcast, sentence by sentence": (
+                    make(lambda *a, **k: broadcast_nst(*a, loop=True, **k)),
+                    1,
+                    (1, 2),
+                ),
+                "broadcast": (make(broadcast_nst), 1, (1, 2)),
+            },
+            B,
+        )
+    out["NT-Xent"] = (
+        {
+            "ours": (lambda n: _grad(nt_xent, *_inputs((n, L, d), (n, L, d))), B, None),
+            "position by position": (
+                lambda n: _grad(public_nt_xent, *_inputs((n, L, d), (n, L, d))),
+                B,
+                None,
+            ),
+        },
+        B,
+    )
+    torch.manual_seed(0)
+    crd = fill_queue(CRD(d, d, 128, negatives=4096, bank_size=16384).to(device()))
+    out["CRD, 4,096 negatives"] = (
+        {
+            "ours: negatives shared, queue": (lambda n: _grad(crd, *_inputs((n, d), (n, d))), B * KEYS, None),
+            "gathered for each sample": (
+                lambda n: _grad(lambda s, t: plain_crd(crd, s, t), *_inputs((n, d), (n, d))),
+                B * KEYS,
+                None,
+            ),
+        },
+        B * KEYS,
+    )
+    V, n, chunk = 30522, 512 if quick else B * L, 128 if quick else 256
+
     def soft(chunked):
         def make(n):
-            x, y, w, v = _inputs((n, d), (n, d), (V, d), (V, d)); w.requires_grad_(); f = (lambda *_: chunked_soft_label(x, w, None, y, v, chunk=chunk)) if chunked else (lambda *_: soft_label(F.linear(x, w), F.linear(y, v)))
+            x, y, w, v = _inputs((n, d), (n, d), (V, d), (V, d))
+            w.requires_grad_()
+            f = (
+                (lambda *_: chunked_soft_label(x, w, None, y, v, chunk=chunk))
+                if chunked
+                else (lambda *_: soft_label(F.linear(x, w), F.linear(y, v)))
+            )
             return _grad(f, x, w)
+
         return make
-    out["soft label, 30,522 pieces"] = ({"chunked": (soft(True), n, None), "whole logits": (soft(False), n, None)}, n)
+
+    out["soft label, 30,522 pieces"] = (
+        {"chunked": (soft(True), n, None), "whole logits": (soft(False), n, None)},
+        n,
+    )
     return out
 
-def voken_rate(d:int, quick:bool, repeats, seconds) -> dict:
+
+def voken_rate(d: int, quick: bool, repeats, seconds) -> dict:
     "GFLOP/s of retrieving the voken of each token among 30,000 clips, and of a matrix product of the same sort."
-    n, K, m = (2048 if quick else 4096), 30000, 8192 if device().type == "cuda" else 2048; q, keys = _inputs((n, d), (K, d), grad=0)
-    df = interleave({"nearest": lambda: nearest(q, keys), "scores and argmax": lambda: (F.normalize(q, dim=1) @ F.normalize(keys, dim=1).T).argmax(1), "matmul": matmul(m)}, repeats, seconds=seconds).set_index("variant"); t = df["median"]; fl = 2*n*K*d
-    return {"d": d, "tokens": n, "clips": K, "nearest GFLOP/s": fl/t["nearest"]/1e9, "one product and argmax GFLOP/s": fl/t["scores and argmax"]/1e9, "matmul GFLOP/s": 2*m**3/t["matmul"]/1e9, "nearest / matmul rate": float(np.median([fl/a/(2*m**3/b) for a, b in zip(df.attrs["times"]["nearest"], df.attrs["times"]["matmul"])])), "peak MB": peak_memory(lambda: nearest(q, keys))/1e6, "peak MB, one product": peak_memory(lambda: (F.normalize(q, dim=1) @ F.normalize(keys, dim=1).T).argmax(1))/1e6}
+    n, K, m = (2048 if quick else 4096), 30000, 8192 if device().type == "cuda" else 2048
+    q, keys = _inputs((n, d), (K, d), grad=0)
+    df = interleave(
+        {
+            "nearest": lambda: nearest(q, keys),
+            "scores and argmax": lambda: (F.normalize(q, dim=1) @ F.normalize(keys, dim=1).T).argmax(1),
+            "matmul": matmul(m),
+        },
+        repeats,
+        seconds=seconds,
+    ).set_index("variant")
+    t = df["median"]
+    fl = 2 * n * K * d
+    return {
+        "d": d,
+        "tokens": n,
+        "clips": K,
+        "nearest GFLOP/s": fl / t["nearest"] / 1e9,
+        "one product and argmax GFLOP/s": fl / t["scores and argmax"] / 1e9,
+        "matmul GFLOP/s": 2 * m**3 / t["matmul"] / 1e9,
+        "nearest / matmul rate": float(
+            np.median(
+                [
+                    fl / a / (2 * m**3 / b)
+                    for a, b in zip(df.attrs["times"]["nearest"], df.attrs["times"]["matmul"])
+                ]
+            )
+        ),
+        "peak MB": peak_memory(lambda: nearest(q, keys)) / 1e6,
+        "peak MB, one product": peak_memory(
+            lambda: (F.normalize(q, dim=1) @ F.normalize(keys, dim=1).T).argmax(1)
+        )
+        / 1e6,
+    }
+
 
 @register("objectives", "Each objective alone, against plain forms")
-def bench_objectives(quick:bool) -> pd.DataFrame:
+def bench_objectives(quick: bool) -> pd.DataFrame:
     "Benchmark 2."
     rows, v, repeats, seconds = [], [], 3 if quick else 9, 2 if quick else 40
     for d in (512,) if quick else (512, 768):
-        for name, (forms, want) in objective_forms(d, quick).items(): rows += objective_rows(name, d, forms, want, repeats, seconds); gc.collect()
+        for name, (forms, want) in objective_forms(d, quick).items():
+            rows += objective_rows(name, d, forms, want, repeats, seconds)
+            gc.collect()
         v.append(voken_rate(d, quick, repeats, seconds))
-    df = pd.DataFrame(rows); def_ = lambda name, form, c, how=min: how((r[c] for r in rows if r["objective"] == name and r["form"] == form), default=None)
-    df.attrs = dict(method="Forward and backward in float32, L = 128 tokens, 32 sentences (CRD: 4 keys a sentence; soft label: one item a token). Peak memory beyond inputs, at the number of items given; `broadcast` forms are measured at one and two sentences and drawn out to 32. The soft label of the training is that of whole logits; `chunked` is `vlkd.losses.chunked`.",
-        tables={"Vokens": pd.DataFrame(v)}, goals=[goal("NST poly: broadcast's memory by ours", def_("NST poly", "broadcast", "x ours' memory"), at_least=50), goal("NST Gaussian: broadcast's memory by ours", def_("NST gaussian", "broadcast", "x ours' memory"), at_least=1, note="ours never holds (d, d, L)"),
-            goal("CRD: time of gathering by ours", def_("CRD, 4,096 negatives", "gathered for each sample", "x ours' time"), at_least=1), goal("soft label: memory of whole logits by chunked", def_("soft label, 30,522 pieces", "whole logits", "x ours' memory"), at_least=2), goal("voken retrieval: share of the matmul rate", min(r["nearest / matmul rate"] for r in v), at_least=.7, unit="")])
+    df = pd.DataFrame(rows)
+    def_ = lambda name, form, c, how=min: how(
+        (r[c] for r in rows if r["objective"] == name and r["form"] == form), default=None
+    )
+    df.attrs = dict(
+        method="Forward and backward in float32, L = 128 tokens, 32 sentences (CRD: 4 keys a sentence; soft label: one item a token). Peak memory beyond inputs, at the number of items given; `broadcast` forms are measured at one and two sentences and drawn out to 32. The soft label of the training is that of whole logits; `chunked` is `vlkd.losses.chunked`.",
+        tables={"Vokens": pd.DataFrame(v)},
+        goals=[
+            goal(
+                "NST poly: broadcast's memory by ours",
+                def_("NST poly", "broadcast", "x ours' memory"),
+                at_least=50,
+            ),
+            goal(
+                "NST Gaussian: broadcast's memory by ours",
+                def_("NST gaussian", "broadcast", "x ours' memory"),
+                at_least=1,
+                note="ours never holds (d, d, L)",
+            ),
+            goal(
+                "CRD: time of gathering by ours",
+                def_("CRD, 4,096 negatives", "gathered for each sample", "x ours' time"),
+                at_least=1,
+            ),
+            goal(
+                "soft label: memory of whole logits by chunked",
+                def_("soft label, 30,522 pieces", "whole logits", "x ours' memory"),
+                at_least=2,
+            ),
+            goal(
+                "voken retrieval: share of the matmul rate",
+                min(r["nearest / matmul rate"] for r in v),
+                at_least=0.7,
+                unit="",
+            ),
+        ],
+    )
     return df
 
 # %% ../nbs/70c_bench_steps.ipynb #43f616c0
 class StopWatch:
     "Where the time of a training goes: use it as a context around `fit`, and `wrap` the collator."
+
     PARTS = ("collate", "forward", "backward", "optimiser")
-    def __init__(self): self.t, self.marks, self._old, self._inside = dict.fromkeys(self.PARTS, 0.), [], [], False
+
+    def __init__(self):
+        self.t, self.marks, self._old, self._inside = dict.fromkeys(self.PARTS, 0.0), [], [], False
+
     def wrap(self, f, part):
         def timed(*a, **kw):
-            if self._inside: return f(*a, **kw) # parts within parts count once
-            self._inside = True; b = time.perf_counter()
-            try: r = f(*a, **kw); wait(); return r
-            finally: self.t[part] += time.perf_counter()-b; self._inside = False
-        return timed
-    def mark(self): self.marks.append((time.perf_counter(), dict(self.t)))
-    def _patch(self, cls, name, make): self._old.append((cls, name, cls.__dict__[name])); setattr(cls, name, make(cls.__dict__[name]))
-    def __enter__(self):
-        from accelerate import Accelerator; from accelerate.optimizer import AcceleratedOptimizer; from transformers import Trainer
-        def step(f):
-            def timed(*a, **kw): self.mark(); return f(*a, **kw)
-            return timed
-        for c in (Trainer, ObjectiveTrainer): self._patch(c, "training_step", step); self._patch(c, "compute_loss", lambda f: self.wrap(f, "forward"))
-        self._patch(Accelerator, "backward", lambda f: self.wrap(f, "backward")); self._patch(Accelerator, "clip_grad_norm_", lambda f: self.wrap(f, "optimiser")); self._patch(AcceleratedOptimizer, "step", lambda f: self.wrap(f, "optimiser")); return self
-    def __exit__(self, *e):
-        for c, n, f in reversed(self._old): setattr(c, n, f)
-    def result(self, skip:int=3) -> dict: # seconds a step: total, parts, other
-        "Means over the steps after the first `skip`."
-        if len(self.marks) < skip+2: raise ValueError(f"StopWatch: {len(self.marks)} steps were seen, of which the first {skip} do not count; run more")
-        (a, x), (b, y) = self.marks[skip], self.marks[-1]; n = len(self.marks)-1-skip; out = {k: (y[k]-x[k])/n for k in self.PARTS}
-        return dict(step=(b-a)/n, **out, other=(b-a)/n-sum(out.values()))
+            if self._inside:
+                return f(*a, **kw)  # parts within parts count once
+            self._inside = True
+            b = time.perf_counter()
+            try:
+                r = f(*a, **kw)
+                wait()
+                return r
+            finally:
+                self.t[part] += time.perf_counter() - b
+                self._inside = False
 
-def micro_trainings(quick:bool) -> dict: # name -> (make objective, collate, n, lengths)
+        return timed
+
+    def mark(self):
+        self.marks.append((time.perf_counter(), dict(self.t)))
+
+    def _patch(self, cls, name, make):
+        self._old.append((cls, name, cls.__dict__[name]))
+        setattr(cls, name, make(cls.__dict__[name]))
+
+    def __enter__(self):
+        from accelerate import Accelerator
+        from accelerate.optimizer import AcceleratedOptimizer
+        from transformers import Trainer
+
+        def step(f):
+            def timed(*a, **kw):
+                self.mark()
+                return f(*a, **kw)
+
+            return timed
+
+        for c in (Trainer, ObjectiveTrainer):
+            self._patch(c, "training_step", step)
+            self._patch(c, "compute_loss", lambda f: self.wrap(f, "forward"))
+        self._patch(Accelerator, "backward", lambda f: self.wrap(f, "backward"))
+        self._patch(Accelerator, "clip_grad_norm_", lambda f: self.wrap(f, "optimiser"))
+        self._patch(AcceleratedOptimizer, "step", lambda f: self.wrap(f, "optimiser"))
+        return self
+
+    def __exit__(self, *e):
+        for c, n, f in reversed(self._old):
+            setattr(c, n, f)
+
+    def result(self, skip: int = 3) -> dict:  # seconds a step: total, parts, other
+        "Means over the steps after the first `skip`."
+        if len(self.marks) < skip + 2:
+            raise ValueError(
+                f"StopWatch: {len(self.marks)} steps were seen, of which the first {skip} do not count; run more"
+            )
+        (a, x), (b, y) = self.marks[skip], self.marks[-1]
+        n = len(self.marks) - 1 - skip
+        out = {k: (y[k] - x[k]) / n for k in self.PARTS}
+        return dict(step=(b - a) / n, **out, other=(b - a) / n - sum(out.values()))
+
+
+def micro_trainings(quick: bool) -> dict:  # name -> (make objective, collate, n, lengths)
     "Micro's teacher and students on a small Tabletop world; clips have random features, which cost what true ones cost."
-    s = settings("micro", captions=1200, sentences=2000); d = load_data(s, 1); captions, clip = d.captions; n = int(clip.max())+1; r = rng("bench", 0)
-    pairs = VideoText(captions, clip, r.standard_normal((n, s.max_frames, s.feature_dim)).astype(np.float16), np.ones((n, s.max_frames), bool), np.arange(len(captions)), np.arange(0))
+    s = settings("micro", captions=1200, sentences=2000)
+    d = load_data(s, 1)
+    captions, clip = d.captions
+    n = int(clip.max()) + 1
+    r = rng("bench", 0)
+    pairs = VideoText(
+        captions,
+        clip,
+        r.standard_normal((n, s.max_frames, s.feature_dim)).astype(np.float16),
+        np.ones((n, s.max_frames), bool),
+        np.arange(len(captions)),
+        np.arange(0),
+    )
     new = lambda seed=0: Teacher(s, d.tokenizer, s.feature_dim, seed)
+
     def student(kd):
         def make():
-            o = StudentObjective(language_model(s, d.tokenizer, 1), new().lm if kd else None, kd, s=s, args=preset("micro"))
-            if kd: fill_queue(o.crd)
+            o = StudentObjective(
+                language_model(s, d.tokenizer, 1), new().lm if kd else None, kd, s=s, args=preset("micro")
+            )
+            if kd:
+                fill_queue(o.crd)
             return o
+
         return make, text_collator(d.tokens, d.tokenizer, s, 0), len(d.tokens), None, s.lr
-    return {"teacher": (lambda: TeacherObjective(new(), hinge=preset("micro")["token_hinge"]), video_text_collator(d.caption_tokens, pairs, pairs.train, d.tokenizer, s, 0), len(captions), d.caption_tokens.lengths, s.teacher_lr), "student, text only": student(""), "student, NST+CRD": student("nst+crd")}
+
+    return {
+        "teacher": (
+            lambda: TeacherObjective(new(), hinge=preset("micro")["token_hinge"]),
+            video_text_collator(d.caption_tokens, pairs, pairs.train, d.tokenizer, s, 0),
+            len(captions),
+            d.caption_tokens.lengths,
+            s.teacher_lr,
+        ),
+        "student, text only": student(""),
+        "student, NST+CRD": student("nst+crd"),
+    }
+
 
 def run_fit(make, collate, n, lengths, lr, steps, watch):
     s = settings("micro")
-    with tempfile.TemporaryDirectory(prefix="vlkd-bench-") as d, watch, contextlib.redirect_stdout(io.StringIO()): fit(make(), watch.wrap(collate, "collate"), n, d, steps=steps, batch=s.batch, lr=lr, warmup=s.warmup, weight_decay=s.weight_decay, lengths=lengths)
+    with (
+        tempfile.TemporaryDirectory(prefix="vlkd-bench-") as d,
+        watch,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        fit(
+            make(),
+            watch.wrap(collate, "collate"),
+            n,
+            d,
+            steps=steps,
+            batch=s.batch,
+            lr=lr,
+            warmup=s.warmup,
+            weight_decay=s.weight_decay,
+            lengths=lengths,
+        )
+
 
 def run_trainer(make, collate, n, lengths, lr, steps, watch):
     "The same training by `transformers.Trainer` at its defaults."
     from transformers import Trainer, TrainingArguments
-    s = settings("micro")
-    with tempfile.TemporaryDirectory(prefix="vlkd-bench-") as d, watch, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore"); a = TrainingArguments(output_dir=d, max_steps=steps, per_device_train_batch_size=s.batch, learning_rate=lr, use_cpu=device().type == "cpu", report_to=[], disable_tqdm=True, save_strategy="no", remove_unused_columns=False)
-        Trainer(model=make().to(device()), args=a, data_collator=watch.wrap(collate, "collate"), train_dataset=Draws(n, steps*s.batch, 0, s.batch, lengths)).train()
 
-def run_bare(make, collate, n, lengths, lr, steps, watch, *, optim="adamw_torch_fused", pack=None, compiled=False):
+    s = settings("micro")
+    with (
+        tempfile.TemporaryDirectory(prefix="vlkd-bench-") as d,
+        watch,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        a = TrainingArguments(
+            output_dir=d,
+            max_steps=steps,
+            per_device_train_batch_size=s.batch,
+            learning_rate=lr,
+            use_cpu=device().type == "cpu",
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+            remove_unused_columns=False,
+        )
+        Trainer(
+            model=make().to(device()),
+            args=a,
+            data_collator=watch.wrap(collate, "collate"),
+            train_dataset=Draws(n, steps * s.batch, 0, s.batch, lengths),
+        ).train()
+
+
+def run_bare(
+    make, collate, n, lengths, lr, steps, watch, *, optim="adamw_torch_fused", pack=None, compiled=False
+):
     "The same training as a bare loop."
-    s = settings("micro"); o = make().to(device()).train(); ps = [p for p in o.parameters() if p.requires_grad]; opt = torch.optim.AdamW(ps, lr=lr, weight_decay=s.weight_decay, **(dict(fused=True) if optim == "adamw_torch_fused" else dict(foreach=False, fused=False) if optim == "loop" else {})); draws = Draws(n, steps*s.batch, 0, s.batch, lengths)
-    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 1.); collate = watch.wrap(collate, "collate"); forward, backward = watch.wrap(lambda b: o(**b)["loss"], "forward"), watch.wrap(lambda l: l.backward(), "backward")
-    def update(): torch.nn.utils.clip_grad_norm_(ps, 1.); opt.step(); sched.step(); opt.zero_grad(set_to_none=True)
+    s = settings("micro")
+    o = make().to(device()).train()
+    ps = [p for p in o.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(
+        ps,
+        lr=lr,
+        weight_decay=s.weight_decay,
+        **(
+            dict(fused=True)
+            if optim == "adamw_torch_fused"
+            else dict(foreach=False, fused=False)
+            if optim == "loop"
+            else {}
+        ),
+    )
+    draws = Draws(n, steps * s.batch, 0, s.batch, lengths)
+    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 1.0)
+    collate = watch.wrap(collate, "collate")
+    forward, backward = (
+        watch.wrap(lambda b: o(**b)["loss"], "forward"),
+        watch.wrap(lambda l: l.backward(), "backward"),
+    )
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(ps, 1.0)
+        opt.step()
+        sched.step()
+        opt.zero_grad(set_to_none=True)
+
     update = watch.wrap(update, "optimiser")
     with padded() if pack is False else contextlib.nullcontext():
-        for k in range(steps): watch.mark(); backward(forward({a: v.to(device()) for a, v in collate([draws[j] for j in range(k*s.batch, (k+1)*s.batch)]).items()})); update()
+        for k in range(steps):
+            watch.mark()
+            backward(
+                forward(
+                    {
+                        a: v.to(device())
+                        for a, v in collate([draws[j] for j in range(k * s.batch, (k + 1) * s.batch)]).items()
+                    }
+                )
+            )
+            update()
+
 
 @contextlib.contextmanager
 def padded():
     "Within it, teacher's and student's models see padded rows: sentences are not laid end to end."
     import functools, vlkd.train.student as a, vlkd.train.teacher as b
-    old = a.hidden_states; f = lambda *x, **kw: old(*x, **(kw | dict(pack=False))); a.hidden_states = b.hidden_states = f
-    try: yield
-    finally: a.hidden_states = b.hidden_states = old
+
+    old = a.hidden_states
+    f = lambda *x, **kw: old(*x, **(kw | dict(pack=False)))
+    a.hidden_states = b.hidden_states = f
+    try:
+        yield
+    finally:
+        a.hidden_states = b.hidden_states = old
+
 
 @register("micro", "Micro: steps a second, and where the time goes")
-def bench_micro(quick:bool) -> pd.DataFrame:
+def bench_micro(quick: bool) -> pd.DataFrame:
     "Benchmark 3."
-    ts, steps, rounds = micro_trainings(quick), 40 if quick else 200, repeats_override[0] or (2 if quick else 7); st = ts["student, NST+CRD"]
-    runs = {f"{k}: fit": (run_fit, t, {}) for k, t in ts.items()} | {"student, NST+CRD: transformers.Trainer": (run_trainer, st, {}), "student, NST+CRD: bare loop": (run_bare, st, {}), "student, NST+CRD: bare loop, padded rows": (run_bare, st, dict(pack=False)), "student, NST+CRD: bare loop, AdamW in a loop": (run_bare, st, dict(optim="loop")), "student, NST+CRD: bare loop, AdamW foreach": (run_bare, st, dict(optim="adamw_torch"))}
-    seen = {k: [] for k in runs}; r = np.random.default_rng(0)
+    ts, steps, rounds = (
+        micro_trainings(quick),
+        40 if quick else 200,
+        repeats_override[0] or (2 if quick else 7),
+    )
+    st = ts["student, NST+CRD"]
+    runs = {f"{k}: fit": (run_fit, t, {}) for k, t in ts.items()} | {
+        "student, NST+CRD: transformers.Trainer": (run_trainer, st, {}),
+        "student, NST+CRD: bare loop": (run_bare, st, {}),
+        "student, NST+CRD: bare loop, padded rows": (run_bare, st, dict(pack=False)),
+        "student, NST+CRD: bare loop, AdamW in a loop": (run_bare, st, dict(optim="loop")),
+        "student, NST+CRD: bare loop, AdamW foreach": (run_bare, st, dict(optim="adamw_torch")),
+    }
+    seen = {k: [] for k in runs}
+    r = np.random.default_rng(0)
     for k in range(rounds):
-        for name in r.permutation(list(runs)): f, t, kw = runs[name]; w = StopWatch(); gc.collect(); f(*t, steps, w, **kw); seen[name].append(w.result())
-    base = "student, NST+CRD: fit"; sm = summary({k: [x["step"] for x in v] for k, v in seen.items()}, base).set_index("variant"); rows = []
+        for name in r.permutation(list(runs)):
+            f, t, kw = runs[name]
+            w = StopWatch()
+            gc.collect()
+            f(*t, steps, w, **kw)
+            seen[name].append(w.result())
+    base = "student, NST+CRD: fit"
+    sm = summary({k: [x["step"] for x in v] for k, v in seen.items()}, base).set_index("variant")
+    rows = []
     for k, v in seen.items():
-        part = {p: 100*float(np.median([x[p]/x["step"] for x in v])) for p in (*StopWatch.PARTS, "other")}
-        rows.append({"training": k, "steps/s": 1/sm["median"][k], "ms a step": 1e3*sm["median"][k], "q25": 1e3*sm.q25[k], "q75": 1e3*sm.q75[k], "x fit": sm.ratio[k] if k.startswith("student, NST+CRD") else np.nan, **{f"{p} %": x for p, x in part.items()}, "rounds": rounds})
-    df = pd.DataFrame(rows); s = settings("micro")
-    df.attrs = dict(method=f"Scale micro, batches of {s.batch} sentences of a small Tabletop world, {steps} steps a round after {3} that do not count; start-up is left out. `other` is what is none of the parts: in fit and Trainer their own work. `x fit`: how many times faster than fit.",
-        goals=[goal("fit against transformers.Trainer at its defaults", 1/sm.ratio["student, NST+CRD: transformers.Trainer"], at_least=.95, note="fit also looks whether each loss is finite, and stops where it is not"), goal("fit's own time, share of a step", float(np.median([x["other"]/x["step"] for x in seen[base]])), at_most=.1, unit="", note="of this page, not of the paper")])
+        part = {p: 100 * float(np.median([x[p] / x["step"] for x in v])) for p in (*StopWatch.PARTS, "other")}
+        rows.append(
+            {
+                "training": k,
+                "steps/s": 1 / sm["median"][k],
+                "ms a step": 1e3 * sm["median"][k],
+                "q25": 1e3 * sm.q25[k],
+                "q75": 1e3 * sm.q75[k],
+                "x fit": sm.ratio[k] if k.startswith("student, NST+CRD") else np.nan,
+                **{f"{p} %": x for p, x in part.items()},
+                "rounds": rounds,
+            }
+        )
+    df = pd.DataFrame(rows)
+    s = settings("micro")
+    df.attrs = dict(
+        method=f"Scale micro, batches of {s.batch} sentences of a small Tabletop world, {steps} steps a round after {3} that do not count; start-up is left out. `other` is what is none of the parts: in fit and Trainer their own work. `x fit`: how many times faster than fit.",
+        goals=[
+            goal(
+                "fit against transformers.Trainer at its defaults",
+                1 / sm.ratio["student, NST+CRD: transformers.Trainer"],
+                at_least=0.95,
+                note="fit also looks whether each loss is finite, and stops where it is not",
+            ),
+            goal(
+                "fit's own time, share of a step",
+                float(np.median([x["other"] / x["step"] for x in seen[base]])),
+                at_most=0.1,
+                unit="",
+                note="of this page, not of the paper",
+            ),
+        ],
+    )
     return df

@@ -12,140 +12,288 @@ import sys
 import typer
 
 # %% ../nbs/71_cli.ipynb #d2003109
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Vision-language knowledge distillation: reproduce tables, render reports, look after data.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Vision-language knowledge distillation: reproduce tables, render reports, look after data.",
+)
 data_app = typer.Typer(no_args_is_help=True, help="Data sets.")
 app.add_typer(data_app, name="data")
 
 # %% ../nbs/71_cli.ipynb #51de80a6
 @app.command()
-def reproduce(ids: list[str] = typer.Argument(None, help="Tables or runs of nbs/experiments/plan.toml; none: the main tables; all: every table."),
-              scale: str = typer.Option("micro", help="Section of settings.ini: smoke, micro, real, paper."),
-              seeds: str = typer.Option("1", help="Number of confirmation worlds (3), a list (1,2,3), or dev."),
-              jobs: int = typer.Option(None, help="Runs at a time; empty: 2, on a cluster as many as it has slots."),
-              dry_run: bool = typer.Option(False, "--dry-run", help="Only say what would run, and why."),
-              scheduler: str = typer.Option("", help="Dask cluster that runs them: tcp://HOST:8786, a scheduler file, or local:N for N workers here.")):
+def reproduce(
+    ids: list[str] = typer.Argument(
+        None, help="Tables or runs of nbs/experiments/plan.toml; none: the main tables; all: every table."
+    ),
+    scale: str = typer.Option("micro", help="Section of settings.ini: smoke, micro, real, paper."),
+    seeds: str = typer.Option("1", help="Number of confirmation worlds (3), a list (1,2,3), or dev."),
+    jobs: int = typer.Option(None, help="Runs at a time; empty: 2, on a cluster as many as it has slots."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Only say what would run, and why."),
+    scheduler: str = typer.Option(
+        "",
+        help="Dask cluster that runs them: tcp://HOST:8786, a scheduler file, or local:N for N workers here.",
+    ),
+):
     "Bring tables up to date: run what is missing or changed, then render reports/latest."
     from vlkd.reproduce import report, reproduce
-    if scheduler: from vlkd.scheduler import Cluster
-    r = reproduce(ids or None, scale=scale, seeds=seeds, jobs=jobs, dry_run=dry_run, cluster=Cluster(scheduler) if scheduler else None)
-    if dry_run: return
+
+    if scheduler:
+        from vlkd.scheduler import Cluster
+    r = reproduce(
+        ids or None,
+        scale=scale,
+        seeds=seeds,
+        jobs=jobs,
+        dry_run=dry_run,
+        cluster=Cluster(scheduler) if scheduler else None,
+    )
+    if dry_run:
+        return
     report(scale, seeds)
-    if r["failed"]: raise typer.Exit(1)
+    if r["failed"]:
+        raise typer.Exit(1)
 
 # %% ../nbs/71_cli.ipynb #d5165184
 @app.command()
-def report(scale: str = typer.Option("micro", help="Section of settings.ini."),
-           seeds: str = typer.Option("", help="As for reproduce; empty: for each table the finished set with the most worlds."),
-           publish: bool = typer.Option(False, "--publish", help="Write reports/SCALE, the committed reference, instead of reports/latest."),
-           check: bool = typer.Option(False, "--check", help="Only check that the published pages say what the recorded results beside them say.")):
+def report(
+    scale: str = typer.Option("micro", help="Section of settings.ini."),
+    seeds: str = typer.Option(
+        "", help="As for reproduce; empty: for each table the finished set with the most worlds."
+    ),
+    publish: bool = typer.Option(
+        False, "--publish", help="Write reports/SCALE, the committed reference, instead of reports/latest."
+    ),
+    check: bool = typer.Option(
+        False,
+        "--check",
+        help="Only check that the published pages say what the recorded results beside them say.",
+    ),
+):
     "Render the pages of finished tables."
-    from vlkd.core import scale as settings; from vlkd.reproduce import check_reports, report
-    settings(scale)                                                         # an unknown scale is an error, not one without results
-    if check: print(f"published reports that agree with their records: {', '.join(check_reports()) or 'none is published'}")
-    else: report(scale, seeds or None, publish=publish)
+    from vlkd.core import scale as settings
+    from vlkd.reproduce import check_reports, report
+
+    settings(scale)  # an unknown scale is an error, not one without results
+    if check:
+        print(
+            f"published reports that agree with their records: {', '.join(check_reports()) or 'none is published'}"
+        )
+    else:
+        report(scale, seeds or None, publish=publish)
 
 # %% ../nbs/71_cli.ipynb #5e1dca48
 @data_app.command()
 def status():
     "Which data sets are present where, and which tables need what is missing."
     from vlkd.data.catalog import print_status
+
     print_status()
+
 
 @app.command()
 def version():
     "Version of the library, and of the packages that numbers depend on."
     from vlkd.core import versions
-    for k, v in versions().items(): print(k, v)
+
+    for k, v in versions().items():
+        print(k, v)
 
 # %% ../nbs/71_cli.ipynb #9d6dce82
 @app.command()
-def extract(source: str = typer.Argument(help="A folder of videos, or a csv with the columns path,start,end."),
-            out: str = typer.Option(..., "--out", help="Folder of the feature shards."),
-            frames: str = typer.Option("mobilenet", help="Encoder of frames: mobilenet, resnet152, clip, timm:MODEL, open_clip:ARCH, grid, tabletop-resnet, tabletop-clip, none; NAME=FILE names the weights."),
-            clips: str = typer.Option("none", help="Encoder of clips: resnext152, resnext101, resnext3d=FILE, tabletop-3d, none."),
-            weights: str = typer.Option("", help="Folder of the encoders' weights; empty: weights under VLKD_DATA."),
-            fps: float = typer.Option(1.0, help="Rows a second."),
-            max_frames: int = typer.Option(512, help="At most so many rows a video."),
-            workers: int = typer.Option(0, help="Processes; 0: one a core, at most four on a GPU."),
-            rank: int = typer.Option(0, envvar="RANK", help="This machine's number, from 0."),
-            world_size: int = typer.Option(1, envvar="WORLD_SIZE", help="How many machines share the work."),
-            shard_size: int = typer.Option(32, help="Videos a shard.")):
+def extract(
+    source: str = typer.Argument(help="A folder of videos, or a csv with the columns path,start,end."),
+    out: str = typer.Option(..., "--out", help="Folder of the feature shards."),
+    frames: str = typer.Option(
+        "mobilenet",
+        help="Encoder of frames: mobilenet, resnet152, clip, timm:MODEL, open_clip:ARCH, grid, tabletop-resnet, tabletop-clip, none; NAME=FILE names the weights.",
+    ),
+    clips: str = typer.Option(
+        "none", help="Encoder of clips: resnext152, resnext101, resnext3d=FILE, tabletop-3d, none."
+    ),
+    weights: str = typer.Option("", help="Folder of the encoders' weights; empty: weights under VLKD_DATA."),
+    fps: float = typer.Option(1.0, help="Rows a second."),
+    max_frames: int = typer.Option(512, help="At most so many rows a video."),
+    workers: int = typer.Option(0, help="Processes; 0: one a core, at most four on a GPU."),
+    rank: int = typer.Option(0, envvar="RANK", help="This machine's number, from 0."),
+    world_size: int = typer.Option(1, envvar="WORLD_SIZE", help="How many machines share the work."),
+    shard_size: int = typer.Option(32, help="Videos a shard."),
+):
     "Features of videos as checksummed shards; a run that was stopped goes on where it was. VidLanKD's are --frames resnet152 (or clip) --clips resnext152."
     from vlkd.models.extract import extract_videos
+
     none = lambda s: None if s == "none" else s
-    feats = extract_videos(source, out, none(frames), none(clips), weights or None, fps, max_frames, workers, rank, world_size, shard_size)
-    m = feats.manifest; print(f"{out}: {len(feats)} videos, {m['dim']} features a row ({m['encoder']})" + (f"; {m['missing']} videos are left to other ranks" if m["missing"] else ""))
+    feats = extract_videos(
+        source,
+        out,
+        none(frames),
+        none(clips),
+        weights or None,
+        fps,
+        max_frames,
+        workers,
+        rank,
+        world_size,
+        shard_size,
+    )
+    m = feats.manifest
+    print(
+        f"{out}: {len(feats)} videos, {m['dim']} features a row ({m['encoder']})"
+        + (f"; {m['missing']} videos are left to other ranks" if m["missing"] else "")
+    )
     for what, d in (("could not be read", m["errors"]), ("could be read only in part", m["warnings"])):
-        if d: print(f"{len(d)} {what}:", *(f"  {k}: {v}" for k, v in d.items()), sep="\n", file=sys.stderr)
-    if m["errors"] or m["warnings"]: raise typer.Exit(1)
+        if d:
+            print(f"{len(d)} {what}:", *(f"  {k}: {v}" for k, v in d.items()), sep="\n", file=sys.stderr)
+    if m["errors"] or m["warnings"]:
+        raise typer.Exit(1)
 
 # %% ../nbs/71_cli.ipynb #e2c36122
 @app.command()
-def vokens(teacher: str = typer.Argument(help="Folder of a trained teacher: lm/ and video.safetensors."),
-           text: str = typer.Argument(help="Text file, folder of text files, saved data set, or a data set of the Hub."),
-           howto: str = typer.Argument(help="Folder with HowTo100M_v1.csv, caption.json and features/."),
-           out: str = typer.Argument(help="Where corpus, pool and vokens go; an interrupted job goes on here."),
-           scale: str = typer.Option("paper", help="Section of settings.ini that the teacher was trained with."),
-           clean: str = typer.Option("plain", help="How to clean the text: plain or wikitext."),
-           pattern: str = typer.Option("*", help="Names of the text files in a folder."),
-           size: int = typer.Option(0, help="Clips in the pool; 0: the scale's."),
-           seed: int = typer.Option(0, help="Of the draw of the pool."),
-           wrong: str = typer.Option("error", help="Captions with wrong times: error, or drop to leave them out and count them."),
-           rank: int = typer.Option(0, help="Number of this process, from 0."),
-           world: int = typer.Option(1, help="How many processes share the job.")):
+def vokens(
+    teacher: str = typer.Argument(help="Folder of a trained teacher: lm/ and video.safetensors."),
+    text: str = typer.Argument(
+        help="Text file, folder of text files, saved data set, or a data set of the Hub."
+    ),
+    howto: str = typer.Argument(help="Folder with HowTo100M_v1.csv, caption.json and features/."),
+    out: str = typer.Argument(help="Where corpus, pool and vokens go; an interrupted job goes on here."),
+    scale: str = typer.Option("paper", help="Section of settings.ini that the teacher was trained with."),
+    clean: str = typer.Option("plain", help="How to clean the text: plain or wikitext."),
+    pattern: str = typer.Option("*", help="Names of the text files in a folder."),
+    size: int = typer.Option(0, help="Clips in the pool; 0: the scale's."),
+    seed: int = typer.Option(0, help="Of the draw of the pool."),
+    wrong: str = typer.Option(
+        "error", help="Captions with wrong times: error, or drop to leave them out and count them."
+    ),
+    rank: int = typer.Option(0, help="Number of this process, from 0."),
+    world: int = typer.Option(1, help="How many processes share the job."),
+):
     "Draw a pool of clips and retrieve the nearest one for each token of a corpus."
     from vlkd.models.vokens import voken_job
-    v = voken_job(teacher, text, howto, out, s=scale, clean=clean, pattern=pattern, size=size, seed=seed, wrong=wrong, rank=rank, world=world)
-    print(f"vokens of {len(v):,} rows from {v.size:,} clips are in {out}/vokens; {int((v.counts() > 0).sum()):,} clips are the voken of a token" if v is not None else f"this process's shards are in {out}/vokens")
+
+    v = voken_job(
+        teacher,
+        text,
+        howto,
+        out,
+        s=scale,
+        clean=clean,
+        pattern=pattern,
+        size=size,
+        seed=seed,
+        wrong=wrong,
+        rank=rank,
+        world=world,
+    )
+    print(
+        f"vokens of {len(v):,} rows from {v.size:,} clips are in {out}/vokens; {int((v.counts() > 0).sum()):,} clips are the voken of a token"
+        if v is not None
+        else f"this process's shards are in {out}/vokens"
+    )
+
 
 @app.command()
-def cost(scale: str = typer.Option("paper", help="Section of settings.ini."),
-         large: bool = typer.Option(False, "--large", help="BERT 12L/768H instead of the scale's model."),
-         gpu: str = typer.Option("A100", help="RTX 2080 Ti, V100, A100, H100 or H200."),
-         gpus: int = typer.Option(4, help="How many share a batch."),
-         utilisation: float = typer.Option(.3, help="Share of the GPU's peak that is assumed to be reached."),
-         caption_tokens: float = typer.Option(12, help="Tokens of a caption as padded in a batch."),
-         frames: float = typer.Option(8, help="Frames of a clip as padded in a batch.")):
+def cost(
+    scale: str = typer.Option("paper", help="Section of settings.ini."),
+    large: bool = typer.Option(False, "--large", help="BERT 12L/768H instead of the scale's model."),
+    gpu: str = typer.Option("A100", help="RTX 2080 Ti, V100, A100, H100 or H200."),
+    gpus: int = typer.Option(4, help="How many share a batch."),
+    utilisation: float = typer.Option(0.3, help="Share of the GPU's peak that is assumed to be reached."),
+    caption_tokens: float = typer.Option(12, help="Tokens of a caption as padded in a batch."),
+    frames: float = typer.Option(8, help="Frames of a clip as padded in a batch."),
+):
     "Say which data a scale lacks, and predict steps, FLOPs, GPU hours, memory and storage of its teacher and students."
     from vlkd.rehearse import dry_run
-    print(dry_run(scale, large=large, name=gpu, gpus=gpus, utilisation=utilisation, caption_tokens=caption_tokens, frames=frames))
+
+    print(
+        dry_run(
+            scale,
+            large=large,
+            name=gpu,
+            gpus=gpus,
+            utilisation=utilisation,
+            caption_tokens=caption_tokens,
+            frames=frames,
+        )
+    )
+
 
 @app.command()
-def rehearse(samples: int = typer.Option(1000, help="Size of the stand-in."),
-             steps: int = typer.Option(0, help="Steps of each training; 0: 4, and 40 with --notebooks, whose pages check that losses fall."),
-             out: str = typer.Option("", help="Folder to keep what it makes; empty: nothing is kept."),
-             notebooks: bool = typer.Option(False, "--notebooks", help="Through vlkd reproduce itself: runner, notebooks, all tasks, pages (minutes).")):
+def rehearse(
+    samples: int = typer.Option(1000, help="Size of the stand-in."),
+    steps: int = typer.Option(
+        0, help="Steps of each training; 0: 4, and 40 with --notebooks, whose pages check that losses fall."
+    ),
+    out: str = typer.Option("", help="Folder to keep what it makes; empty: nothing is kept."),
+    notebooks: bool = typer.Option(
+        False,
+        "--notebooks",
+        help="Through vlkd reproduce itself: runner, notebooks, all tasks, pages (minutes).",
+    ),
+):
     "Run the code of scale paper, with toy sizes, on a stand-in for its data: every teacher and student that the plan has there."
-    import time; from vlkd.rehearse import rehearse, rehearse_plan; from vlkd.reproduce import plan_runs
-    if notebooks: raise typer.Exit(rehearse_plan(out or None, samples=samples, steps=steps or 40))
-    began = time.time(); done = rehearse(out or None, samples=samples, steps=steps or 4, runs=plan_runs(scale="paper"), say=lambda x: print(x, flush=True))
-    print(f"{len(done)} runs of scale paper rehearsed on {samples:,} samples in {time.time()-began:.0f} s; every loss is finite")
+    import time
+    from vlkd.rehearse import rehearse, rehearse_plan
+    from vlkd.reproduce import plan_runs
+
+    if notebooks:
+        raise typer.Exit(rehearse_plan(out or None, samples=samples, steps=steps or 40))
+    began = time.time()
+    done = rehearse(
+        out or None,
+        samples=samples,
+        steps=steps or 4,
+        runs=plan_runs(scale="paper"),
+        say=lambda x: print(x, flush=True),
+    )
+    print(
+        f"{len(done)} runs of scale paper rehearsed on {samples:,} samples in {time.time() - began:.0f} s; every loss is finite"
+    )
 
 # %% ../nbs/71_cli.ipynb #4cb60df7
 @app.command()
-def bench(names: list[str] = typer.Argument(None, help="Benchmarks; none: all of them (vlkd bench --list names them)."),
-          quick: bool = typer.Option(False, "--quick", help="Small batches and few rounds: minutes on two cores."),
-          publish: bool = typer.Option(False, "--publish", help="Afterwards write the page reports/bench."),
-          repeats: int = typer.Option(0, help="Rounds; 0: what each benchmark asks for."),
-          list_: bool = typer.Option(False, "--list", help="Only name the benchmarks.")):
+def bench(
+    names: list[str] = typer.Argument(
+        None, help="Benchmarks; none: all of them (vlkd bench --list names them)."
+    ),
+    quick: bool = typer.Option(False, "--quick", help="Small batches and few rounds: minutes on two cores."),
+    publish: bool = typer.Option(False, "--publish", help="Afterwards write the page reports/bench."),
+    repeats: int = typer.Option(0, help="Rounds; 0: what each benchmark asks for."),
+    list_: bool = typer.Option(False, "--list", help="Only name the benchmarks."),
+):
     "Measure variants in turns, print times, ratios and goals, and file them under runs/bench by machine."
     from vlkd.bench import benchmarks, publish_benchmarks, run_benchmarks
-    if list_: print(*(f"{k:12s} {t}" for k, t in benchmarks().items()), sep="\n"); return
+
+    if list_:
+        print(*(f"{k:12s} {t}" for k, t in benchmarks().items()), sep="\n")
+        return
     r = run_benchmarks(names or None, quick=quick, repeats=repeats)
-    if r["failed"]: print(*(f"{k} failed: {v}" for k, v in r["failed"].items()), sep="\n", file=sys.stderr); raise typer.Exit(1)
-    if publish: print(f"page: {publish_benchmarks()/'README.md'} (or index.html beside it)")
+    if r["failed"]:
+        print(*(f"{k} failed: {v}" for k, v in r["failed"].items()), sep="\n", file=sys.stderr)
+        raise typer.Exit(1)
+    if publish:
+        print(f"page: {publish_benchmarks() / 'README.md'} (or index.html beside it)")
 
 # %% ../nbs/71_cli.ipynb #d9ea56e3
 def main(args=None):
     "Entry point of `vlkd`; exits with 0, 1 (a run failed), 2 (bad input) or 130 (interrupted)."
     interrupted = "vlkd: interrupted; the same command goes on from here"
-    try: r = app(args=args, prog_name="vlkd", standalone_mode=False)
-    except typer.Exit as e: sys.exit(e.exit_code)
-    except (ValueError, OSError, ImportError) as e: print(f"vlkd: {e}", file=sys.stderr); sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort): print(interrupted, file=sys.stderr); sys.exit(130)
-    except Exception as e:
-        if not hasattr(e, "format_message"): raise                          # a usage error of click has it
-        if said := e.format_message(): print(f"vlkd: {said}", file=sys.stderr)                                      # without a command the help has been shown
+    try:
+        r = app(args=args, prog_name="vlkd", standalone_mode=False)
+    except typer.Exit as e:
+        sys.exit(e.exit_code)
+    except (ValueError, OSError, ImportError) as e:
+        print(f"vlkd: {e}", file=sys.stderr)
         sys.exit(2)
-    if r == 130: print(interrupted, file=sys.stderr)                          # typer gives the code, and says nothing
+    except (KeyboardInterrupt, typer.Abort):
+        print(interrupted, file=sys.stderr)
+        sys.exit(130)
+    except Exception as e:
+        if not hasattr(e, "format_message"):
+            raise  # a usage error of click has it
+        if said := e.format_message():
+            print(f"vlkd: {said}", file=sys.stderr)  # without a command the help has been shown
+        sys.exit(2)
+    if r == 130:
+        print(interrupted, file=sys.stderr)  # typer gives the code, and says nothing
     sys.exit(r if isinstance(r, int) else 0)

@@ -14,156 +14,249 @@ from pathlib import Path
 import numpy as np
 
 # %% ../nbs/00_core.ipynb #6e688b96
-def settings_file() -> Path: # the settings.ini in force
+def settings_file() -> Path:  # the settings.ini in force
     "Find settings.ini: `VLKD_SETTINGS`, then the checkout that holds this library, then the working folder and its parents."
     if os.environ.get("VLKD_SETTINGS"):
         f = Path(os.environ["VLKD_SETTINGS"]).expanduser().resolve()
-        if not f.is_file(): raise FileNotFoundError(f"VLKD_SETTINGS names {f}, which is not a file")
+        if not f.is_file():
+            raise FileNotFoundError(f"VLKD_SETTINGS names {f}, which is not a file")
         return f
     here = Path(__file__).resolve() if "__file__" in globals() else Path.cwd()
     for d in [*here.parents, Path.cwd(), *Path.cwd().resolve().parents]:
-        f = d/"settings.ini"
-        if f.is_file() and "[scale.micro]" in f.read_text(encoding="utf-8", errors="replace"): return f
-    raise FileNotFoundError("no settings.ini with a [scale.micro] section here or above; run inside a vlkd checkout or set VLKD_SETTINGS")
+        f = d / "settings.ini"
+        if f.is_file() and "[scale.micro]" in f.read_text(encoding="utf-8", errors="replace"):
+            return f
+    raise FileNotFoundError(
+        "no settings.ini with a [scale.micro] section here or above; run inside a vlkd checkout or set VLKD_SETTINGS"
+    )
 
 # %% ../nbs/00_core.ipynb #6b357dfe
-def _literal(s:str):
+def _literal(s: str):
     "A setting's value: a Python literal where it reads as one, else the text itself."
-    try: return ast.literal_eval(s)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError): return s
+    try:
+        return ast.literal_eval(s)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return s
 
-def _sections(f:Path) -> dict[str, dict]:
+
+def _sections(f: Path) -> dict[str, dict]:
     c = configparser.ConfigParser(interpolation=None)
-    try: c.read_string(f.read_text(encoding="utf-8"), source=str(f))
-    except (configparser.Error, UnicodeDecodeError) as e: raise ValueError(f"{f}: {e}") from None
+    try:
+        c.read_string(f.read_text(encoding="utf-8"), source=str(f))
+    except (configparser.Error, UnicodeDecodeError) as e:
+        raise ValueError(f"{f}: {e}") from None
     return {s: {k: _literal(v) for k, v in c.items(s) if k not in c.defaults()} for s in c.sections()}
 
-def _in(f, e:ValueError) -> ValueError: return ValueError(f"{e} ({f})")
 
-def _unknown(what:str, name:str, known) -> ValueError:
+def _in(f, e: ValueError) -> ValueError:
+    return ValueError(f"{e} ({f})")
+
+
+def _unknown(what: str, name: str, known) -> ValueError:
     near = difflib.get_close_matches(str(name), list(map(str, known)), 1)
-    return ValueError(f"unknown {what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(sorted(map(str, known)))}")
+    return ValueError(
+        f"unknown {what} {name!r}"
+        + (f"; did you mean {near[0]!r}?" if near else "")
+        + f" Known: {', '.join(sorted(map(str, known)))}"
+    )
 
 # %% ../nbs/00_core.ipynb #6db698e1
 class Scale(dict):
     "The resolved settings of one scale; keys read as attributes."
+
     def __getattr__(self, k):
-        if k in self: return self[k]
+        if k in self:
+            return self[k]
         raise AttributeError(_unknown(f"setting of scale {self.get('name')!r}", k, self))
 
-def scales() -> list[str]: # names of the scales in settings.ini
+
+def scales() -> list[str]:  # names of the scales in settings.ini
     "The scales that settings.ini declares."
     return [s.split(".", 1)[1] for s in _sections(settings_file()) if s.startswith("scale.")]
 
-def scale(name:str="micro", size:str="", **override) -> Scale: # resolved settings
+
+def scale(name: str = "micro", size: str = "", **override) -> Scale:  # resolved settings
     "Settings of scale `name`, its bases first, then those of `size` (a larger model: sections size.*), then `override`; unknown names, keys and wrong types are errors."
-    f = settings_file(); secs = _sections(f)
-    if f"scale.{name}" not in secs: raise _in(f, _unknown("scale", name, scales()))
-    if "scale.paper" not in secs: raise ValueError(f"{f}: [scale.paper], which defines the keys, is missing")
+    f = settings_file()
+    secs = _sections(f)
+    if f"scale.{name}" not in secs:
+        raise _in(f, _unknown("scale", name, scales()))
+    if "scale.paper" not in secs:
+        raise ValueError(f"{f}: [scale.paper], which defines the keys, is missing")
     ref, chain, n = secs["scale.paper"], [], name
     while n:
-        if f"scale.{n}" not in secs: raise ValueError(f"{f}: [scale.{chain[-1] if chain else name}] has base = {n!s:.60}, which does not exist")
-        if n in chain: raise ValueError(f"{f}: the bases of scale {name} go round in a circle: {' -> '.join(chain+[n])}")
-        chain.append(n); n = secs[f"scale.{n}"].get("base")
+        if f"scale.{n}" not in secs:
+            raise ValueError(
+                f"{f}: [scale.{chain[-1] if chain else name}] has base = {n!s:.60}, which does not exist"
+            )
+        if n in chain:
+            raise ValueError(
+                f"{f}: the bases of scale {name} go round in a circle: {' -> '.join(chain + [n])}"
+            )
+        chain.append(n)
+        n = secs[f"scale.{n}"].get("base")
     out = {}
-    for s in reversed(chain): out.update({k: v for k, v in secs[f"scale.{s}"].items() if k != "base"})
+    for s in reversed(chain):
+        out.update({k: v for k, v in secs[f"scale.{s}"].items() if k != "base"})
     if size:
-        if not (found := [n for n in reversed(chain) if f"size.{size}.{n}" in secs]): raise _in(f, _unknown(f"size of scale {name!r}", size, sorted({s.split(".")[1] for s in secs if s.startswith("size.")})))
-        for n in found: out.update(secs[f"size.{size}.{n}"])
+        if not (found := [n for n in reversed(chain) if f"size.{size}.{n}" in secs]):
+            raise _in(
+                f,
+                _unknown(
+                    f"size of scale {name!r}",
+                    size,
+                    sorted({s.split(".")[1] for s in secs if s.startswith("size.")}),
+                ),
+            )
+        for n in found:
+            out.update(secs[f"size.{size}.{n}"])
     out.update(override)
     for k, v in out.items():
-        if k not in ref: raise ValueError(f"{f}: scale {name}: " + str(_unknown("key", k, ref)))
+        if k not in ref:
+            raise ValueError(f"{f}: scale {name}: " + str(_unknown("key", k, ref)))
         want = type(ref[k])
-        if not (isinstance(v, want) or (want is float and type(v) is int)) or (want is int and isinstance(v, bool)):
+        if not (isinstance(v, want) or (want is float and type(v) is int)) or (
+            want is int and isinstance(v, bool)
+        ):
             raise ValueError(f"{f}: scale {name}: {k} = {v!r} should be {want.__name__}, like {ref[k]!r}")
-        if want is float: out[k] = float(v)
+        if want is float:
+            out[k] = float(v)
     missing = [k for k in ref if k not in out]
-    if missing: raise ValueError(f"{f}: scale {name} lacks {', '.join(missing)}")
+    if missing:
+        raise ValueError(f"{f}: scale {name} lacks {', '.join(missing)}")
     return Scale(name=name, **out)
 
 # %% ../nbs/00_core.ipynb #0a351ebd
-def preset(name:str="paper") -> dict: # keyword arguments per objective
+def preset(name: str = "paper") -> dict:  # keyword arguments per objective
     "A reading of the objectives: `paper` (the equations) or `released` (what the public code computes). Keys are `objective.argument`."
-    secs = _sections(settings_file()); names = [s.split(".", 1)[1] for s in secs if s.startswith("preset.")]
-    if name not in names: raise _in(settings_file(), _unknown("preset", name, names))
+    secs = _sections(settings_file())
+    names = [s.split(".", 1)[1] for s in secs if s.startswith("preset.")]
+    if name not in names:
+        raise _in(settings_file(), _unknown("preset", name, names))
     out = {}
     for k, v in secs[f"preset.{name}"].items():
-        if "." not in k: raise ValueError(f"{settings_file()}: [preset.{name}] {k}: write objective.argument = value")
-        o, a = k.split(".", 1); out.setdefault(o, {})[a] = v
+        if "." not in k:
+            raise ValueError(f"{settings_file()}: [preset.{name}] {k}: write objective.argument = value")
+        o, a = k.split(".", 1)
+        out.setdefault(o, {})[a] = v
     return out
 
 # %% ../nbs/00_core.ipynb #be3f7226
-def path(name:str) -> Path: # absolute
+def path(name: str) -> Path:  # absolute
     "The folder `name` (data, runs, reports, cache, nbs, cards) from `[paths]`; `VLKD_RUNS` and the like override it. `data` may be absent: see `data_dir`."
-    f = settings_file(); p = _sections(f).get("paths", {})
-    if name not in p: raise _in(f, _unknown("path", name, p))
+    f = settings_file()
+    p = _sections(f).get("paths", {})
+    if name not in p:
+        raise _in(f, _unknown("path", name, p))
     v = os.environ.get(f"VLKD_{name.upper()}") or str(p[name])
-    if not v: raise FileNotFoundError(f"no {name} folder is set: set VLKD_{name.upper()} or [paths] {name} in {f}")
+    if not v:
+        raise FileNotFoundError(f"no {name} folder is set: set VLKD_{name.upper()} or [paths] {name} in {f}")
     v = Path(v).expanduser()
-    return (v if v.is_absolute() else (Path.cwd() if os.environ.get(f"VLKD_{name.upper()}") else f.parent)/v).resolve()
+    return (
+        v if v.is_absolute() else (Path.cwd() if os.environ.get(f"VLKD_{name.upper()}") else f.parent) / v
+    ).resolve()
 
-def data_dir(need:bool=True) -> Path|None: # the folder of real data sets
+
+def data_dir(need: bool = True) -> Path | None:  # the folder of real data sets
     "`VLKD_DATA` as an absolute path; None where it is not set and not needed, an error that says so where it is."
-    try: d = path("data")
+    try:
+        d = path("data")
     except FileNotFoundError:
-        if need: raise FileNotFoundError("real data is needed here: set VLKD_DATA to the folder that holds it (`vlkd data status` says what goes where)") from None
+        if need:
+            raise FileNotFoundError(
+                "real data is needed here: set VLKD_DATA to the folder that holds it (`vlkd data status` says what goes where)"
+            ) from None
         return None
-    if not d.is_dir(): raise FileNotFoundError(f"VLKD_DATA names {d}, which is not a folder")
+    if not d.is_dir():
+        raise FileNotFoundError(f"VLKD_DATA names {d}, which is not a folder")
     return d
 
 # %% ../nbs/00_core.ipynb #9bc66699
 @contextlib.contextmanager
 def atomic(p, mode="w"):
     "Open a file for writing that appears at `p` only when the block ends without an error."
-    p = Path(p); p.parent.mkdir(parents=True, exist_ok=True)
+    p = Path(p)
+    p.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=p.parent, prefix=f".{p.name}.")
     try:
-        with os.fdopen(fd, mode, **({} if "b" in mode else dict(encoding="utf-8"))) as f: yield f; f.flush(); os.fsync(f.fileno())
-        os.chmod(tmp, 0o644); os.replace(tmp, p)
-    except BaseException: Path(tmp).unlink(missing_ok=True); raise
+        with os.fdopen(fd, mode, **({} if "b" in mode else dict(encoding="utf-8"))) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(tmp, 0o644)
+        os.replace(tmp, p)
+    except BaseException:
+        Path(tmp).unlink(missing_ok=True)
+        raise
+
 
 def write_array(f, x) -> None:
     "`np.save` into an open file by Python's own writes: C's, which it takes for files, lose the error of a disk that is full."
     np.save(types.SimpleNamespace(write=f.write), x)
 
+
 def _plain(o):
     "JSON for numpy scalars and arrays, paths and frames' values."
-    if isinstance(o, np.generic): return o.item()
-    if isinstance(o, np.ndarray): return o.tolist()
-    if isinstance(o, Path): return str(o)
-    if isinstance(o, (set, tuple)): return list(o)
+    if isinstance(o, np.generic):
+        return o.item()
+    if isinstance(o, np.ndarray):
+        return o.tolist()
+    if isinstance(o, Path):
+        return str(o)
+    if isinstance(o, (set, tuple)):
+        return list(o)
     raise TypeError(f"cannot write {type(o).__name__} as JSON")
 
-def write_json(p, obj, seal:bool=False) -> Path:
+
+def write_json(p, obj, seal: bool = False) -> Path:
     "Write `obj` as JSON, whole or not at all; NaN is refused, because other readers cannot read it back. `seal` adds a checksum to an object, which `read_json` compares and leaves out."
-    if seal: obj = json.loads(json.dumps(obj, default=_plain, allow_nan=False)); obj["seal"] = fingerprint(obj)
-    with atomic(p) as f: json.dump(obj, f, indent=1, default=_plain, allow_nan=False, ensure_ascii=False); f.write("\n")
+    if seal:
+        obj = json.loads(json.dumps(obj, default=_plain, allow_nan=False))
+        obj["seal"] = fingerprint(obj)
+    with atomic(p) as f:
+        json.dump(obj, f, indent=1, default=_plain, allow_nan=False, ensure_ascii=False)
+        f.write("\n")
     return Path(p)
+
 
 def read_json(p):
     "Read JSON; a broken file, or one whose seal does not fit it, is an error that names it."
-    try: o = json.loads(Path(p).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{p} is not valid JSON ({e}); delete it and run again") from None # a number of 5,000 digits is a ValueError, too
-    if isinstance(o, dict) and "seal" in o and o.pop("seal") != fingerprint(o): raise ValueError(f"{p} was changed or damaged after it was written (its seal does not fit it); delete it and run again")
+    try:
+        o = json.loads(Path(p).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(
+            f"{p} is not valid JSON ({e}); delete it and run again"
+        ) from None  # a number of 5,000 digits is a ValueError, too
+    if isinstance(o, dict) and "seal" in o and o.pop("seal") != fingerprint(o):
+        raise ValueError(
+            f"{p} was changed or damaged after it was written (its seal does not fit it); delete it and run again"
+        )
     return o
 
 # %% ../nbs/00_core.ipynb #417799e6
-def fingerprint(*parts) -> str: # 16 hex digits
+def fingerprint(*parts) -> str:  # 16 hex digits
     "Hash of any JSON-like values, numpy arrays and bytes."
     h = hashlib.sha256()
     for p in parts:
-        if isinstance(p, np.ndarray): h.update(str((p.dtype, p.shape)).encode()); h.update(np.ascontiguousarray(p).tobytes())
-        elif isinstance(p, bytes): h.update(p)
-        else: h.update(json.dumps(p, sort_keys=True, default=_plain).encode())
+        if isinstance(p, np.ndarray):
+            h.update(str((p.dtype, p.shape)).encode())
+            h.update(np.ascontiguousarray(p).tobytes())
+        elif isinstance(p, bytes):
+            h.update(p)
+        else:
+            h.update(json.dumps(p, sort_keys=True, default=_plain).encode())
         h.update(b"\0")
     return h.hexdigest()[:16]
+
 
 def sha256_file(p) -> str:
     "Checksum of a file, read in pieces."
     h = hashlib.sha256()
     with open(p, "rb") as f:
-        while b := f.read(1 << 20): h.update(b)
+        while b := f.read(1 << 20):
+            h.update(b)
     return h.hexdigest()
+
 
 def rng(*names) -> np.random.Generator:
     "A numpy generator whose seed is the hash of `names` (ints, strings): the same names, the same stream, in any process."
@@ -172,110 +265,183 @@ def rng(*names) -> np.random.Generator:
 # %% ../nbs/00_core.ipynb #466dd6d7
 SUMS = "checksums.json"
 
+
 def seal_folder(folder) -> None:
     "Write the checksums of the files in `folder`, which `folder_damage` compares."
-    folder = Path(folder); write_json(folder/SUMS, {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != SUMS and not p.name.startswith(".")}, seal=True)
+    folder = Path(folder)
+    write_json(
+        folder / SUMS,
+        {
+            p.name: sha256_file(p)
+            for p in sorted(folder.iterdir())
+            if p.is_file() and p.name != SUMS and not p.name.startswith(".")
+        },
+        seal=True,
+    )
 
-def folder_damage(folder) -> str: # empty: nothing
+
+def folder_damage(folder) -> str:  # empty: nothing
     "What is wrong with a sealed folder; of one without checksums nothing is known."
     folder = Path(folder)
-    if not (folder/SUMS).is_file(): return ""
-    try: want = read_json(folder/SUMS)
-    except ValueError as e: return str(e)
-    return next((f"{folder/n} is missing or was changed after it was saved (its checksum differs)" for n, h in want.items() if not (folder/n).is_file() or sha256_file(folder/n) != h), "")
+    if not (folder / SUMS).is_file():
+        return ""
+    try:
+        want = read_json(folder / SUMS)
+    except ValueError as e:
+        return str(e)
+    return next(
+        (
+            f"{folder / n} is missing or was changed after it was saved (its checksum differs)"
+            for n, h in want.items()
+            if not (folder / n).is_file() or sha256_file(folder / n) != h
+        ),
+        "",
+    )
+
 
 def stamp_file(f) -> None:
     "Write a file's checksum beside it."
-    with atomic(f"{f}.sha256") as o: o.write(sha256_file(f)+"\n")
+    with atomic(f"{f}.sha256") as o:
+        o.write(sha256_file(f) + "\n")
+
 
 def file_intact(f) -> bool:
     "Whether a file is what it was when it was stamped; one without a stamp is taken as it is."
-    s = Path(f"{f}.sha256"); return not s.is_file() or s.read_bytes().strip() == sha256_file(f).encode()
+    s = Path(f"{f}.sha256")
+    return not s.is_file() or s.read_bytes().strip() == sha256_file(f).encode()
 
 # %% ../nbs/00_core.ipynb #7c0e9b28
-def versions(names=("torch","transformers","numpy","pandas","accelerate")) -> dict:
+def versions(names=("torch", "transformers", "numpy", "pandas", "accelerate")) -> dict:
     "Installed versions of the packages that numbers depend on, plus Python and this library."
     out = {"python": platform.python_version()}
     for n in (*names, "vlkd"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError): out[n] = importlib.metadata.version(n)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            out[n] = importlib.metadata.version(n)
     return out
 
-def git_state(root=None) -> dict: # commit and whether the tree differs from it
+
+def git_state(root=None) -> dict:  # commit and whether the tree differs from it
     "Commit of the checkout and whether tracked files differ from it; empty outside a git checkout."
     root = Path(root or settings_file().parent)
-    def git(*a): return subprocess.run(["git", *a], cwd=root, capture_output=True, text=True, timeout=20)
-    try: c = git("rev-parse", "HEAD")
-    except (OSError, subprocess.TimeoutExpired): return {}
-    if c.returncode: return {}
+
+    def git(*a):
+        return subprocess.run(["git", *a], cwd=root, capture_output=True, text=True, timeout=20)
+
+    try:
+        c = git("rev-parse", "HEAD")
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    if c.returncode:
+        return {}
     return dict(commit=c.stdout.strip(), dirty=bool(git("status", "--porcelain", "-uno").stdout.strip()))
 
-def out_dir(out:str="") -> Path:
+
+def out_dir(out: str = "") -> Path:
     "Where a notebook's results go: the runner's folder, or a new temporary one when the notebook is run by hand."
     p = Path(out).expanduser().resolve() if out else Path(tempfile.mkdtemp(prefix="vlkd-"))
-    p.mkdir(parents=True, exist_ok=True); return p
+    p.mkdir(parents=True, exist_ok=True)
+    return p
 
-def record(out,              # folder of the run
-           metrics:dict,     # name -> number, the run's result
-           tables:dict=None, # name -> DataFrame, written as tables/name.csv
-           figures:dict=None,# name -> matplotlib figure, written as figures/name.png
-           examples=None,    # DataFrame of per-example predictions, written as examples.parquet
-           **more            # anything else JSON can hold: headline, claims, history ...
-          ) -> Path: # result.json
+
+def record(
+    out,  # folder of the run
+    metrics: dict,  # name -> number, the run's result
+    tables: dict = None,  # name -> DataFrame, written as tables/name.csv
+    figures: dict = None,  # name -> matplotlib figure, written as figures/name.png
+    examples=None,  # DataFrame of per-example predictions, written as examples.parquet
+    **more,  # anything else JSON can hold: headline, claims, history ...
+) -> Path:  # result.json
     "Write a run's results; `result.json` last, so that it exists only beside all the files that it names."
-    out = Path(out); out.mkdir(parents=True, exist_ok=True); files = {}
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    files = {}
     for n, df in (tables or {}).items():
-        with atomic(out/"tables"/f"{n}.csv") as f: df.to_csv(f, index=False)
+        with atomic(out / "tables" / f"{n}.csv") as f:
+            df.to_csv(f, index=False)
         files[f"tables/{n}.csv"] = None
     for n, fig in (figures or {}).items():
-        with atomic(out/"figures"/f"{n}.png", "wb") as f: fig.savefig(f, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+        with atomic(out / "figures" / f"{n}.png", "wb") as f:
+            fig.savefig(f, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
         files[f"figures/{n}.png"] = None
     if examples is not None:
-        with atomic(out/"examples.parquet", "wb") as f: f.write(examples.to_parquet(index=False))
+        with atomic(out / "examples.parquet", "wb") as f:
+            f.write(examples.to_parquet(index=False))
         files["examples.parquet"] = None
-    files = {k: sha256_file(out/k) for k in files}
-    return write_json(out/"result.json", dict(metrics=metrics, files=files, **more))
+    files = {k: sha256_file(out / k) for k in files}
+    return write_json(out / "result.json", dict(metrics=metrics, files=files, **more))
 
 # %% ../nbs/00_core.ipynb #6fb54633
 class Run:
     "A finished run's folder: its metrics, tables and per-example predictions, checked against their checksums when read."
+
     def __init__(self, folder):
-        self.folder = Path(folder); f = self.folder/"result.json"
-        if not f.is_file(): raise FileNotFoundError(f"{self.folder} has no result.json: the run is missing or did not finish")
-        self._compare(f); self.result = r = read_json(f)
-        if not isinstance(r, dict) or any(not isinstance(r.get(k), dict) for k in ("metrics", "files")): raise ValueError(f"{f} is no record: it should be an object with metrics and files; delete the run's folder and run again")
+        self.folder = Path(folder)
+        f = self.folder / "result.json"
+        if not f.is_file():
+            raise FileNotFoundError(f"{self.folder} has no result.json: the run is missing or did not finish")
+        self._compare(f)
+        self.result = r = read_json(f)
+        if not isinstance(r, dict) or any(not isinstance(r.get(k), dict) for k in ("metrics", "files")):
+            raise ValueError(
+                f"{f} is no record: it should be an object with metrics and files; delete the run's folder and run again"
+            )
         self.metrics = r["metrics"]
+
     def _compare(self, f):
         "A record must be the one that the receipt, `run.json`, knows."
-        if not (self.folder/"run.json").is_file(): return
-        try: want = read_json(self.folder/"run.json")["files"].get(f.name, (0, None))[1]
-        except (KeyError, TypeError, AttributeError, IndexError): raise ValueError(f"{self.folder/'run.json'} is no receipt of a run; delete the run's folder and run again") from None
-        if want is not None and sha256_file(f) != want: raise ValueError(f"{f} was changed after it was recorded; delete the run's folder and run again")
-    def __repr__(self): return f"Run({self.folder.name})"
-    def file(self, name:str) -> Path:
+        if not (self.folder / "run.json").is_file():
+            return
+        try:
+            want = read_json(self.folder / "run.json")["files"].get(f.name, (0, None))[1]
+        except (KeyError, TypeError, AttributeError, IndexError):
+            raise ValueError(
+                f"{self.folder / 'run.json'} is no receipt of a run; delete the run's folder and run again"
+            ) from None
+        if want is not None and sha256_file(f) != want:
+            raise ValueError(f"{f} was changed after it was recorded; delete the run's folder and run again")
+
+    def __repr__(self):
+        return f"Run({self.folder.name})"
+
+    def file(self, name: str) -> Path:
         "Path of a recorded file; a missing or changed one is an error."
         want = self.result["files"].get(name)
-        if want is None: raise FileNotFoundError(f"{self.folder}: no {name} was recorded; there are {', '.join(self.result['files']) or 'no files'}")
-        if not (self.folder/name).is_file() or sha256_file(self.folder/name) != want: raise ValueError(f"{self.folder/name} is missing or was changed after it was recorded; delete the run's folder and run again")
-        return self.folder/name
+        if want is None:
+            raise FileNotFoundError(
+                f"{self.folder}: no {name} was recorded; there are {', '.join(self.result['files']) or 'no files'}"
+            )
+        if not (self.folder / name).is_file() or sha256_file(self.folder / name) != want:
+            raise ValueError(
+                f"{self.folder / name} is missing or was changed after it was recorded; delete the run's folder and run again"
+            )
+        return self.folder / name
+
     def table(self, name):
         import pandas as pd
+
         return pd.read_csv(self.file(f"tables/{name}.csv"))
+
     @property
     def examples(self):
         import pandas as pd
+
         return pd.read_parquet(self.file("examples.parquet"))
 
 # %% ../nbs/00_core.ipynb #d7b6e63a
-def run_folder(id:str, scale:str="micro", seed:int=1) -> Path:
+def run_folder(id: str, scale: str = "micro", seed: int = 1) -> Path:
     "Where the finished run `id` of a scale and seed lies."
-    return path("runs")/scale/f"{id}@{seed}"
+    return path("runs") / scale / f"{id}@{seed}"
 
-def open_inputs(inputs:str="", scale:str="micro") -> dict[str, Run]: # "id@seed" -> Run
+
+def open_inputs(inputs: str = "", scale: str = "micro") -> dict[str, Run]:  # "id@seed" -> Run
     "Open the runs named in `inputs` (JSON: id@seed -> folder), or, when it is empty, every finished run of the scale."
     if inputs:
-        try: d = json.loads(inputs)
-        except (ValueError, RecursionError): d = None
-        if not isinstance(d, dict) or not all(isinstance(v, str) for v in d.values()): raise ValueError(f"inputs should be a JSON object from run id to folder, got {inputs[:80]!r}")
+        try:
+            d = json.loads(inputs)
+        except (ValueError, RecursionError):
+            d = None
+        if not isinstance(d, dict) or not all(isinstance(v, str) for v in d.values()):
+            raise ValueError(f"inputs should be a JSON object from run id to folder, got {inputs[:80]!r}")
         return {k: Run(v) for k, v in d.items()}
-    root = path("runs")/scale
-    return {p.name: Run(p) for p in sorted(root.glob("*@*")) if (p/"run.json").is_file()}
+    root = path("runs") / scale
+    return {p.name: Run(p) for p in sorted(root.glob("*@*")) if (p / "run.json").is_file()}

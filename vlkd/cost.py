@@ -19,197 +19,543 @@ from .data.tasks import get_task
 from .train.student import KEYS, parse_kd
 
 # %% ../nbs/60_cost.ipynb #90dd0bcd
-def bert_parameters(s:Scale, vocab:int=0, *, head:bool=True) -> dict: # part -> count
+def bert_parameters(s: Scale, vocab: int = 0, *, head: bool = True) -> dict:  # part -> count
     "Parameters of the language model of a scale; `vocab` 0: the scale's."
-    d, f, V = s.hidden, s.intermediate, vocab or s.vocab_size; P = max(s.max_tokens, s.ft_tokens, s.max_frames)
-    out = dict(embeddings=(V+P+4)*d, layers=s.layers*(4*d*d + 2*d*f + 9*d + f))
-    return out | (dict(mlm_head=d*d + 3*d + V) if head else {})
+    d, f, V = s.hidden, s.intermediate, vocab or s.vocab_size
+    P = max(s.max_tokens, s.ft_tokens, s.max_frames)
+    out = dict(embeddings=(V + P + 4) * d, layers=s.layers * (4 * d * d + 2 * d * f + 9 * d + f))
+    return out | (dict(mlm_head=d * d + 3 * d + V) if head else {})
 
-def video_parameters(s:Scale) -> dict:
+
+def video_parameters(s: Scale) -> dict:
     "Parameters of the visual encoder: projection, positions, layers."
     d, f = s.hidden, s.intermediate
-    return dict(projection=s.feature_dim*d + d, embeddings=(max(s.max_tokens, s.ft_tokens, s.max_frames)+4)*d, layers=s.video_layers*(4*d*d + 2*d*f + 9*d + f))
+    return dict(
+        projection=s.feature_dim * d + d,
+        embeddings=(max(s.max_tokens, s.ft_tokens, s.max_frames) + 4) * d,
+        layers=s.video_layers * (4 * d * d + 2 * d * f + 9 * d + f),
+    )
 
-def distillation_parameters(s:Scale, kd:str) -> dict: # objective -> count
+
+def distillation_parameters(s: Scale, kd: str) -> dict:  # objective -> count
     "Parameters that the objectives add to a student: a two-layer head each but for soft labels, and CRD's f1 and f2."
-    d, h = s.hidden, s.head_hidden; out = {}
+    d, h = s.hidden, s.head_hidden
+    out = {}
     for k in parse_kd(kd):
-        if k == "soft_label": continue
+        if k == "soft_label":
+            continue
         o = s.vokens if k == "voken" else d
-        out[k] = d*h + h + h*o + o + (2*(d*s.crd_dim + s.crd_dim) if k == "crd" else 0)
+        out[k] = d * h + h + h * o + o + (2 * (d * s.crd_dim + s.crd_dim) if k == "crd" else 0)
     return out
 
 # %% ../nbs/60_cost.ipynb #0bc6de10
-def encoder_flops(s:Scale, tokens:float, layers:int=0) -> float:
+def encoder_flops(s: Scale, tokens: float, layers: int = 0) -> float:
     "Forward FLOPs of a sequence through the layers; `layers` 0: the language model's."
-    return (layers or s.layers)*(8*tokens*s.hidden**2 + 4*tokens*s.hidden*s.intermediate + 4*tokens**2*s.hidden)
+    return (layers or s.layers) * (
+        8 * tokens * s.hidden**2 + 4 * tokens * s.hidden * s.intermediate + 4 * tokens**2 * s.hidden
+    )
 
-def mlm_flops(s:Scale, masked:float, vocab:int=0) -> float:
+
+def mlm_flops(s: Scale, masked: float, vocab: int = 0) -> float:
     "Forward FLOPs of the masked-language head for `masked` tokens."
-    return masked*(2*s.hidden**2 + 2*s.hidden*(vocab or s.vocab_size))
+    return masked * (2 * s.hidden**2 + 2 * s.hidden * (vocab or s.vocab_size))
 
-def _masked(s, tokens, masked): return s.mask_prob*max(tokens-2, 0) if masked is None else masked  # [CLS] and [SEP] are never masked
+
+def _masked(s, tokens, masked):
+    return s.mask_prob * max(tokens - 2, 0) if masked is None else masked  # [CLS] and [SEP] are never masked
 
 # %% ../nbs/60_cost.ipynb #3d8967e9
-def objective_flops(s:Scale, name:str, *, batch:int, tokens:float, vocab:int=0, kernel:str="gaussian", head:bool=True, known:bool=False) -> float: # forward and backward of a batch
+def objective_flops(
+    s: Scale,
+    name: str,
+    *,
+    batch: int,
+    tokens: float,
+    vocab: int = 0,
+    kernel: str = "gaussian",
+    head: bool = True,
+    known: bool = False,
+) -> float:  # forward and backward of a batch
     "FLOPs that a distillation objective adds, without the teacher's reading of the masked sentence; `known` vokens were retrieved before training."
-    B, L, d, h, n = batch, tokens, s.hidden, s.head_hidden, batch*tokens
-    if name == "soft_label": return 4*mlm_flops(s, n, vocab)                     # teacher's head, student's head with its gradients
-    head = 3*n*2*(d*h + h*(s.vokens if name == "voken" else d))*(head or name == "voken")
-    if name == "regression": return head
-    if name == "nst": return head + (4*B*2*L*L*d if kernel == "poly" else 5*B*2*d*d*L)
-    if name == "nt_xent": return head + 3*L*2*(2*B)**2*d
-    if name == "crd": k = B*KEYS; return head*k/n + 5*2*k*d*s.crd_dim + 2*2*2*k*s.crd_negatives*s.crd_dim
-    return head + (0 if known else voken_flops(s, B, L))                         # voken
+    B, L, d, h, n = batch, tokens, s.hidden, s.head_hidden, batch * tokens
+    if name == "soft_label":
+        return 4 * mlm_flops(s, n, vocab)  # teacher's head, student's head with its gradients
+    head = 3 * n * 2 * (d * h + h * (s.vokens if name == "voken" else d)) * (head or name == "voken")
+    if name == "regression":
+        return head
+    if name == "nst":
+        return head + (4 * B * 2 * L * L * d if kernel == "poly" else 5 * B * 2 * d * d * L)
+    if name == "nt_xent":
+        return head + 3 * L * 2 * (2 * B) ** 2 * d
+    if name == "crd":
+        k = B * KEYS
+        return head * k / n + 5 * 2 * k * d * s.crd_dim + 2 * 2 * 2 * k * s.crd_negatives * s.crd_dim
+    return head + (0 if known else voken_flops(s, B, L))  # voken
 
-def voken_flops(s:Scale, batch:float, tokens:float) -> float:
+
+def voken_flops(s: Scale, batch: float, tokens: float) -> float:
     "FLOPs of retrieving the vokens of `batch` rows: the teacher's reading of the unmasked rows, and the search."
-    return batch*encoder_flops(s, tokens) + 2*batch*tokens*s.hidden*s.vokens
+    return batch * encoder_flops(s, tokens) + 2 * batch * tokens * s.hidden * s.vokens
 
-def student_flops(s:Scale, kd:str="", *, batch:int=0, tokens:float=0, masked:float=None, vocab:int=0, kernel:str="gaussian", head:bool=True, known:bool=False) -> dict: # part -> FLOPs of a step
+
+def student_flops(
+    s: Scale,
+    kd: str = "",
+    *,
+    batch: int = 0,
+    tokens: float = 0,
+    masked: float = None,
+    vocab: int = 0,
+    kernel: str = "gaussian",
+    head: bool = True,
+    known: bool = False,
+) -> dict:  # part -> FLOPs of a step
     "FLOPs of one step of a student; `batch`, `tokens` 0: the scale's; `masked`: masked tokens a sentence, None: as drawn on average; `head`, `known`: with a distillation head, with vokens retrieved beforehand."
-    B, L = batch or s.batch, tokens or s.max_tokens; names = parse_kd(kd)
-    out = dict(student=3*B*encoder_flops(s, L), mlm=3*mlm_flops(s, B*_masked(s, L, masked), vocab))
-    if set(names) - {"voken"}: out["teacher"] = B*encoder_flops(s, L)
-    return out | {k: objective_flops(s, k, batch=B, tokens=L, vocab=vocab, kernel=kernel, head=head, known=known) for k in names}
+    B, L = batch or s.batch, tokens or s.max_tokens
+    names = parse_kd(kd)
+    out = dict(student=3 * B * encoder_flops(s, L), mlm=3 * mlm_flops(s, B * _masked(s, L, masked), vocab))
+    if set(names) - {"voken"}:
+        out["teacher"] = B * encoder_flops(s, L)
+    return out | {
+        k: objective_flops(s, k, batch=B, tokens=L, vocab=vocab, kernel=kernel, head=head, known=known)
+        for k in names
+    }
 
-def teacher_flops(s:Scale, *, batch:int=0, tokens:float=0, frames:float=0, masked:float=None, vocab:int=0) -> dict: # part -> FLOPs of a step
+
+def teacher_flops(
+    s: Scale, *, batch: int = 0, tokens: float = 0, frames: float = 0, masked: float = None, vocab: int = 0
+) -> dict:  # part -> FLOPs of a step
     "FLOPs of one step of a teacher with the hinge of Eq. 3; `tokens` and `frames` as padded in the batch, 0: the scale's longest."
     B, L, T = batch or s.batch, tokens or s.max_tokens, frames or s.max_frames
-    return dict(text=3*B*encoder_flops(s, L), mlm=3*mlm_flops(s, B*_masked(s, L, masked), vocab), video=2*B*2*T*s.feature_dim*s.hidden + 3*B*encoder_flops(s, T, s.video_layers), hinge=3*3*B*2*L*s.hidden)
+    return dict(
+        text=3 * B * encoder_flops(s, L),
+        mlm=3 * mlm_flops(s, B * _masked(s, L, masked), vocab),
+        video=2 * B * 2 * T * s.feature_dim * s.hidden + 3 * B * encoder_flops(s, T, s.video_layers),
+        hinge=3 * 3 * B * 2 * L * s.hidden,
+    )
 
 # %% ../nbs/60_cost.ipynb #f178fc46
-def activation_bytes(s:Scale, tokens:float, layers:int=0, half:bool=True, length:float=0) -> float:
+def activation_bytes(s: Scale, tokens: float, layers: int = 0, half: bool = True, length: float = 0) -> float:
     "Bytes saved for backward by the layers, for `tokens` tokens in the batch; `length`: of the sentences where attention is not fused, 0 where it is."
     d, f = s.hidden, s.intermediate
-    per = (36*d + 4*f if half else 32*d + 8*f) + (12*s.heads*length + 8*d if length else 0)
-    return (layers or s.layers)*tokens*(per + (2*d if s.dropout else 0))                     # dropout's masks: a byte each
+    per = (36 * d + 4 * f if half else 32 * d + 8 * f) + (12 * s.heads * length + 8 * d if length else 0)
+    return (layers or s.layers) * tokens * (per + (2 * d if s.dropout else 0))  # dropout's masks: a byte each
 
-def training_memory(s:Scale, kind:str="student", kd:str="", *, batch:int=0, tokens:float=0, frames:float=0, half:bool=True, kernel:str="gaussian", fused:bool=True) -> dict: # part -> bytes
+
+def training_memory(
+    s: Scale,
+    kind: str = "student",
+    kd: str = "",
+    *,
+    batch: int = 0,
+    tokens: float = 0,
+    frames: float = 0,
+    half: bool = True,
+    kernel: str = "gaussian",
+    fused: bool = True,
+) -> dict:  # part -> bytes
     "Bytes at the peak on one device that trains with `batch` sequences at a time; `frames` as in `teacher_flops`; `fused`: attention keeps no scores."
-    if kind not in ("student", "teacher"): raise ValueError(f"kind {kind!r}: it should be student or teacher")
-    B, L, c = batch or s.batch, tokens or s.max_tokens, 2 if half else 0; lm = sum(bert_parameters(s).values()); names = parse_kd(kd)
-    trained = lm + (sum(video_parameters(s).values()) if kind == "teacher" else sum(distillation_parameters(s, kd).values()))
-    out = dict(weights=trained*(12+c) + (lm*(4+c) if names else 0), layers=activation_bytes(s, B*L, half=half, length=0 if fused else L), logits=B*_masked(s, L, None)*s.vocab_size*(10 if half else 8))
-    if kind == "teacher": T = frames or s.max_frames; out["video"] = activation_bytes(s, B*T, s.video_layers, half, 0 if fused else T) + B*T*s.feature_dim*(10 if half else 8)
-    if "nst" in names: out["nst"] = 8*B*L*s.hidden + 2**23 if kernel == "gaussian" else 16*B*L*L
-    if "soft_label" in names: out["soft_label"] = B*L*s.vocab_size*20
-    if "voken" in names: out["voken"] = B*L*s.vokens*(10 if half else 8)
-    bank = 2*s.crd_bank*s.crd_dim*4 if "crd" in names else 0
-    if bank: out["crd"] = bank + 2*B*KEYS*s.crd_negatives*8
-    shared = 4*s.vocab_size*s.hidden; out["gradients"] = max(shared, 4*trained + 2*shared - (sum(out.values())-out["weights"]-bank)); return out
+    if kind not in ("student", "teacher"):
+        raise ValueError(f"kind {kind!r}: it should be student or teacher")
+    B, L, c = batch or s.batch, tokens or s.max_tokens, 2 if half else 0
+    lm = sum(bert_parameters(s).values())
+    names = parse_kd(kd)
+    trained = lm + (
+        sum(video_parameters(s).values())
+        if kind == "teacher"
+        else sum(distillation_parameters(s, kd).values())
+    )
+    out = dict(
+        weights=trained * (12 + c) + (lm * (4 + c) if names else 0),
+        layers=activation_bytes(s, B * L, half=half, length=0 if fused else L),
+        logits=B * _masked(s, L, None) * s.vocab_size * (10 if half else 8),
+    )
+    if kind == "teacher":
+        T = frames or s.max_frames
+        out["video"] = activation_bytes(
+            s, B * T, s.video_layers, half, 0 if fused else T
+        ) + B * T * s.feature_dim * (10 if half else 8)
+    if "nst" in names:
+        out["nst"] = 8 * B * L * s.hidden + 2**23 if kernel == "gaussian" else 16 * B * L * L
+    if "soft_label" in names:
+        out["soft_label"] = B * L * s.vocab_size * 20
+    if "voken" in names:
+        out["voken"] = B * L * s.vokens * (10 if half else 8)
+    bank = 2 * s.crd_bank * s.crd_dim * 4 if "crd" in names else 0
+    if bank:
+        out["crd"] = bank + 2 * B * KEYS * s.crd_negatives * 8
+    shared = 4 * s.vocab_size * s.hidden
+    out["gradients"] = max(shared, 4 * trained + 2 * shared - (sum(out.values()) - out["weights"] - bank))
+    return out
 
 # %% ../nbs/60_cost.ipynb #97324ce1
-PAPER = dict(hours=134_472, clips=136e6, captions=138e6, caption_tokens=568e6, wikipedia=2.9e9, wiki103=111e6) # Sec. 4.1
-PIECES = 1.1                                                                      # word pieces a spoken word, assumed
+PAPER = dict(
+    hours=134_472, clips=136e6, captions=138e6, caption_tokens=568e6, wikipedia=2.9e9, wiki103=111e6
+)  # Sec. 4.1
+PIECES = 1.1  # word pieces a spoken word, assumed
 
-def corpus_bytes(rows:float, tokens:float, vocab:int) -> float: # of `tokenize_corpus`: ids and where rows start
+
+def corpus_bytes(
+    rows: float, tokens: float, vocab: int
+) -> float:  # of `tokenize_corpus`: ids and where rows start
     "Bytes of a tokenised corpus."
-    return tokens*(2 if vocab < 1 << 16 else 4) + 8*rows
+    return tokens * (2 if vocab < 1 << 16 else 4) + 8 * rows
 
-def storage(s:Scale, *, text:float=PAPER["wikipedia"], hours:float=PAPER["hours"], captions:float=PAPER["captions"], caption_words:float=PAPER["caption_tokens"], fps:float=1., pieces:float=PIECES, kd:str="nst+crd") -> dict: # part -> bytes
+
+def storage(
+    s: Scale,
+    *,
+    text: float = PAPER["wikipedia"],
+    hours: float = PAPER["hours"],
+    captions: float = PAPER["captions"],
+    caption_words: float = PAPER["caption_tokens"],
+    fps: float = 1.0,
+    pieces: float = PIECES,
+    kd: str = "nst+crd",
+) -> dict:  # part -> bytes
     "Bytes on disk of data and of one checkpoint; `text` in tokens, `caption_words` in words."
-    packed, said = text*s.max_tokens/(s.max_tokens-2), caption_words*pieces + 2*captions; lm = sum(bert_parameters(s).values())
-    return dict(features=hours*3600*fps*s.feature_dim*2, captions=caption_words*6 + captions*20, caption_tokens=corpus_bytes(captions, said, s.vocab_size), corpus=corpus_bytes(packed/s.max_tokens, packed, s.vocab_size),
-                vokens=packed*(2 if s.vokens < 1 << 16 else 4), pool=4*s.vokens*s.hidden, teacher=4*(lm + sum(video_parameters(s).values())), checkpoint=12*(lm + sum(distillation_parameters(s, kd).values())) + ("crd" in kd)*8*s.crd_bank*s.crd_dim)
+    packed, said = text * s.max_tokens / (s.max_tokens - 2), caption_words * pieces + 2 * captions
+    lm = sum(bert_parameters(s).values())
+    return dict(
+        features=hours * 3600 * fps * s.feature_dim * 2,
+        captions=caption_words * 6 + captions * 20,
+        caption_tokens=corpus_bytes(captions, said, s.vocab_size),
+        corpus=corpus_bytes(packed / s.max_tokens, packed, s.vocab_size),
+        vokens=packed * (2 if s.vokens < 1 << 16 else 4),
+        pool=4 * s.vokens * s.hidden,
+        teacher=4 * (lm + sum(video_parameters(s).values())),
+        checkpoint=12 * (lm + sum(distillation_parameters(s, kd).values()))
+        + ("crd" in kd) * 8 * s.crd_bank * s.crd_dim,
+    )
 
 # %% ../nbs/60_cost.ipynb #52b10215
-GPUS = {"RTX 2080 Ti": (53.8e12, 11e9), "V100": (125e12, 32e9), "A100": (312e12, 80e9), "H100": (989e12, 80e9), "H200": (989e12, 141e9)} # FLOP/s, bytes
+GPUS = {
+    "RTX 2080 Ti": (53.8e12, 11e9),
+    "V100": (125e12, 32e9),
+    "A100": (312e12, 80e9),
+    "H100": (989e12, 80e9),
+    "H200": (989e12, 141e9),
+}  # FLOP/s, bytes
 
-def gpu(name:str) -> tuple[float, float]: # peak in FLOP/s, memory in bytes
+
+def gpu(name: str) -> tuple[float, float]:  # peak in FLOP/s, memory in bytes
     "Peak and memory of a GPU of `GPUS`."
-    if name not in GPUS: raise ValueError(f"unknown GPU {name!r}; known are {', '.join(GPUS)}")
+    if name not in GPUS:
+        raise ValueError(f"unknown GPU {name!r}; known are {', '.join(GPUS)}")
     return GPUS[name]
 
-def gpu_hours(flops:float, name:str="A100", utilisation:float=.3) -> float:
+
+def gpu_hours(flops: float, name: str = "A100", utilisation: float = 0.3) -> float:
     "Hours of one GPU for so many FLOPs."
-    if not 0 < utilisation <= 1: raise ValueError(f"utilisation should be a share of the peak in (0, 1], got {utilisation}")
-    return flops/(gpu(name)[0]*utilisation)/3600
+    if not 0 < utilisation <= 1:
+        raise ValueError(f"utilisation should be a share of the peak in (0, 1], got {utilisation}")
+    return flops / (gpu(name)[0] * utilisation) / 3600
 
 # %% ../nbs/60_cost.ipynb #480dd23b
-def step_bytes(s:Scale, kd:str="", *, batch:int=0, tokens:float=0, fused:bool=True) -> float:
+def step_bytes(s: Scale, kd: str = "", *, batch: int = 0, tokens: float = 0, fused: bool = True) -> float:
     "Bytes in 32 bits that a student's step moves beside its matrix products."
-    B, L = batch or s.batch, tokens or s.max_tokens; d = s.hidden; names = parse_kd(kd); P = sum(bert_parameters(s).values()) + sum(distillation_parameters(s, kd).values())
-    base, drop = 12*d + 2*s.intermediate + (0 if fused else 6*s.heads*L), 6*d*bool(s.dropout)
-    return 4*s.layers*B*L*(3*(base + drop) + (base if set(names) - {"voken"} else 0)) + 40*B*_masked(s, L, None)*s.vocab_size + 40*P + 24*s.vocab_size*d + 4*B*L*d*sum(dict(nst=40, regression=10, nt_xent=20).get(k, 4) for k in names)
+    B, L = batch or s.batch, tokens or s.max_tokens
+    d = s.hidden
+    names = parse_kd(kd)
+    P = sum(bert_parameters(s).values()) + sum(distillation_parameters(s, kd).values())
+    base, drop = 12 * d + 2 * s.intermediate + (0 if fused else 6 * s.heads * L), 6 * d * bool(s.dropout)
+    return (
+        4 * s.layers * B * L * (3 * (base + drop) + (base if set(names) - {"voken"} else 0))
+        + 40 * B * _masked(s, L, None) * s.vocab_size
+        + 40 * P
+        + 24 * s.vocab_size * d
+        + 4 * B * L * d * sum(dict(nst=40, regression=10, nt_xent=20).get(k, 4) for k in names)
+    )
 
-def step_calls(s:Scale, kd:str="") -> float:
+
+def step_calls(s: Scale, kd: str = "") -> float:
     "Operations that a student's step starts, about: 12 forward and 26 backward a layer, 12 for the teacher's, 8 for dropout, and what does not grow with layers."
-    names = parse_kd(kd); return s.layers*(38 + 8*bool(s.dropout) + 12*bool(set(names) - {"voken"})) + 40 + sum(dict(nst=100, crd=140).get(k, 60) for k in names)
+    names = parse_kd(kd)
+    return (
+        s.layers * (38 + 8 * bool(s.dropout) + 12 * bool(set(names) - {"voken"}))
+        + 40
+        + sum(dict(nst=100, crd=140).get(k, 60) for k in names)
+    )
 
-def step_seconds(s:Scale, kd:str="", *, gemm:float, memory:float, call:float=0, batch:int=0, tokens:float=0, kernel:str="gaussian", fused:bool=True) -> dict: # part -> seconds
+
+def step_seconds(
+    s: Scale,
+    kd: str = "",
+    *,
+    gemm: float,
+    memory: float,
+    call: float = 0,
+    batch: int = 0,
+    tokens: float = 0,
+    kernel: str = "gaussian",
+    fused: bool = True,
+) -> dict:  # part -> seconds
     "Seconds of a student's step at measured rates: `gemm` in FLOP/s, `memory` in bytes/s, `call` in seconds."
-    if not (gemm > 0 and memory > 0 and call >= 0): raise ValueError(f"rates should be positive, got gemm {gemm}, memory {memory} and call {call}")
-    return dict(products=sum(student_flops(s, kd, batch=batch, tokens=tokens, kernel=kernel).values())/gemm, memory=step_bytes(s, kd, batch=batch, tokens=tokens, fused=fused)/memory, calls=step_calls(s, kd)*call)
+    if not (gemm > 0 and memory > 0 and call >= 0):
+        raise ValueError(f"rates should be positive, got gemm {gemm}, memory {memory} and call {call}")
+    return dict(
+        products=sum(student_flops(s, kd, batch=batch, tokens=tokens, kernel=kernel).values()) / gemm,
+        memory=step_bytes(s, kd, batch=batch, tokens=tokens, fused=fused) / memory,
+        calls=step_calls(s, kd) * call,
+    )
 
 # %% ../nbs/60_cost.ipynb #71186b6e
-def cost_table(s:Scale, kds=("", "voken", "nst", "nst+crd"), *, name:str="A100", gpus:int=4, utilisation:float=.3, text:float=PAPER["wikipedia"], # tokens
-               caption_tokens:float=12, frames:float=8): # as padded in a batch: caption tokens and frames a clip
+def cost_table(
+    s: Scale,
+    kds=("", "voken", "nst", "nst+crd"),
+    *,
+    name: str = "A100",
+    gpus: int = 4,
+    utilisation: float = 0.3,
+    text: float = PAPER["wikipedia"],  # tokens
+    caption_tokens: float = 12,
+    frames: float = 8,
+):  # as padded in a batch: caption tokens and frames a clip
     "Steps, FLOPs, GPU hours and memory of a scale's teacher and students (DataFrame), on `gpus` GPUs that share the batch."
     import pandas as pd
-    if gpus < 1 or s.batch < gpus: raise ValueError(f"{gpus} GPUs for batches of {s.batch}: there should be at least one sequence a GPU")
-    peak, memory = gpu(name); rows, kernel = [], "gaussian"
+
+    if gpus < 1 or s.batch < gpus:
+        raise ValueError(f"{gpus} GPUs for batches of {s.batch}: there should be at least one sequence a GPU")
+    peak, memory = gpu(name)
+    rows, kernel = [], "gaussian"
     for kind, kd in [("teacher", ""), *(("student", k) for k in kds)]:
-        steps = s.teacher_steps if kind == "teacher" else s.steps; L = min(caption_tokens, s.max_tokens) if kind == "teacher" else s.max_tokens; T = min(frames, s.max_frames)
-        step = sum((teacher_flops(s, tokens=L, frames=T) if kind == "teacher" else student_flops(s, kd, kernel=kernel, known=True)).values()); part = math.ceil(s.batch/gpus); before = voken_flops(s, text/(s.max_tokens-2), s.max_tokens) if "voken" in kd else 0
-        mem = sum(training_memory(s, kind, kd, batch=part, tokens=L, frames=T, kernel=kernel).values()); hours = gpu_hours(step*steps + before, name, utilisation)
-        seen = PAPER["captions"] if kind == "teacher" else text/(s.max_tokens-2)
-        rows.append(dict(training=f"{kind}{f' {kd}' if kd else '' if kind == 'teacher' else ' text only'}", model=f"{s.layers}L/{s.hidden}H", steps=steps, batch=s.batch, passes=steps*s.batch/seen, TFLOPs_step=step/1e12, EFLOPs=(step*steps + before)/1e18, GPU_hours=hours, days=hours/gpus/24, GB_a_GPU=mem/1e9, fits=mem < memory))
-    out = pd.DataFrame(rows); out.attrs = dict(gpu=name, gpus=gpus, utilisation=utilisation, caption_tokens=caption_tokens, frames=frames); return out
+        steps = s.teacher_steps if kind == "teacher" else s.steps
+        L = min(caption_tokens, s.max_tokens) if kind == "teacher" else s.max_tokens
+        T = min(frames, s.max_frames)
+        step = sum(
+            (
+                teacher_flops(s, tokens=L, frames=T)
+                if kind == "teacher"
+                else student_flops(s, kd, kernel=kernel, known=True)
+            ).values()
+        )
+        part = math.ceil(s.batch / gpus)
+        before = voken_flops(s, text / (s.max_tokens - 2), s.max_tokens) if "voken" in kd else 0
+        mem = sum(training_memory(s, kind, kd, batch=part, tokens=L, frames=T, kernel=kernel).values())
+        hours = gpu_hours(step * steps + before, name, utilisation)
+        seen = PAPER["captions"] if kind == "teacher" else text / (s.max_tokens - 2)
+        rows.append(
+            dict(
+                training=f"{kind}{f' {kd}' if kd else '' if kind == 'teacher' else ' text only'}",
+                model=f"{s.layers}L/{s.hidden}H",
+                steps=steps,
+                batch=s.batch,
+                passes=steps * s.batch / seen,
+                TFLOPs_step=step / 1e12,
+                EFLOPs=(step * steps + before) / 1e18,
+                GPU_hours=hours,
+                days=hours / gpus / 24,
+                GB_a_GPU=mem / 1e9,
+                fits=mem < memory,
+            )
+        )
+    out = pd.DataFrame(rows)
+    out.attrs = dict(
+        gpu=name, gpus=gpus, utilisation=utilisation, caption_tokens=caption_tokens, frames=frames
+    )
+    return out
 
 # %% ../nbs/60_cost.ipynb #db305d03
-def growth(s:Scale, kd:str="nst+crd", gpus=(1, 8, 64), *, kind:str="student", name:str="A100", utilisation:float=.3, bandwidth:float=12e9, overlap:float=.5, inside:float=150e9, node:int=8, each:int=0, caption_tokens:float=12, frames:float=8):
+def growth(
+    s: Scale,
+    kd: str = "nst+crd",
+    gpus=(1, 8, 64),
+    *,
+    kind: str = "student",
+    name: str = "A100",
+    utilisation: float = 0.3,
+    bandwidth: float = 12e9,
+    overlap: float = 0.5,
+    inside: float = 150e9,
+    node: int = 8,
+    each: int = 0,
+    caption_tokens: float = 12,
+    frames: float = 8,
+):
     "Days, GPU hours and efficiency of one training on more and more GPUs (DataFrame); the batch stays what the scale says, or is `each` sequences a GPU."
     import pandas as pd
-    if not (min(bandwidth, inside) > 0 and 0 <= overlap <= 1 and each >= 0): raise ValueError(f"bandwidth and inside should be positive (bytes a second), overlap from 0 to 1 and each 0 or more, got {bandwidth}, {inside}, {overlap} and {each}")
-    L = min(caption_tokens, s.max_tokens) if kind == "teacher" else s.max_tokens; total = s.teacher_steps if kind == "teacher" else s.steps; rows = []
-    lm = sum(bert_parameters(s).values()); n = lm + sum((video_parameters(s) if kind == "teacher" else distillation_parameters(s, kd)).values())
+
+    if not (min(bandwidth, inside) > 0 and 0 <= overlap <= 1 and each >= 0):
+        raise ValueError(
+            f"bandwidth and inside should be positive (bytes a second), overlap from 0 to 1 and each 0 or more, got {bandwidth}, {inside}, {overlap} and {each}"
+        )
+    L = min(caption_tokens, s.max_tokens) if kind == "teacher" else s.max_tokens
+    total = s.teacher_steps if kind == "teacher" else s.steps
+    rows = []
+    lm = sum(bert_parameters(s).values())
+    n = lm + sum((video_parameters(s) if kind == "teacher" else distillation_parameters(s, kd)).values())
     for g in gpus:
-        if not 1 <= g <= (g if each else s.batch): raise ValueError(f"{g} GPUs for batches of {s.batch}: there should be at least one sequence a GPU")
-        b = each or math.ceil(s.batch/g); steps = math.ceil(total*s.batch/(b*g)) if each else total; flops = sum((teacher_flops(s, batch=b, tokens=L, frames=frames) if kind == "teacher" else student_flops(s, kd, batch=b)).values())
-        compute, talk = flops/(gpu(name)[0]*utilisation), 2*(g-1)/g*4*n/(bandwidth if g > node else max(inside, bandwidth))*(1-overlap); t = compute + talk
-        rows.append(dict(GPUs=g, sequences=b, batch=b*g if each else s.batch, steps=steps, compute_ms=1e3*compute, exchange_ms=1e3*talk, days=t*steps/86400, GPU_hours=g*t*steps/3600)); first = rows[0]
-        rows[-1]["efficiency"] = first["GPU_hours"]/rows[-1]["GPU_hours"]; rows[-1]["GB_a_GPU"] = (sum(training_memory(s, kind, kd if kind == "student" else "", batch=b, tokens=L, frames=frames).values()) + (4*n if g > 1 else 0))/1e9
+        if not 1 <= g <= (g if each else s.batch):
+            raise ValueError(
+                f"{g} GPUs for batches of {s.batch}: there should be at least one sequence a GPU"
+            )
+        b = each or math.ceil(s.batch / g)
+        steps = math.ceil(total * s.batch / (b * g)) if each else total
+        flops = sum(
+            (
+                teacher_flops(s, batch=b, tokens=L, frames=frames)
+                if kind == "teacher"
+                else student_flops(s, kd, batch=b)
+            ).values()
+        )
+        compute, talk = (
+            flops / (gpu(name)[0] * utilisation),
+            2 * (g - 1) / g * 4 * n / (bandwidth if g > node else max(inside, bandwidth)) * (1 - overlap),
+        )
+        t = compute + talk
+        rows.append(
+            dict(
+                GPUs=g,
+                sequences=b,
+                batch=b * g if each else s.batch,
+                steps=steps,
+                compute_ms=1e3 * compute,
+                exchange_ms=1e3 * talk,
+                days=t * steps / 86400,
+                GPU_hours=g * t * steps / 3600,
+            )
+        )
+        first = rows[0]
+        rows[-1]["efficiency"] = first["GPU_hours"] / rows[-1]["GPU_hours"]
+        rows[-1]["GB_a_GPU"] = (
+            sum(
+                training_memory(
+                    s, kind, kd if kind == "student" else "", batch=b, tokens=L, frames=frames
+                ).values()
+            )
+            + (4 * n if g > 1 else 0)
+        ) / 1e9
     return pd.DataFrame(rows)
 
 # %% ../nbs/60_cost.ipynb #72c94170
-def report_cost(scale_name:str="paper", *, large:bool=False, name:str="A100", gpus:int=4, utilisation:float=.3, caption_tokens:float=12, frames:float=8) -> str:
+def report_cost(
+    scale_name: str = "paper",
+    *,
+    large: bool = False,
+    name: str = "A100",
+    gpus: int = 4,
+    utilisation: float = 0.3,
+    caption_tokens: float = 12,
+    frames: float = 8,
+) -> str:
     "The predicted cost of a scale as text; `large` takes the scale's larger model (sections size.base.*)."
     import pandas as pd
-    s = scale(scale_name, "base" if large else ""); kw = dict(name=name, utilisation=utilisation, caption_tokens=caption_tokens, frames=frames)
+
+    s = scale(scale_name, "base" if large else "")
+    kw = dict(name=name, utilisation=utilisation, caption_tokens=caption_tokens, frames=frames)
     with pd.option_context("display.width", 200, "display.max_columns", 20):
-        table, grow = cost_table(s, gpus=gpus, **kw), growth(s, gpus=[g for g in (1, 8, 64) if g <= s.batch], **kw)
-        return "\n".join((f"scale {scale_name}, BERT {s.layers}L/{s.hidden}H, {sum(bert_parameters(s).values())/1e6:.1f} M parameters; {gpus} x {name}. Assumed: {utilisation:.0%} of the peak, captions of {caption_tokens:g} tokens and clips of {frames:g} frames as padded.",
-            table.round(3).to_string(index=False), "", "storage (GB), data of the paper's size: " + ", ".join(f"{k} {v/1e9:,.2f}" for k, v in storage(s).items()), "", "growth of the student with NST+CRD:", grow.round(3).to_string(index=False), "",
-            "Not in these numbers: decoding and encoding the videos, evaluation, fine-tuning, and work that is not a matrix product."))
+        table, grow = (
+            cost_table(s, gpus=gpus, **kw),
+            growth(s, gpus=[g for g in (1, 8, 64) if g <= s.batch], **kw),
+        )
+        return "\n".join(
+            (
+                f"scale {scale_name}, BERT {s.layers}L/{s.hidden}H, {sum(bert_parameters(s).values()) / 1e6:.1f} M parameters; {gpus} x {name}. Assumed: {utilisation:.0%} of the peak, captions of {caption_tokens:g} tokens and clips of {frames:g} frames as padded.",
+                table.round(3).to_string(index=False),
+                "",
+                "storage (GB), data of the paper's size: "
+                + ", ".join(f"{k} {v / 1e9:,.2f}" for k, v in storage(s).items()),
+                "",
+                "growth of the student with NST+CRD:",
+                grow.round(3).to_string(index=False),
+                "",
+                "Not in these numbers: decoding and encoding the videos, evaluation, fine-tuning, and work that is not a matrix product.",
+            )
+        )
 
 # %% ../nbs/60_cost.ipynb #018607dc
-FINETUNE = dict(sst2=67_349, qnli=104_743, qqp=363_846, mnli=392_702, piqa=2*16_113, tracie=860, swag=4*73_546, squad1=88_000, squad2=132_000) # training sequences; those of SQuAD are windows, about
+FINETUNE = dict(
+    sst2=67_349,
+    qnli=104_743,
+    qqp=363_846,
+    mnli=392_702,
+    piqa=2 * 16_113,
+    tracie=860,
+    swag=4 * 73_546,
+    squad1=88_000,
+    squad2=132_000,
+)  # training sequences; those of SQuAD are windows, about
 
-def finetune_flops(s:Scale, tasks) -> float:
+
+def finetune_flops(s: Scale, tasks) -> float:
     "FLOPs of fine-tuning on tasks, the sequences as long as they may be; a task that is only evaluated takes none."
-    for t in tasks: t in FINETUNE or get_task(t)
-    return sum(3*(s.ft_steps*s.ft_batch if s.ft_steps else s.ft_epochs*FINETUNE[t])*encoder_flops(s, max(s.ft_tokens, 384) if t.startswith("squad") else s.ft_tokens) for t in tasks if t in FINETUNE)
+    for t in tasks:
+        t in FINETUNE or get_task(t)
+    return sum(
+        3
+        * (s.ft_steps * s.ft_batch if s.ft_steps else s.ft_epochs * FINETUNE[t])
+        * encoder_flops(s, max(s.ft_tokens, 384) if t.startswith("squad") else s.ft_tokens)
+        for t in tasks
+        if t in FINETUNE
+    )
 
-def run_cost(p:dict,              # parameters of a run, as its notebook declares them
-             scale_name:str="paper", *, tasks=("sst2", "qnli", "qqp", "mnli", "piqa", "tracie"), # those of a student that names none
-             caption_tokens:float=12, frames:float=8) -> dict|None: # None: no training
+
+def run_cost(
+    p: dict,  # parameters of a run, as its notebook declares them
+    scale_name: str = "paper",
+    *,
+    tasks=("sst2", "qnli", "qqp", "mnli", "piqa", "tracie"),  # those of a student that names none
+    caption_tokens: float = 12,
+    frames: float = 8,
+) -> dict | None:  # None: no training
     "Steps, batch, model, FLOPs and disk of one run of a plan: a teacher has the parameter `contrast`, a student `kd`."
-    if not {"contrast", "kd"} & set(p): return None
-    s = scale(scale_name, p.get("size", ""), **dict(p.get("settings", {}), feature_dim=sum(WIDTHS[p.get("features", "video")]))); L = min(caption_tokens, s.max_tokens); lm = sum(bert_parameters(s).values())
+    if not {"contrast", "kd"} & set(p):
+        return None
+    s = scale(
+        scale_name,
+        p.get("size", ""),
+        **dict(p.get("settings", {}), feature_dim=sum(WIDTHS[p.get("features", "video")])),
+    )
+    L = min(caption_tokens, s.max_tokens)
+    lm = sum(bert_parameters(s).values())
     if "contrast" in p:
-        steps = s.teacher_steps if p.get("steps", -1) < 0 else p["steps"]; parts = teacher_flops(s, tokens=L, frames=1 if p.get("features") == "image" else min(frames, s.max_frames))
-        skip = {"video", "hinge"} if p["contrast"] == "none" else set(); skip |= set() if p.get("mlm", True) else {"mlm"}
-        train, kept = steps*sum(v for k, v in parts.items() if k not in skip), 4*(lm + sum(video_parameters(s).values())); state = kept/4; more = 0.
+        steps = s.teacher_steps if p.get("steps", -1) < 0 else p["steps"]
+        parts = teacher_flops(
+            s, tokens=L, frames=1 if p.get("features") == "image" else min(frames, s.max_frames)
+        )
+        skip = {"video", "hinge"} if p["contrast"] == "none" else set()
+        skip |= set() if p.get("mlm", True) else {"mlm"}
+        train, kept = (
+            steps * sum(v for k, v in parts.items() if k not in skip),
+            4 * (lm + sum(video_parameters(s).values())),
+        )
+        state = kept / 4
+        more = 0.0
     else:
-        steps = s.steps if p.get("steps", -1) < 0 else p["steps"]; names = parse_kd(p["kd"]); words = p.get("corpus", "text") == "text"; text = PAPER["wikipedia" if text_of(s) == "wikipedia_en" else "wiki103"]
-        train = steps*sum(student_flops(s, p["kd"], tokens=0 if words else L, head=p.get("head", True), known=True).values()); state = lm + sum(distillation_parameters(s, p["kd"]).values()); kept = 4*lm; more = finetune_flops(s, [t.strip() for t in p.get("tasks", "").split(",") if t.strip()] or tasks)
-        if "voken" in names and steps: rows = text/(s.max_tokens-2); more += voken_flops(s, rows, s.max_tokens); kept += rows*s.max_tokens*(2 if s.vokens < 1 << 16 else 4) + 4*s.vokens*s.hidden
-        if "crd" in names: state += 2*s.crd_bank*s.crd_dim/3                       # its bank has no moments
-    return dict(model=f"{s.layers}L/{s.hidden}H", steps=steps, batch=s.batch, EFLOPs=(train + more)/1e18, GB_disk=(kept + (24*state if steps else 0))/1e9, GB_kept=kept/1e9)
+        steps = s.steps if p.get("steps", -1) < 0 else p["steps"]
+        names = parse_kd(p["kd"])
+        words = p.get("corpus", "text") == "text"
+        text = PAPER["wikipedia" if text_of(s) == "wikipedia_en" else "wiki103"]
+        train = steps * sum(
+            student_flops(s, p["kd"], tokens=0 if words else L, head=p.get("head", True), known=True).values()
+        )
+        state = lm + sum(distillation_parameters(s, p["kd"]).values())
+        kept = 4 * lm
+        more = finetune_flops(s, [t.strip() for t in p.get("tasks", "").split(",") if t.strip()] or tasks)
+        if "voken" in names and steps:
+            rows = text / (s.max_tokens - 2)
+            more += voken_flops(s, rows, s.max_tokens)
+            kept += rows * s.max_tokens * (2 if s.vokens < 1 << 16 else 4) + 4 * s.vokens * s.hidden
+        if "crd" in names:
+            state += 2 * s.crd_bank * s.crd_dim / 3  # its bank has no moments
+    return dict(
+        model=f"{s.layers}L/{s.hidden}H",
+        steps=steps,
+        batch=s.batch,
+        EFLOPs=(train + more) / 1e18,
+        GB_disk=(kept + (24 * state if steps else 0)) / 1e9,
+        GB_kept=kept / 1e9,
+    )
 
-def plan_cost(runs, scale_name:str="paper", *, name:str="A100", utilisation:float=.3, **kw): # DataFrame, a row a run that trains
+
+def plan_cost(
+    runs, scale_name: str = "paper", *, name: str = "A100", utilisation: float = 0.3, **kw
+):  # DataFrame, a row a run that trains
     "`run_cost` of runs (id, parameters), with GPU hours."
     import pandas as pd
-    rows = [dict(run=i, **c) for i, p in runs if (c := run_cost(p, scale_name, **kw))]; df = pd.DataFrame(rows, columns=["run", "model", "steps", "batch", "EFLOPs", "GB_disk", "GB_kept"])
-    df.insert(5, "GPU_hours", [gpu_hours(1e18*x, name, utilisation) for x in df.EFLOPs]); df.attrs = dict(gpu=name, utilisation=utilisation, **kw); return df
+
+    rows = [dict(run=i, **c) for i, p in runs if (c := run_cost(p, scale_name, **kw))]
+    df = pd.DataFrame(rows, columns=["run", "model", "steps", "batch", "EFLOPs", "GB_disk", "GB_kept"])
+    df.insert(5, "GPU_hours", [gpu_hours(1e18 * x, name, utilisation) for x in df.EFLOPs])
+    df.attrs = dict(gpu=name, utilisation=utilisation, **kw)
+    return df

@@ -19,14 +19,21 @@ from .core import *
 # %% ../nbs/01_device.ipynb #6a707339
 _kept = []
 
-def mend_torchvision() -> bool: # whether the operators had to be declared
+
+def mend_torchvision() -> bool:  # whether the operators had to be declared
     "Let torchvision import when its CUDA wheel sits beside a CPU torch, by declaring the operators that it cannot load."
     spec = find_spec("torchvision")
-    if torch.version.cuda or spec is None or _kept: return bool(_kept)
-    if "+cu" not in (Path(spec.origin).parent/"version.py").read_text(): return False
-    lib = torch.library.Library("torchvision", "FRAGMENT"); _kept.append(lib)
+    if torch.version.cuda or spec is None or _kept:
+        return bool(_kept)
+    if "+cu" not in (Path(spec.origin).parent / "version.py").read_text():
+        return False
+    lib = torch.library.Library("torchvision", "FRAGMENT")
+    _kept.append(lib)
     for op in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError): lib.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor") # somebody has declared it already
+        with contextlib.suppress(RuntimeError):
+            lib.define(
+                f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )  # somebody has declared it already
     return True
 
 # %% ../nbs/01_device.ipynb #4673386c
@@ -35,87 +42,137 @@ mend_torchvision()
 # %% ../nbs/01_device.ipynb #532c01aa
 def device() -> torch.device:
     "`VLKD_DEVICE` where set, else the GPU where there is one (of several processes each has its own), else the CPU."
-    return torch.device(os.environ.get("VLKD_DEVICE") or ("cpu" if not torch.cuda.is_available() else f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"))
+    return torch.device(
+        os.environ.get("VLKD_DEVICE")
+        or (
+            "cpu"
+            if not torch.cuda.is_available()
+            else f"cuda:{os.environ['LOCAL_RANK']}"
+            if "LOCAL_RANK" in os.environ
+            else "cuda"
+        )
+    )
+
 
 def device_name() -> str:
     "The accelerator's name, or `cpu` with the number of threads that torch uses."
     d = device()
     return torch.cuda.get_device_name(d) if d.type == "cuda" else f"cpu x{torch.get_num_threads()}"
 
-def use_bf16(precision:str="") -> bool:
+
+def use_bf16(precision: str = "") -> bool:
     "Whether to compute under bfloat16 autocast: `precision`, else `VLKD_PRECISION`, is fp32, bf16 or auto, which is bf16 on a GPU that has it and fp32 on the CPU, where small models gain nothing."
     p = precision or os.environ.get("VLKD_PRECISION") or "auto"
-    if p not in ("auto", "fp32", "bf16"): raise ValueError(f"precision {p!r} (VLKD_PRECISION): it should be auto, fp32 or bf16")
+    if p not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"precision {p!r} (VLKD_PRECISION): it should be auto, fp32 or bf16")
     return p == "bf16" or p == "auto" and device().type == "cuda" and torch.cuda.is_bf16_supported()
 
-def seed_everything(seed:int) -> None:
+
+def seed_everything(seed: int) -> None:
     "Seed Python, numpy and torch, all devices."
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
 
 def generator(*names) -> torch.Generator:
     "A CPU torch generator whose seed is the hash of `names`."
     return torch.Generator().manual_seed(int(fingerprint(list(names)), 16) % 2**63)
 
 # %% ../nbs/01_device.ipynb #e2e94721
-def at_least_float32(*xs:torch.Tensor):
+def at_least_float32(*xs: torch.Tensor):
     "Cast half-precision tensors up to float32; leave float32 and float64 alone. One tensor in, one out."
     out = tuple(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in xs)
     return out if len(out) > 1 else out[0]
 
-def no_autocast(x:torch.Tensor):
+
+def no_autocast(x: torch.Tensor):
     "A context in which autocast is off for the device of `x`."
     return torch.autocast(x.device.type, enabled=False)
 
 # %% ../nbs/01_device.ipynb #19f5c253
-def ranks() -> tuple[int, int]: # this process's rank, number of processes
+def ranks() -> tuple[int, int]:  # this process's rank, number of processes
     "(0, 1) unless torchrun started several; the first call of each of these joins their group."
     d, n = torch.distributed, int(os.environ.get("WORLD_SIZE", 1))
     if n > 1 and not d.is_initialized():
         from accelerate import PartialState
-        PartialState(cpu=device().type == "cpu", timeout=datetime.timedelta(hours=24)) # others wait while one stores the vokens of a corpus
+
+        PartialState(
+            cpu=device().type == "cpu", timeout=datetime.timedelta(hours=24)
+        )  # others wait while one stores the vokens of a corpus
     return (d.get_rank(), d.get_world_size()) if d.is_available() and d.is_initialized() else (0, 1)
+
 
 @contextlib.contextmanager
 def main_first():
     "The process of rank 0 runs the block first, and the others when it is done: they find the files that it has written."
     rank, n = ranks()
-    if rank: torch.distributed.barrier()
+    if rank:
+        torch.distributed.barrier()
     yield
-    if n > 1 and not rank: torch.distributed.barrier()
+    if n > 1 and not rank:
+        torch.distributed.barrier()
 
-def from_main(f): # what `f` returns there
+
+def from_main(f):  # what `f` returns there
     "Call `f` in the process of rank 0 alone and give its result to all."
-    rank, n = ranks(); out = [f() if not rank else None]
-    if n > 1: torch.distributed.broadcast_object_list(out, device=device())
+    rank, n = ranks()
+    out = [f() if not rank else None]
+    if n > 1:
+        torch.distributed.broadcast_object_list(out, device=device())
     return out[0]
 
 # %% ../nbs/01_device.ipynb #6d45ef51
 _joined = [False]
 
+
 @contextlib.contextmanager
-def one_batch(on:bool=True):
+def one_batch(on: bool = True):
     "Within, the batches of all processes count as one."
     was, _joined[0] = _joined[0], on
-    try: yield
-    finally: _joined[0] = was
+    try:
+        yield
+    finally:
+        _joined[0] = was
+
 
 def joined() -> int:
     "Of how many processes `gathered` joins the rows: 1 outside `one_batch`."
     return ranks()[1] if _joined[0] else 1
 
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rank, n):
-        ctx.rank, ctx.n, ctx.rows = rank, n, len(x); out = [torch.empty_like(x) for _ in range(n)]; torch.distributed.all_gather(out, x); return torch.cat(out)
-    @staticmethod
-    def backward(ctx, g): return ctx.n*g[ctx.rank*ctx.rows:(ctx.rank+1)*ctx.rows], None, None
+        ctx.rank, ctx.n, ctx.rows = rank, n, len(x)
+        out = [torch.empty_like(x) for _ in range(n)]
+        torch.distributed.all_gather(out, x)
+        return torch.cat(out)
 
-def gathered(*xs:torch.Tensor, pad:bool=False):
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.n * g[ctx.rank * ctx.rows : (ctx.rank + 1) * ctx.rows], None, None
+
+
+def gathered(*xs: torch.Tensor, pad: bool = False):
     "Within `one_batch` the rows of all processes, which must have equally many, with gradients; else `xs`. `pad` first fills dimension 1 with zeros up to the longest process's. One tensor in, one out."
     if joined() > 1:
         rank, n = ranks()
         if pad:
-            L = torch.tensor(xs[0].shape[1], device=xs[0].device); torch.distributed.all_reduce(L, torch.distributed.ReduceOp.MAX)
-            xs = [torch.cat([x, x.new_zeros(len(x), int(L)-x.shape[1], *x.shape[2:])], 1) if x.dim() > 1 else x for x in xs]
-        xs = [_Gather.apply(x.contiguous(), rank, n) if x.is_floating_point() else _Gather.apply(x.contiguous().to(torch.uint8 if x.dtype == torch.bool else x.dtype), rank, n).to(x.dtype) for x in xs]
+            L = torch.tensor(xs[0].shape[1], device=xs[0].device)
+            torch.distributed.all_reduce(L, torch.distributed.ReduceOp.MAX)
+            xs = [
+                torch.cat([x, x.new_zeros(len(x), int(L) - x.shape[1], *x.shape[2:])], 1)
+                if x.dim() > 1
+                else x
+                for x in xs
+            ]
+        xs = [
+            _Gather.apply(x.contiguous(), rank, n)
+            if x.is_floating_point()
+            else _Gather.apply(
+                x.contiguous().to(torch.uint8 if x.dtype == torch.bool else x.dtype), rank, n
+            ).to(x.dtype)
+            for x in xs
+        ]
     return tuple(xs) if len(xs) > 1 else xs[0]

@@ -38,473 +38,1170 @@ from .eval.language import finetune_all
 from .eval.probe import STATIC_ATTRIBUTES, noun_states
 from .eval.retrieval import ridge
 
-disable_progress_bar() # in Jupyter every model that is opened would leave a bar above the figures
+disable_progress_bar()  # in Jupyter every model that is opened would leave a bar above the figures
 
 # %% ../nbs/62_explore.ipynb #8ec90335
 class Model:
     "A finished model: `name`, `kind` (teacher or student), `lm`, `tokenizer`, `params` of its run, and of a teacher `video`, its visual encoder."
-    def __init__(self, name, kind, params, lm, tokenizer, teacher=None): self.name, self.kind, self.params, self.lm, self.tokenizer, self.teacher = name, kind, params, lm, tokenizer, teacher
+
+    def __init__(self, name, kind, params, lm, tokenizer, teacher=None):
+        self.name, self.kind, self.params, self.lm, self.tokenizer, self.teacher = (
+            name,
+            kind,
+            params,
+            lm,
+            tokenizer,
+            teacher,
+        )
+
     @property
-    def video(self): return self.teacher.video if self.teacher is not None else None
-    def __repr__(self): return f"Model({self.name}: {self.kind}, {self.params.get('kd') or 'MLM'})"
+    def video(self):
+        return self.teacher.video if self.teacher is not None else None
+
+    def __repr__(self):
+        return f"Model({self.name}: {self.kind}, {self.params.get('kd') or 'MLM'})"
+
 
 class Explorer:
     "Models of one scale and seed, and their data. FileNotFoundError where there is none; ValueError where a model was made from other data."
-    def __init__(self, scale_name:str="micro",    # section of settings.ini
-                 seed:int=1,                      # world at Tabletop, training seed elsewhere
-                 inputs:str="",                   # JSON: id@seed -> folder; empty: the finished runs of the scale
-                 *, s:Scale=None,                 # settings, where they are not those of settings.ini
-                 counterfactual:bool=False        # the re-filmed world and its models
-                ):
-        self.s, self.seed = s or scale(scale_name), seed; self.runs, self.kinds, self.params = {}, {}, {}; self._models, self._kept = {}, {}
-        for name, run in open_inputs(inputs, scale_name).items():
-            id, _, sd = name.rpartition("@"); kind = next((k for k in ("teacher", "student") if (run.folder/k).is_dir()), "")
-            if sd != str(seed) or not kind: continue
-            f = run.folder/"run.json"; p = read_json(f).get("params", {}) if f.is_file() else {}
-            if bool(p.get("counterfactual")) == counterfactual: self.runs[id], self.kinds[id], self.params[id] = run, kind, p
-        if not self.teachers: raise FileNotFoundError(f"no finished {'counterfactual ' if counterfactual else ''}teacher of scale {scale_name} and seed {seed}; make teachers and students with: vlkd reproduce m5 --scale {scale_name}, or look at `small_explorer()`")
-        self.data = load_data(self.s, seed, counterfactual=counterfactual)
-    def __repr__(self): return f"Explorer({self.s.name}, seed {self.seed}: {len(self.teachers)} teachers, {len(self.students)} students)"
-    @property
-    def teachers(self) -> list: return [k for k, v in self.kinds.items() if v == "teacher"]
-    @property
-    def students(self) -> list: return [k for k, v in self.kinds.items() if v == "student"]
-    @property
-    def world(self): return getattr(self.data, "world", None)
 
-    def model(self, name:str) -> Model:
+    def __init__(
+        self,
+        scale_name: str = "micro",  # section of settings.ini
+        seed: int = 1,  # world at Tabletop, training seed elsewhere
+        inputs: str = "",  # JSON: id@seed -> folder; empty: the finished runs of the scale
+        *,
+        s: Scale = None,  # settings, where they are not those of settings.ini
+        counterfactual: bool = False,  # the re-filmed world and its models
+    ):
+        self.s, self.seed = s or scale(scale_name), seed
+        self.runs, self.kinds, self.params = {}, {}, {}
+        self._models, self._kept = {}, {}
+        for name, run in open_inputs(inputs, scale_name).items():
+            id, _, sd = name.rpartition("@")
+            kind = next((k for k in ("teacher", "student") if (run.folder / k).is_dir()), "")
+            if sd != str(seed) or not kind:
+                continue
+            f = run.folder / "run.json"
+            p = read_json(f).get("params", {}) if f.is_file() else {}
+            if bool(p.get("counterfactual")) == counterfactual:
+                self.runs[id], self.kinds[id], self.params[id] = run, kind, p
+        if not self.teachers:
+            raise FileNotFoundError(
+                f"no finished {'counterfactual ' if counterfactual else ''}teacher of scale {scale_name} and seed {seed}; make teachers and students with: vlkd reproduce m5 --scale {scale_name}, or look at `small_explorer()`"
+            )
+        self.data = load_data(self.s, seed, counterfactual=counterfactual)
+
+    def __repr__(self):
+        return f"Explorer({self.s.name}, seed {self.seed}: {len(self.teachers)} teachers, {len(self.students)} students)"
+
+    @property
+    def teachers(self) -> list:
+        return [k for k, v in self.kinds.items() if v == "teacher"]
+
+    @property
+    def students(self) -> list:
+        return [k for k, v in self.kinds.items() if v == "student"]
+
+    @property
+    def world(self):
+        return getattr(self.data, "world", None)
+
+    def model(self, name: str) -> Model:
         "The model of run `name`; an unknown one is an error that lists those there are."
         name = str(name).removesuffix(f"@{self.seed}")
-        if name not in self.runs: raise _unknown(f"run of scale {self.s.name} and seed {self.seed}", name, self.runs)
+        if name not in self.runs:
+            raise _unknown(f"run of scale {self.s.name} and seed {self.seed}", name, self.runs)
         if name not in self._models:
             f = self.runs[name].folder
-            if self.kinds[name] == "teacher": t, tok = Teacher.load(f/"teacher", self.s); lm = t.lm
-            else: t, (lm, tok) = None, load_model(f/"student")
-            if tok.get_vocab() != self.data.tokenizer.get_vocab(): raise ValueError(f"{name} reads with another tokeniser than the data of scale {self.s.name} and seed {self.seed}: its run is of an earlier edition; run it again")
+            if self.kinds[name] == "teacher":
+                t, tok = Teacher.load(f / "teacher", self.s)
+                lm = t.lm
+            else:
+                t, (lm, tok) = None, load_model(f / "student")
+            if tok.get_vocab() != self.data.tokenizer.get_vocab():
+                raise ValueError(
+                    f"{name} reads with another tokeniser than the data of scale {self.s.name} and seed {self.seed}: its run is of an earlier edition; run it again"
+                )
             self._models[name] = Model(name, self.kinds[name], self.params[name], lm.eval(), tok, t)
         return self._models[name]
 
-    def teacher_of(self, name:str) -> str:
+    def teacher_of(self, name: str) -> str:
         "The teacher that taught a student; of a student without one, `teacher-micro` or the first."
-        t = self.params.get(name, {}).get("teacher"); return name if name in self.teachers else t if t in self.teachers else "teacher-micro" if "teacher-micro" in self.teachers else self.teachers[0]
+        t = self.params.get(name, {}).get("teacher")
+        return (
+            name
+            if name in self.teachers
+            else t
+            if t in self.teachers
+            else "teacher-micro"
+            if "teacher-micro" in self.teachers
+            else self.teachers[0]
+        )
 
     @cached_property
     def shown(self) -> list:
         "Teacher, text-only student and distilled student: whom to compare where nobody is named."
-        plain = [n for n in self.students if not self.params[n].get("kd")]; taught = [n for n in self.students if self.params[n].get("kd")]
-        b = next((n for n in ("student-nst-crd-micro", "student-nst-crd") if n in taught), (taught or [None])[0]); a = "student-text" if "student-text" in plain else (plain or [None])[0]
+        plain = [n for n in self.students if not self.params[n].get("kd")]
+        taught = [n for n in self.students if self.params[n].get("kd")]
+        b = next(
+            (n for n in ("student-nst-crd-micro", "student-nst-crd") if n in taught), (taught or [None])[0]
+        )
+        a = "student-text" if "student-text" in plain else (plain or [None])[0]
         return [self.teacher_of(b or ""), *(n for n in (a, b) if n)]
 
     def kept(self, key, make):
         "`make()`, or what it gave when `key` was asked for before."
-        if key not in self._kept: self._kept[key] = make()
+        if key not in self._kept:
+            self._kept[key] = make()
         return self._kept[key]
 
-def model_table(x:Explorer) -> pd.DataFrame: # name, kind, learnt from, teacher, average
+
+def model_table(x: Explorer) -> pd.DataFrame:  # name, kind, learnt from, teacher, average
     "The models there are, with what they learnt from and, of students, the mean accuracy over the tasks."
     rows = []
     for n in [*x.teachers, *x.students]:
-        p = x.params[n]; text = {"text": "text", "captions": "captions", "text+captions": "text and captions"}[p.get("corpus", "text")]
-        how = ("nothing" if p.get("steps") == 0 or p.get("start") == "nothing" else "captions" if p.get("contrast") == "none" else "captions and video") if n in x.teachers else "nothing" if p.get("steps") == 0 else text+(f", {p['kd']}" if p.get("kd") else "")
-        rows.append({"name": n, "kind": x.kinds[n], "learnt from": how, "teacher": p.get("teacher") or "", "average": x.runs[n].metrics.get("average", np.nan)})
+        p = x.params[n]
+        text = {"text": "text", "captions": "captions", "text+captions": "text and captions"}[
+            p.get("corpus", "text")
+        ]
+        how = (
+            (
+                "nothing"
+                if p.get("steps") == 0 or p.get("start") == "nothing"
+                else "captions"
+                if p.get("contrast") == "none"
+                else "captions and video"
+            )
+            if n in x.teachers
+            else "nothing"
+            if p.get("steps") == 0
+            else text + (f", {p['kd']}" if p.get("kd") else "")
+        )
+        rows.append(
+            {
+                "name": n,
+                "kind": x.kinds[n],
+                "learnt from": how,
+                "teacher": p.get("teacher") or "",
+                "average": x.runs[n].metrics.get("average", np.nan),
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/62_explore.ipynb #d6c61dda
-def small_explorer(steps:int=60, seed:int=1, folder=None) -> Explorer:
+def small_explorer(steps: int = 60, seed: int = 1, folder=None) -> Explorer:
     "An `Explorer` of a small teacher and two students, trained for `steps` steps at scale `smoke` and kept in the cache folder, so that the next call only reads them."
-    s = scale("smoke", teacher_steps=steps, steps=steps, eval_every=max(1, steps//2)); home = Path(folder or path("cache")/"explorer")/fingerprint(s, seed, "explorer-1", EDITION, versions(("torch", "transformers")))
+    s = scale("smoke", teacher_steps=steps, steps=steps, eval_every=max(1, steps // 2))
+    home = Path(folder or path("cache") / "explorer") / fingerprint(
+        s, seed, "explorer-1", EDITION, versions(("torch", "transformers"))
+    )
     if not home.is_dir():
-        home.parent.mkdir(parents=True, exist_ok=True); data = load_data(s, seed); tmp = Path(tempfile.mkdtemp(dir=home.parent, prefix=".making-"))
+        home.parent.mkdir(parents=True, exist_ok=True)
+        data = load_data(s, seed)
+        tmp = Path(tempfile.mkdtemp(dir=home.parent, prefix=".making-"))
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                t, _ = train_teacher(data, tmp/"work-t", contrast="info_nce", preset_name="micro", seed=seed); f = tmp/f"teacher-micro@{seed}"; t.save(f/"teacher", data.tokenizer)
-                write_json(f/"run.json", dict(params=dict(contrast="info_nce"), files={})); record(f, metrics={})
-                for name, kd, w in (("student-text", "", {}), ("student-nst-crd-micro", "nst+crd", dict(nst=3000., crd=1.))):
-                    o, _ = train_student(data, tmp/f"work-{name}", teacher=t if kd else None, kd=kd, weights=w, preset_name="micro", seed=seed); f = tmp/f"{name}@{seed}"; save_model(f/"student", o.lm, data.tokenizer)
-                    e = finetune_all(f/"student", data, tmp/f"work-{name}", seed=seed, run=name); write_json(f/"run.json", dict(params=dict(kd=kd, teacher="teacher-micro" if kd else ""), files={}))
-                    record(f, metrics=dict(average=100*e.groupby("task").right.mean().mean()), examples=e)
-            for w in tmp.glob("work-*"): shutil.rmtree(w)
-            with contextlib.suppress(OSError): os.rename(tmp, home)                                  # somebody else may have been faster
-        finally: shutil.rmtree(tmp, ignore_errors=True)
+                t, _ = train_teacher(
+                    data, tmp / "work-t", contrast="info_nce", preset_name="micro", seed=seed
+                )
+                f = tmp / f"teacher-micro@{seed}"
+                t.save(f / "teacher", data.tokenizer)
+                write_json(f / "run.json", dict(params=dict(contrast="info_nce"), files={}))
+                record(f, metrics={})
+                for name, kd, w in (
+                    ("student-text", "", {}),
+                    ("student-nst-crd-micro", "nst+crd", dict(nst=3000.0, crd=1.0)),
+                ):
+                    o, _ = train_student(
+                        data,
+                        tmp / f"work-{name}",
+                        teacher=t if kd else None,
+                        kd=kd,
+                        weights=w,
+                        preset_name="micro",
+                        seed=seed,
+                    )
+                    f = tmp / f"{name}@{seed}"
+                    save_model(f / "student", o.lm, data.tokenizer)
+                    e = finetune_all(f / "student", data, tmp / f"work-{name}", seed=seed, run=name)
+                    write_json(
+                        f / "run.json",
+                        dict(params=dict(kd=kd, teacher="teacher-micro" if kd else ""), files={}),
+                    )
+                    record(f, metrics=dict(average=100 * e.groupby("task").right.mean().mean()), examples=e)
+            for w in tmp.glob("work-*"):
+                shutil.rmtree(w)
+            with contextlib.suppress(OSError):
+                os.rename(tmp, home)  # somebody else may have been faster
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
     return Explorer("smoke", seed, json.dumps({p.name: str(p) for p in sorted(home.glob("*@*"))}), s=s)
 
-def open_explorer(scale_name:str="", seed:int=0, inputs:str="") -> Explorer:
+
+def open_explorer(scale_name: str = "", seed: int = 0, inputs: str = "") -> Explorer:
     "The runs of a scale and seed; empty: those of micro, else of real; 0: the first seed that has a teacher and a student. Without any run, the small ones."
-    if inputs or scale_name and seed: return Explorer(scale_name or "micro", seed or 1, inputs)
+    if inputs or scale_name and seed:
+        return Explorer(scale_name or "micro", seed or 1, inputs)
     for n in [scale_name] if scale_name else ["micro", "real-gpu", "real"]:
-        scale(n); have = {k: {r.name.rpartition("@")[2] for r in (path("runs")/n).glob("*@*") if (r/k).is_dir() and (r/"run.json").is_file()} for k in ("teacher", "student")}
-        if found := sorted((int(v) for v in have["teacher"] & have["student"] if v.isdigit() and seed in (0, int(v)))): return Explorer(n, found[0])
-    if scale_name or seed: return Explorer(scale_name or "micro", seed or 1)
+        scale(n)
+        have = {
+            k: {
+                r.name.rpartition("@")[2]
+                for r in (path("runs") / n).glob("*@*")
+                if (r / k).is_dir() and (r / "run.json").is_file()
+            }
+            for k in ("teacher", "student")
+        }
+        if found := sorted(
+            (int(v) for v in have["teacher"] & have["student"] if v.isdigit() and seed in (0, int(v)))
+        ):
+            return Explorer(n, found[0])
+    if scale_name or seed:
+        return Explorer(scale_name or "micro", seed or 1)
     return small_explorer()
 
 # %% ../nbs/62_explore.ipynb #dcdbe1f3
-def picture(fig, dpi:int=90, colours:int=128) -> bytes:
+def picture(fig, dpi: int = 90, colours: int = 128) -> bytes:
     "A figure as a PNG of few colours, a quarter of the size of an ordinary one, so that notebooks with many pictures stay small."
     from PIL import Image
-    raw, small = io.BytesIO(), io.BytesIO(); fig.savefig(raw, format="png", dpi=dpi); Image.open(raw).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(small, "PNG", optimize=True); return small.getvalue()
+
+    raw, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(raw, format="png", dpi=dpi)
+    Image.open(raw).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(
+        small, "PNG", optimize=True
+    )
+    return small.getvalue()
+
 
 def show(pages) -> None:
     "Display what `look` gave, each page under its title; a frame as a table whose text wraps. One figure or frame alone is shown without a title."
     from IPython.display import HTML, Image, Markdown, display
-    if not isinstance(pages, dict): pages = {"": pages}
+
+    if not isinstance(pages, dict):
+        pages = {"": pages}
     for title, page in pages.items():
-        if text := "\n\n".join([f"#### {title}"]*bool(title)+[page]*isinstance(page, str)): display(Markdown(text))
-        if isinstance(page, pd.DataFrame): display(HTML(table_html(page)))
-        elif not isinstance(page, str): png = picture(page); display(Image(png))
+        if text := "\n\n".join([f"#### {title}"] * bool(title) + [page] * isinstance(page, str)):
+            display(Markdown(text))
+        if isinstance(page, pd.DataFrame):
+            display(HTML(table_html(page)))
+        elif not isinstance(page, str):
+            png = picture(page)
+            display(Image(png))
 
 # %% ../nbs/62_explore.ipynb #606b30e8
 _MASK = re.compile(r"\[mask\]|<mask>|_{3,}", re.I)
 
-def _split(s:str) -> list: return re.findall(r"\[MASK\]|\w+|[^\w\s]", _MASK.sub("[MASK]", s) if "[" in s or "_" in s or "<" in s else s)
 
-def clean_sentence(sentence:str) -> str:
+def _split(s: str) -> list:
+    return re.findall(
+        r"\[MASK\]|\w+|[^\w\s]", _MASK.sub("[MASK]", s) if "[" in s or "_" in s or "<" in s else s
+    )
+
+
+def clean_sentence(sentence: str) -> str:
     "The sentence without spaces around it, and with `[MASK]` however it was spelt; ValueError where nothing is left."
-    if not isinstance(sentence, str): raise ValueError(f"a sentence is text, got {type(sentence).__name__}")
+    if not isinstance(sentence, str):
+        raise ValueError(f"a sentence is text, got {type(sentence).__name__}")
     s = _MASK.sub("[MASK]", " ".join(sentence.split()))
-    if not re.search(r"\w", s): raise ValueError("the sentence is empty: type one, for example: let us drop the kettle")
+    if not re.search(r"\w", s):
+        raise ValueError("the sentence is empty: type one, for example: let us drop the kettle")
     return s
 
-def _counts(x:Explorer) -> tuple[Counter, Counter]: # words of captions, of text
-    return x.kept("counts", lambda: tuple(Counter(w for s in texts for w in _split(s.lower())) for texts in (x.data.pairs.captions, x.data.sentences)))
 
-def words(x:Explorer, sentence:str) -> pd.DataFrame: # word, captions, text, pieces
+def _counts(x: Explorer) -> tuple[Counter, Counter]:  # words of captions, of text
+    return x.kept(
+        "counts",
+        lambda: tuple(
+            Counter(w for s in texts for w in _split(s.lower()))
+            for texts in (x.data.pairs.captions, x.data.sentences)
+        ),
+    )
+
+
+def words(x: Explorer, sentence: str) -> pd.DataFrame:  # word, captions, text, pieces
     "How often captions (which the teacher read) and text (which students read) hold each word of a sentence, and the pieces that it is read as."
-    a, b = _counts(x); tok = x.data.tokenizer
-    return pd.DataFrame([dict(word=w, captions=a[w.lower()], text=b[w.lower()], pieces=" ".join(tok.tokenize(w))) for w in dict.fromkeys(_split(clean_sentence(sentence))) if w != "[MASK]"], columns=["word", "captions", "text", "pieces"])
+    a, b = _counts(x)
+    tok = x.data.tokenizer
+    return pd.DataFrame(
+        [
+            dict(word=w, captions=a[w.lower()], text=b[w.lower()], pieces=" ".join(tok.tokenize(w)))
+            for w in dict.fromkeys(_split(clean_sentence(sentence)))
+            if w != "[MASK]"
+        ],
+        columns=["word", "captions", "text", "pieces"],
+    )
 
-def _list(v) -> str: v = [f"“{w}”" for w in v]; return v[0] if len(v) == 1 else ", ".join(v[:-1])+" or "+v[-1]
 
-def unread(x:Explorer, sentence:str) -> str: # empty where all is well
+def _list(v) -> str:
+    v = [f"“{w}”" for w in v]
+    return v[0] if len(v) == 1 else ", ".join(v[:-1]) + " or " + v[-1]
+
+
+def unread(x: Explorer, sentence: str) -> str:  # empty where all is well
     "What of a sentence the models cannot have understood: words that nobody, teachers or students never read, and what lies beyond the longest input."
-    t = words(x, sentence); t = t[t.word.str.contains(r"\w")]; out = []; none, a, b = (t[m].word.tolist() for m in ((t.captions == 0) & (t.text == 0), (t.captions == 0) & (t.text > 0), (t.captions > 0) & (t.text == 0)))
-    if none: out.append(f"No model has ever read {_list(none)}: read as {', '.join(t[t.word.isin(none)].pieces.map(lambda p: p if len(p) < 40 else p[:37]+'...'))}.")
-    if a: out.append(f"No caption holds {_list(a)}: teachers have not read {'it' if len(a) == 1 else 'them'}.")
-    if b: out.append(f"No text holds {_list(b)}: students have not read {'it' if len(b) == 1 else 'them'}.")
+    t = words(x, sentence)
+    t = t[t.word.str.contains(r"\w")]
+    out = []
+    none, a, b = (
+        t[m].word.tolist()
+        for m in (
+            (t.captions == 0) & (t.text == 0),
+            (t.captions == 0) & (t.text > 0),
+            (t.captions > 0) & (t.text == 0),
+        )
+    )
+    if none:
+        out.append(
+            f"No model has ever read {_list(none)}: read as {', '.join(t[t.word.isin(none)].pieces.map(lambda p: p if len(p) < 40 else p[:37] + '...'))}."
+        )
+    if a:
+        out.append(f"No caption holds {_list(a)}: teachers have not read {'it' if len(a) == 1 else 'them'}.")
+    if b:
+        out.append(f"No text holds {_list(b)}: students have not read {'it' if len(b) == 1 else 'them'}.")
     n = len(x.data.tokenizer(clean_sentence(sentence)).input_ids)
-    if n > x.s.max_tokens: out.append(f"The sentence has {n} tokens; what comes after the first {x.s.max_tokens} is not read.")
+    if n > x.s.max_tokens:
+        out.append(f"The sentence has {n} tokens; what comes after the first {x.s.max_tokens} is not read.")
     return " ".join(out)
 
 # %% ../nbs/62_explore.ipynb #92573d8b
-def nouns_of(x:Explorer) -> list:
+def nouns_of(x: Explorer) -> list:
     "Nouns to compare: those of the world; without a world the household nouns that the tokeniser keeps whole."
-    return x.kept("nouns", lambda: list(x.world.nouns.noun) if x.world else [n for v in NOUNS.values() for n in v if len(x.data.tokenizer.tokenize(n)) == 1])
+    return x.kept(
+        "nouns",
+        lambda: (
+            list(x.world.nouns.noun)
+            if x.world
+            else [n for v in NOUNS.values() for n in v if len(x.data.tokenizer.tokenize(n)) == 1]
+        ),
+    )
 
-def noun_in(x:Explorer, sentence:str) -> str:
+
+def noun_in(x: Explorer, sentence: str) -> str:
     "The first noun of the sentence that can be compared, or nothing."
-    have = set(nouns_of(x)); return next((w for w in _split(clean_sentence(sentence).lower()) if w in have), "")
+    have = set(nouns_of(x))
+    return next((w for w in _split(clean_sentence(sentence).lower()) if w in have), "")
 
-def _told(phrases, s) -> bool: return any(re.search(r"\b"+re.sub(" ", r"\\b.*\\b", re.escape(p).replace(r"\ ", " "), count=1)+r"\b", s) for p in phrases)
 
-def example(x:Explorer) -> str:
+def _told(phrases, s) -> bool:
+    return any(
+        re.search(r"\b" + re.sub(" ", r"\\b.*\\b", re.escape(p).replace(r"\ ", " "), count=1) + r"\b", s)
+        for p in phrases
+    )
+
+
+def example(x: Explorer) -> str:
     "A sentence whose words all models have read: something that can be compared and, at Tabletop, was filmed and is asked about in tests."
-    if not x.world: return "a dog is running through the water"
-    n, (a, b) = x.world.nouns, _counts(x); return f"so you drop the {min(k for k in n.noun[(n.split == 'test') & n.filmed] if a[k] and b[k])}"
+    if not x.world:
+        return "a dog is running through the water"
+    n, (a, b) = x.world.nouns, _counts(x)
+    return f"so you drop the {min(k for k in n.noun[(n.split == 'test') & n.filmed] if a[k] and b[k])}"
 
-def event_in(sentence:str) -> str:
+
+def event_in(sentence: str) -> str:
     "The Tabletop event that a sentence names, or nothing."
-    s = clean_sentence(sentence).lower(); return next((e for e in BASE if _told((*BASE[e], *PAST[e]), s)), "")
+    s = clean_sentence(sentence).lower()
+    return next((e for e in BASE if _told((*BASE[e], *PAST[e]), s)), "")
 
 # %% ../nbs/62_explore.ipynb #46b5a648
-def _states(x:Explorer, name, sentence) -> torch.Tensor: # (1, D)
-    m = x.model(name); return sentence_states(m.lm, tokenize(m.tokenizer, [clean_sentence(sentence)], x.s.max_tokens), [0])
+def _states(x: Explorer, name, sentence) -> torch.Tensor:  # (1, D)
+    m = x.model(name)
+    return sentence_states(m.lm, tokenize(m.tokenizer, [clean_sentence(sentence)], x.s.max_tokens), [0])
 
-def _pool(x:Explorer, teacher:str, most:int=5000) -> tuple: # clips, their captions' rows, vectors (N, D)
-    def make(): clips, caps = pool_of(x.data.pairs, most); return clips, caps, video_states(x.model(teacher).video, x.data.pairs, clips)
+
+def _pool(
+    x: Explorer, teacher: str, most: int = 5000
+) -> tuple:  # clips, their captions' rows, vectors (N, D)
+    def make():
+        clips, caps = pool_of(x.data.pairs, most)
+        return clips, caps, video_states(x.model(teacher).video, x.data.pairs, clips)
+
     return x.kept(("pool", teacher), make)
 
-def _map(x:Explorer, student:str, teacher:str, n:int=2000) -> tuple: # weights, bias
+
+def _map(x: Explorer, student: str, teacher: str, n: int = 2000) -> tuple:  # weights, bias
     def make():
-        rows = rng("map", x.data.seed).permutation(len(x.data.sentences))[:n]; some = tokenize(x.data.tokenizer, [x.data.sentences[i] for i in rows], x.s.max_tokens) # of a large corpus no more than is needed
-        return ridge(*(sentence_states(x.model(k).lm, some, np.arange(len(some))) for k in (student, teacher)))
+        rows = rng("map", x.data.seed).permutation(len(x.data.sentences))[:n]
+        some = tokenize(
+            x.data.tokenizer, [x.data.sentences[i] for i in rows], x.s.max_tokens
+        )  # of a large corpus no more than is needed
+        return ridge(
+            *(sentence_states(x.model(k).lm, some, np.arange(len(some))) for k in (student, teacher))
+        )
+
     return x.kept(("map", student, teacher), make)
 
-def find_clips(x:Explorer, sentence:str, models=None, k:int=4, space:str="map") -> pd.DataFrame: # model, rank, clip, name, caption, similarity, fit
+
+def find_clips(
+    x: Explorer, sentence: str, models=None, k: int = 4, space: str = "map"
+) -> pd.DataFrame:  # model, rank, clip, name, caption, similarity, fit
     """The `k` held-out clips nearest to a sentence for each model. `fit` says, at Tabletop, whether a clip shows the noun in the event that the sentence names (both), one of them (one) or neither (none)."""
-    if space not in ("map", "raw"): raise ValueError(f"space {space!r}: it should be map or raw")
+    if space not in ("map", "raw"):
+        raise ValueError(f"space {space!r}: it should be map or raw")
     rows, noun, event = [], noun_in(x, sentence), event_in(sentence)
     for name in x.shown if models is None else models:
-        t = x.teacher_of(x.model(name).name); clips, caps, v = _pool(x, t); q = _states(x, name, sentence)
-        if name != t and space == "map": w, b = _map(x, name, t); q = q @ w+b
-        if q.shape[1] != v.shape[1]: raise ValueError(f"{name} has states of width {q.shape[1]}, {t}'s videos {v.shape[1]}: only space=\"map\" compares them")
+        t = x.teacher_of(x.model(name).name)
+        clips, caps, v = _pool(x, t)
+        q = _states(x, name, sentence)
+        if name != t and space == "map":
+            w, b = _map(x, name, t)
+            q = q @ w + b
+        if q.shape[1] != v.shape[1]:
+            raise ValueError(
+                f'{name} has states of width {q.shape[1]}, {t}\'s videos {v.shape[1]}: only space="map" compares them'
+            )
         sim, at = nearest(q, v, min(k, len(v)))
         for r, (i, c) in enumerate(zip(at[0].tolist(), sim[0].tolist()), 1):
-            clip = int(clips[i]); row = dict(model=name, rank=r, clip=clip, name=x.data.pairs.names[clip] if x.data.pairs.names else str(clip), caption=x.data.pairs.captions[caps[i]], similarity=c, fit="")
-            if x.world: c = x.world.clips.iloc[clip]; row["fit"] = ("none", "one", "both")[(c.noun == noun)+(c.event == event)]
+            clip = int(clips[i])
+            row = dict(
+                model=name,
+                rank=r,
+                clip=clip,
+                name=x.data.pairs.names[clip] if x.data.pairs.names else str(clip),
+                caption=x.data.pairs.captions[caps[i]],
+                similarity=c,
+                fit="",
+            )
+            if x.world:
+                c = x.world.clips.iloc[clip]
+                row["fit"] = ("none", "one", "both")[(c.noun == noun) + (c.event == event)]
             rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../nbs/62_explore.ipynb #f2baa110
-def clip_pictures(x:Explorer, clip:int, n:int=4, size:int=96): # (n, H, W, 3) uint8, or None where there are no pictures
+def clip_pictures(
+    x: Explorer, clip: int, n: int = 4, size: int = 96
+):  # (n, H, W, 3) uint8, or None where there are no pictures
     "Up to `n` frames of a clip, evenly spaced, the last one among them."
-    def even(f): return f[np.linspace(len(f)-1, 0, min(n, len(f))).round().astype(int)[::-1]]
-    if x.world: f = x.world.frames([clip])[0]; return f[len(f)//n-1::len(f)//n]
+
+    def even(f):
+        return f[np.linspace(len(f) - 1, 0, min(n, len(f))).round().astype(int)[::-1]]
+
+    if x.world:
+        f = x.world.frames([clip])[0]
+        return f[len(f) // n - 1 :: len(f) // n]
     from vlkd.data.real import exercise_clips
     from vlkd.data.video import read_frames, read_photos
-    source, _, id = (x.data.pairs.names or [""]*(clip+1))[clip].partition("/"); root = getattr(x.data, "root", None)
+
+    source, _, id = (x.data.pairs.names or [""] * (clip + 1))[clip].partition("/")
+    root = getattr(x.data, "root", None)
     try:
-        if source == "flickr8k": return read_photos(root/"flickr8k"/"images"/id, size=size)[0]
-        if source == "exercises": return read_photos(x.kept("exercises", lambda: exercise_clips(root))[id][0], size=size)[0]
-        if source == "msvd": return even(np.asarray(read_frames(root/"msvd_clips"/f"{id}.mp4", fps=1., size=size)[0]))
-    except (OSError, ValueError, ImportError, KeyError): pass # a thumbnail more or less
+        if source == "flickr8k":
+            return read_photos(root / "flickr8k" / "images" / id, size=size)[0]
+        if source == "exercises":
+            return read_photos(x.kept("exercises", lambda: exercise_clips(root))[id][0], size=size)[0]
+        if source == "msvd":
+            return even(np.asarray(read_frames(root / "msvd_clips" / f"{id}.mp4", fps=1.0, size=size)[0]))
+    except (OSError, ValueError, ImportError, KeyError):
+        pass  # a thumbnail more or less
     return None
 
-_FIT = {"both": ("●", palette[0], "this thing in this event"), "one": ("◐", "#B35900", "the thing or the event"), "none": ("○", "#6b6b6b", "neither")}
-def _short(name:str) -> str: return name.replace("student-", "").replace("teacher-", "") if name not in ("student", "teacher") else name
-def _label(x, name) -> str: k = x.kinds[name]; s = _short(name); return k if s == k else f"{k}\n{s}"
-def _colours(names) -> dict: return {n: palette[i % 8] for i, n in enumerate(names)}
-def _quoted(s:str, width:int=84) -> str: return textwrap.fill(f"“{s}”", width)
-def _finish(fig): plt.close(fig); return fig # a figure that is open when its cell ends is shown a second time
 
-def clips_figure(x:Explorer, found:pd.DataFrame, title:str=""):
+_FIT = {
+    "both": ("●", palette[0], "this thing in this event"),
+    "one": ("◐", "#B35900", "the thing or the event"),
+    "none": ("○", "#6b6b6b", "neither"),
+}
+
+
+def _short(name: str) -> str:
+    return (
+        name.replace("student-", "").replace("teacher-", "") if name not in ("student", "teacher") else name
+    )
+
+
+def _label(x, name) -> str:
+    k = x.kinds[name]
+    s = _short(name)
+    return k if s == k else f"{k}\n{s}"
+
+
+def _colours(names) -> dict:
+    return {n: palette[i % 8] for i, n in enumerate(names)}
+
+
+def _quoted(s: str, width: int = 84) -> str:
+    return textwrap.fill(f"“{s}”", width)
+
+
+def _finish(fig):
+    plt.close(fig)
+    return fig  # a figure that is open when its cell ends is shown a second time
+
+
+def clips_figure(x: Explorer, found: pd.DataFrame, title: str = ""):
     "Film strips of what `find_clips` found: a line a model, the nearest clip at the left."
-    style(); names = list(dict.fromkeys(found.model)); k = int(found["rank"].max()); marks = x.world is not None and (found.fit != "none").any()
-    fig, axes = plt.subplots(len(names), k, figsize=(1.3+2.75*k, .5+(1.33 if x.world else 1.9)*len(names)+.3*marks), squeeze=False)
+    style()
+    names = list(dict.fromkeys(found.model))
+    k = int(found["rank"].max())
+    marks = x.world is not None and (found.fit != "none").any()
+    fig, axes = plt.subplots(
+        len(names),
+        k,
+        figsize=(1.3 + 2.75 * k, 0.5 + (1.33 if x.world else 1.9) * len(names) + 0.3 * marks),
+        squeeze=False,
+    )
     for line, name in zip(axes, names):
-        for ax in line: ax.axis("off")
+        for ax in line:
+            ax.axis("off")
         for ax, r in zip(line, found[found.model == name].sort_values("rank").itertuples()):
-            ax.axis("on"); f = clip_pictures(x, r.clip); mark, colour, _ = _FIT[r.fit] if marks else ("", "#222222", ""); label = r.name.rsplit(" (", 1)[0] if x.world else ""
-            if f is not None: film_strip(f, ax=ax)
-            else: ax.set_xticks([]); ax.set_yticks([]); ax.grid(False); ax.set_frame_on(False); ax.text(.5, .5, textwrap.shorten(r.name, 34, placeholder=" ..."), ha="center", va="center", transform=ax.transAxes, fontsize=9.5)
+            ax.axis("on")
+            f = clip_pictures(x, r.clip)
+            mark, colour, _ = _FIT[r.fit] if marks else ("", "#222222", "")
+            label = r.name.rsplit(" (", 1)[0] if x.world else ""
+            if f is not None:
+                film_strip(f, ax=ax)
+            else:
+                ax.set_xticks([])
+                ax.set_yticks([])
+                ax.grid(False)
+                ax.set_frame_on(False)
+                ax.text(
+                    0.5,
+                    0.5,
+                    textwrap.shorten(r.name, 34, placeholder=" ..."),
+                    ha="center",
+                    va="center",
+                    transform=ax.transAxes,
+                    fontsize=9.5,
+                )
             ax.set_title(f"{mark} {label}  {r.similarity:.2f}".strip(), color=colour, fontsize=10.5, pad=3)
-            ax.set_xlabel(textwrap.fill(f"“{textwrap.shorten(r.caption.rstrip(' .'), 80, placeholder=' ...')}”", 43), fontsize=8.5, color="#555555", labelpad=3)
+            ax.set_xlabel(
+                textwrap.fill(f"“{textwrap.shorten(r.caption.rstrip(' .'), 80, placeholder=' ...')}”", 43),
+                fontsize=8.5,
+                color="#555555",
+                labelpad=3,
+            )
         line[0].set_ylabel(_label(x, name), rotation=0, ha="right", va="center", fontsize=10.5, labelpad=8)
-    if title: fig.suptitle(_quoted(title), fontsize=12.5)
-    if marks: fig.legend(handles=[plt.Line2D([], [], ls="", label=f"{m} {t}") for m, _, t in _FIT.values()], labelcolor=[c for _, c, _ in _FIT.values()], loc="outside lower center", ncol=3, handlelength=0, handletextpad=0, fontsize=9.5)
+    if title:
+        fig.suptitle(_quoted(title), fontsize=12.5)
+    if marks:
+        fig.legend(
+            handles=[plt.Line2D([], [], ls="", label=f"{m} {t}") for m, _, t in _FIT.values()],
+            labelcolor=[c for _, c, _ in _FIT.values()],
+            loc="outside lower center",
+            ncol=3,
+            handlelength=0,
+            handletextpad=0,
+            fontsize=9.5,
+        )
     return _finish(fig)
 
 # %% ../nbs/62_explore.ipynb #f333726e
 @torch.no_grad()
-def attention(x:Explorer, name:str, sentence:str) -> tuple[np.ndarray, list]: # (layers, heads, L, L), tokens
+def attention(
+    x: Explorer, name: str, sentence: str
+) -> tuple[np.ndarray, list]:  # (layers, heads, L, L), tokens
     "Attention of each layer and head for a sentence; rows sum to one. The model is left with the attention kernel that it had."
-    m = x.model(name); ids = tokenize(m.tokenizer, [clean_sentence(sentence)], x.s.max_tokens)[[0]][0]; was = m.lm.config._attn_implementation; dev = next(m.lm.parameters()).device
-    try: m.lm.set_attn_implementation("eager"); a = m.lm.bert(input_ids=ids.to(dev), output_attentions=True).attentions
-    finally: m.lm.set_attn_implementation(was)
+    m = x.model(name)
+    ids = tokenize(m.tokenizer, [clean_sentence(sentence)], x.s.max_tokens)[[0]][0]
+    was = m.lm.config._attn_implementation
+    dev = next(m.lm.parameters()).device
+    try:
+        m.lm.set_attn_implementation("eager")
+        a = m.lm.bert(input_ids=ids.to(dev), output_attentions=True).attentions
+    finally:
+        m.lm.set_attn_implementation(was)
     return torch.stack([t[0] for t in a]).float().cpu().numpy(), m.tokenizer.convert_ids_to_tokens(ids[0])
 
-def rollout(a:np.ndarray) -> np.ndarray: # (layers, heads, L, L) -> (L, L)
+
+def rollout(a: np.ndarray) -> np.ndarray:  # (layers, heads, L, L) -> (L, L)
     "Attention followed through all layers, half of each layer being the residual stream."
     r = np.eye(a.shape[-1])
-    for layer in a.mean(1): r = (layer+np.eye(len(r)))/2 @ r
+    for layer in a.mean(1):
+        r = (layer + np.eye(len(r))) / 2 @ r
     return r
 
-def attention_of(a:np.ndarray, layer:int=None, head:int=None) -> np.ndarray: # (L, L)
+
+def attention_of(a: np.ndarray, layer: int = None, head: int = None) -> np.ndarray:  # (L, L)
     "One layer's mean, one head, or, where neither is named, the rollout; layers and heads count from 1."
     for v, n, what in ((layer, a.shape[0], "layer"), (head, a.shape[1], "head")):
-        if v is not None and not 1 <= v <= n: raise ValueError(f"{what} {v}: the model has {n}, counted from 1")
-    if head is not None and layer is None: raise ValueError(f"head {head} of which layer? name one from 1 to {a.shape[0]}")
-    return rollout(a) if layer is None else a[layer-1].mean(0) if head is None else a[layer-1, head-1]
+        if v is not None and not 1 <= v <= n:
+            raise ValueError(f"{what} {v}: the model has {n}, counted from 1")
+    if head is not None and layer is None:
+        raise ValueError(f"head {head} of which layer? name one from 1 to {a.shape[0]}")
+    return rollout(a) if layer is None else a[layer - 1].mean(0) if head is None else a[layer - 1, head - 1]
+
 
 def _heat(ax, m, tokens, labels=True, vmax=None, size=10):
-    ax.imshow(m, cmap="Blues", vmin=0, vmax=vmax or m.max()); ax.grid(False); n = range(len(tokens))
-    for s in ax.spines.values(): s.set_visible(False)
-    if labels: ax.set_xticks(n, tokens, rotation=90, fontsize=size); ax.set_yticks(n, tokens, fontsize=size)
-    else: ax.set_xticks([]); ax.set_yticks([])
+    ax.imshow(m, cmap="Blues", vmin=0, vmax=vmax or m.max())
+    ax.grid(False)
+    n = range(len(tokens))
+    for s in ax.spines.values():
+        s.set_visible(False)
+    if labels:
+        ax.set_xticks(n, tokens, rotation=90, fontsize=size)
+        ax.set_yticks(n, tokens, fontsize=size)
+    else:
+        ax.set_xticks([])
+        ax.set_yticks([])
     ax.tick_params(length=0)
 
-def attention_figure(x:Explorer, sentence:str, models=None, layer:int=None, head:int=None):
-    "Heat maps, a model each: the row is the token that looks, the column what it looks at. Of the rollout, the darkest colour is the strongest look at another token: each looks at itself most."
-    style(); names = list(x.shown if models is None else models); got = {n: attention(x, n, sentence) for n in names}; L = max(len(t) for _, t in got.values()); side = min(max(2.6, .34*L), 5.2, (11 if L < 17 else 14.5)/len(names)-.8); size = max(5, min(10, 56*side/L))
-    fig, axes = plt.subplots(1, len(names), figsize=((side+.8)*len(names), side+1.75), squeeze=False)
-    for ax, n in zip(axes[0], names): a, tok = got[n]; m = attention_of(a, layer, head); _heat(ax, m, tok, size=size, vmax=m[~np.eye(len(m), dtype=bool)].max() if layer is None else None); ax.set_title(_label(x, n), fontsize=10.5)
-    fig.suptitle(("attention rollout" if layer is None else f"attention of layer {layer}, "+("mean of heads" if head is None else f"head {head}"))+": a row's token looks at a column's", fontsize=12); return _finish(fig)
 
-def heads_figure(x:Explorer, sentence:str, name:str):
+def attention_figure(x: Explorer, sentence: str, models=None, layer: int = None, head: int = None):
+    "Heat maps, a model each: the row is the token that looks, the column what it looks at. Of the rollout, the darkest colour is the strongest look at another token: each looks at itself most."
+    style()
+    names = list(x.shown if models is None else models)
+    got = {n: attention(x, n, sentence) for n in names}
+    L = max(len(t) for _, t in got.values())
+    side = min(max(2.6, 0.34 * L), 5.2, (11 if L < 17 else 14.5) / len(names) - 0.8)
+    size = max(5, min(10, 56 * side / L))
+    fig, axes = plt.subplots(1, len(names), figsize=((side + 0.8) * len(names), side + 1.75), squeeze=False)
+    for ax, n in zip(axes[0], names):
+        a, tok = got[n]
+        m = attention_of(a, layer, head)
+        _heat(ax, m, tok, size=size, vmax=m[~np.eye(len(m), dtype=bool)].max() if layer is None else None)
+        ax.set_title(_label(x, n), fontsize=10.5)
+    fig.suptitle(
+        (
+            "attention rollout"
+            if layer is None
+            else f"attention of layer {layer}, " + ("mean of heads" if head is None else f"head {head}")
+        )
+        + ": a row's token looks at a column's",
+        fontsize=12,
+    )
+    return _finish(fig)
+
+
+def heads_figure(x: Explorer, sentence: str, name: str):
     "Every head of a model on its own: a line a layer, a column a head."
-    style(); a, tok = attention(x, name, sentence); n, h = a.shape[:2]; side = 1.9 if n*h <= 16 else 1.25
-    fig, axes = plt.subplots(n, h, figsize=(.9+side*h, .9+side*n), squeeze=False)
+    style()
+    a, tok = attention(x, name, sentence)
+    n, h = a.shape[:2]
+    side = 1.9 if n * h <= 16 else 1.25
+    fig, axes = plt.subplots(n, h, figsize=(0.9 + side * h, 0.9 + side * n), squeeze=False)
     for i in range(n):
         for j in range(h):
-            ax = axes[i, j]; _heat(ax, a[i, j], tok, labels=False, vmax=1)
-            if i == 0: ax.set_title(f"head {j+1}", fontsize=10)
-            if j == 0 and len(tok) <= 14 and n*h <= 16: ax.set_yticks(range(len(tok)), tok, fontsize=7.5)
-            if i == n-1 and len(tok) <= 14 and n*h <= 16: ax.set_xticks(range(len(tok)), tok, fontsize=7.5, rotation=90)
-        axes[i, 0].set_ylabel(f"layer {i+1}", fontsize=10)
-    fig.suptitle(_label(x, name).replace("\n", " "), fontsize=12.5); return _finish(fig)
+            ax = axes[i, j]
+            _heat(ax, a[i, j], tok, labels=False, vmax=1)
+            if i == 0:
+                ax.set_title(f"head {j + 1}", fontsize=10)
+            if j == 0 and len(tok) <= 14 and n * h <= 16:
+                ax.set_yticks(range(len(tok)), tok, fontsize=7.5)
+            if i == n - 1 and len(tok) <= 14 and n * h <= 16:
+                ax.set_xticks(range(len(tok)), tok, fontsize=7.5, rotation=90)
+        axes[i, 0].set_ylabel(f"layer {i + 1}", fontsize=10)
+    fig.suptitle(_label(x, name).replace("\n", " "), fontsize=12.5)
+    return _finish(fig)
 
 # %% ../nbs/62_explore.ipynb #2bdf4473
-def template_of(sentence:str, noun:str) -> str:
+def template_of(sentence: str, noun: str) -> str:
     "The sentence with a place for a noun where `noun` stands."
-    s = clean_sentence(sentence).replace("{", "").replace("}", ""); return re.sub(rf"\b{re.escape(noun)}\b", "{noun}", s, count=1, flags=re.I)
+    s = clean_sentence(sentence).replace("{", "").replace("}", "")
+    return re.sub(rf"\b{re.escape(noun)}\b", "{noun}", s, count=1, flags=re.I)
 
-def _noun_states(x:Explorer, name:str, template:str) -> pd.DataFrame: # nouns by width
+
+def _noun_states(x: Explorer, name: str, template: str) -> pd.DataFrame:  # nouns by width
     "States of all nouns in a sentence; a noun that the sentence already holds is left out."
+
     def make():
-        m = x.model(name); rest = set(_split(template.replace("{noun}", " ").lower())); nouns = [n for n in nouns_of(x) if n not in rest]
+        m = x.model(name)
+        rest = set(_split(template.replace("{noun}", " ").lower()))
+        nouns = [n for n in nouns_of(x) if n not in rest]
         return pd.DataFrame(noun_states(m.lm, m.tokenizer, nouns, template), index=nouns)
-    if template.count("{noun}") != 1: raise ValueError(f"the sentence {template!r} should have one place {{noun}}")
+
+    if template.count("{noun}") != 1:
+        raise ValueError(f"the sentence {template!r} should have one place {{noun}}")
     return x.kept(("states", name, template), make)
 
-def _check_noun(x, noun):
-    if noun not in set(nouns_of(x)): raise _unknown("noun", noun, nouns_of(x))
 
-def near_nouns(x:Explorer, noun:str, models=None, template:str="the {noun} is", k:int=8) -> pd.DataFrame: # model, rank, noun, similarity, category and, at Tabletop, looks and outcomes
+def _check_noun(x, noun):
+    if noun not in set(nouns_of(x)):
+        raise _unknown("noun", noun, nouns_of(x))
+
+
+def near_nouns(
+    x: Explorer, noun: str, models=None, template: str = "the {noun} is", k: int = 8
+) -> pd.DataFrame:  # model, rank, noun, similarity, category and, at Tabletop, looks and outcomes
     "The `k` nouns whose states in the sentence `template` are nearest to that of `noun`."
-    _check_noun(x, noun); rows = []; kind = {n: c for c, v in NOUNS.items() for n in v}
+    _check_noun(x, noun)
+    rows = []
+    kind = {n: c for c, v in NOUNS.items() for n in v}
     for name in x.shown if models is None else models:
-        h = _noun_states(x, name, template); z = h-h.mean(); z = z.div(np.linalg.norm(z, axis=1)+1e-12, axis=0); sim = (z @ z.loc[noun]).drop(noun).nlargest(k)
-        rows += [dict(model=name, rank=r, noun=n, similarity=float(v), category=kind.get(n, ""), **({a: x.world.nouns.loc[n, a] for a in (*EVENTS, "push", "shape", "size")} if x.world else {})) for r, (n, v) in enumerate(sim.items(), 1)]
+        h = _noun_states(x, name, template)
+        z = h - h.mean()
+        z = z.div(np.linalg.norm(z, axis=1) + 1e-12, axis=0)
+        sim = (z @ z.loc[noun]).drop(noun).nlargest(k)
+        rows += [
+            dict(
+                model=name,
+                rank=r,
+                noun=n,
+                similarity=float(v),
+                category=kind.get(n, ""),
+                **(
+                    {a: x.world.nouns.loc[n, a] for a in (*EVENTS, "push", "shape", "size")}
+                    if x.world
+                    else {}
+                ),
+            )
+            for r, (n, v) in enumerate(sim.items(), 1)
+        ]
     return pd.DataFrame(rows)
 
-def near_figure(x:Explorer, noun:str, near:pd.DataFrame, event:str=""):
+
+def near_figure(x: Explorer, noun: str, near: pd.DataFrame, event: str = ""):
     "Bars of `near_nouns`, a panel a model. With an `event`, blue nouns end as `noun` does; else those of its category are blue."
-    style(); names = list(dict.fromkeys(near.model)); k = int(near["rank"].max()); event = event if x.world and event in (*EVENTS, "push") else ""; key = event or "category"
-    kind = {n: c for c, v in NOUNS.items() for n in v}; own = x.world.nouns.loc[noun, event] if event else kind.get(noun, "")
-    fig, axes = plt.subplots(1, len(names), figsize=(1+3.3*len(names), .95+.3*k), squeeze=False, sharex=True)
+    style()
+    names = list(dict.fromkeys(near.model))
+    k = int(near["rank"].max())
+    event = event if x.world and event in (*EVENTS, "push") else ""
+    key = event or "category"
+    kind = {n: c for c, v in NOUNS.items() for n in v}
+    own = x.world.nouns.loc[noun, event] if event else kind.get(noun, "")
+    fig, axes = plt.subplots(
+        1, len(names), figsize=(1 + 3.3 * len(names), 0.95 + 0.3 * k), squeeze=False, sharex=True
+    )
     for ax, name in zip(axes[0], names):
-        d = near[near.model == name].sort_values("rank"); alike = d[key] == own
-        ax.barh(d["rank"], d.similarity.clip(lower=0), color=np.where(alike, palette[0], "#c9c9c9"), height=.78); ax.set_ylim(k+.6, .4); ax.set_yticks(d["rank"], d.noun, fontsize=10.5); ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0)
-        for r, v, same in zip(d["rank"], d[key], alike): ax.text(.015, r, v, va="center", fontsize=9, color="white" if same else "#333333")
-        ax.set(xlim=(0, 1), title=_label(x, name)); ax.title.set_fontsize(10.5)
-    axes[0, len(names)//2].set_xlabel("cosine of the states, less their mean"); what = f"blue: {'ends as it does, ' if event else ''}{own}" if own else ""
-    fig.suptitle(f"nearest to {noun}"+(f" ({what})" if what else ""), fontsize=12.5); return _finish(fig)
+        d = near[near.model == name].sort_values("rank")
+        alike = d[key] == own
+        ax.barh(
+            d["rank"], d.similarity.clip(lower=0), color=np.where(alike, palette[0], "#c9c9c9"), height=0.78
+        )
+        ax.set_ylim(k + 0.6, 0.4)
+        ax.set_yticks(d["rank"], d.noun, fontsize=10.5)
+        ax.grid(axis="y", visible=False)
+        ax.tick_params(axis="y", length=0)
+        for r, v, same in zip(d["rank"], d[key], alike):
+            ax.text(0.015, r, v, va="center", fontsize=9, color="white" if same else "#333333")
+        ax.set(xlim=(0, 1), title=_label(x, name))
+        ax.title.set_fontsize(10.5)
+    axes[0, len(names) // 2].set_xlabel("cosine of the states, less their mean")
+    what = f"blue: {'ends as it does, ' if event else ''}{own}" if own else ""
+    fig.suptitle(f"nearest to {noun}" + (f" ({what})" if what else ""), fontsize=12.5)
+    return _finish(fig)
 
 # %% ../nbs/62_explore.ipynb #73027708
-def noun_facts(x:Explorer, noun:str) -> pd.Series: # split, filmed, captions, text, said in captions, said in text
+def noun_facts(
+    x: Explorer, noun: str
+) -> pd.Series:  # split, filmed, captions, text, said in captions, said in text
     "What was to be seen and read of a noun: whether it was filmed, how many captions and sentences hold it, and how many say how an event with it ends."
-    _check_noun(x, noun); a, b = _counts(x); out = dict(captions=a[noun], text=b[noun])
-    if not x.world: return pd.Series(out, name=noun)
-    said = x.kept("said", lambda: tuple(said_of(t, nouns_of(x)) for t in (x.data.pairs.captions, x.data.sentences))); d = x.world.nouns.loc[noun]
-    return pd.Series(dict(split=d["split"], filmed=bool(d["filmed"]), **out, **{"said in captions": int(said[0][noun]), "said in text": int(said[1][noun])}), name=noun)
+    _check_noun(x, noun)
+    a, b = _counts(x)
+    out = dict(captions=a[noun], text=b[noun])
+    if not x.world:
+        return pd.Series(out, name=noun)
+    said = x.kept(
+        "said", lambda: tuple(said_of(t, nouns_of(x)) for t in (x.data.pairs.captions, x.data.sentences))
+    )
+    d = x.world.nouns.loc[noun]
+    return pd.Series(
+        dict(
+            split=d["split"],
+            filmed=bool(d["filmed"]),
+            **out,
+            **{"said in captions": int(said[0][noun]), "said in text": int(said[1][noun])},
+        ),
+        name=noun,
+    )
 
-def _probed(x, name, a, noun, penalty=1.) -> dict: # value -> probability
+
+def _probed(x, name, a, noun, penalty=1.0) -> dict:  # value -> probability
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
-    t = x.world.nouns; h = _noun_states(x, name, f"let us {BASE[a][0]} the {{noun}}" if a in BASE else "the {noun} is"); own = t.loc[noun, "split"] == "train"; train = [n for n in t.noun[t.split == "train"] if n != noun]
-    def make(): sc = StandardScaler().fit(h.loc[train].to_numpy()); return sc, LogisticRegression(max_iter=300, C=penalty/10).fit(sc.transform(h.loc[train].to_numpy()), t.loc[train, a])
-    sc, clf = x.kept(("probe", name, a, noun if own else "", penalty), make); return dict(zip(clf.classes_, clf.predict_proba(sc.transform(h.loc[[noun]].to_numpy()))[0]))
 
-def noun_attributes(x:Explorer, noun:str, models=None, penalty:float=1.) -> pd.DataFrame: # model, attribute, type, value, probability, true
+    t = x.world.nouns
+    h = _noun_states(x, name, f"let us {BASE[a][0]} the {{noun}}" if a in BASE else "the {noun} is")
+    own = t.loc[noun, "split"] == "train"
+    train = [n for n in t.noun[t.split == "train"] if n != noun]
+
+    def make():
+        sc = StandardScaler().fit(h.loc[train].to_numpy())
+        return sc, LogisticRegression(max_iter=300, C=penalty / 10).fit(
+            sc.transform(h.loc[train].to_numpy()), t.loc[train, a]
+        )
+
+    sc, clf = x.kept(("probe", name, a, noun if own else "", penalty), make)
+    return dict(zip(clf.classes_, clf.predict_proba(sc.transform(h.loc[[noun]].to_numpy()))[0]))
+
+
+def noun_attributes(
+    x: Explorer, noun: str, models=None, penalty: float = 1.0
+) -> pd.DataFrame:  # model, attribute, type, value, probability, true
     "Probability of every value of every attribute of `noun` by a linear probe on each model's states. ValueError without a world, for then nobody knows the attributes."
     _check_noun(x, noun)
-    if not x.world: raise ValueError(f"scale {x.s.name!r} has no list of attributes to probe for: only Tabletop knows how its things behave")
+    if not x.world:
+        raise ValueError(
+            f"scale {x.s.name!r} has no list of attributes to probe for: only Tabletop knows how its things behave"
+        )
     rows = []
     for name in x.shown if models is None else models:
         for a in (*EVENTS, *STATIC_ATTRIBUTES):
             p = _probed(x, name, a, noun, penalty)
-            rows += [dict(model=name, attribute=a, type="dynamic" if a in EVENTS else "static", value=v, probability=float(p[v]), true=v == x.world.nouns.loc[noun, a]) for v in (EVENTS[a] if a in EVENTS else sorted(p))]
+            rows += [
+                dict(
+                    model=name,
+                    attribute=a,
+                    type="dynamic" if a in EVENTS else "static",
+                    value=v,
+                    probability=float(p[v]),
+                    true=v == x.world.nouns.loc[noun, a],
+                )
+                for v in (EVENTS[a] if a in EVENTS else sorted(p))
+            ]
     return pd.DataFrame(rows)
 
-def facts_sentence(x:Explorer, noun:str) -> str:
+
+def facts_sentence(x: Explorer, noun: str) -> str:
     "`noun_facts` in words."
-    f = noun_facts(x, noun); n = lambda k, w: f"{k} {w}{'' if k == 1 else 's'}"
-    if not x.world: return f"{noun}: in {n(f['captions'], 'caption')} and {n(f['text'], 'sentence')}"
+    f = noun_facts(x, noun)
+    n = lambda k, w: f"{k} {w}{'' if k == 1 else 's'}"
+    if not x.world:
+        return f"{noun}: in {n(f['captions'], 'caption')} and {n(f['text'], 'sentence')}"
     return f"{noun}: a {f['split']} noun, {'filmed' if f['filmed'] else 'never filmed'}; its outcomes are said in {n(f['said in captions'], 'caption')} and {n(f['said in text'], 'sentence')}"
 
-def attributes_figure(x:Explorer, noun:str, table:pd.DataFrame):
+
+def attributes_figure(x: Explorer, noun: str, table: pd.DataFrame):
     "Dots of `noun_attributes`: how events end at the left, looks and category at the right; the world's truth on a yellow ground."
-    style(); names = list(dict.fromkeys(table.model)); colour = _colours(names); halves = [table[table.type == k] for k in ("dynamic", "static")]
-    lines = max(h.value.groupby(h.attribute).nunique().add(1).sum() for h in halves); fig, axes = plt.subplots(1, 2, figsize=(10.5, 1.3+.265*lines), sharex=True)
+    style()
+    names = list(dict.fromkeys(table.model))
+    colour = _colours(names)
+    halves = [table[table.type == k] for k in ("dynamic", "static")]
+    lines = max(h.value.groupby(h.attribute).nunique().add(1).sum() for h in halves)
+    fig, axes = plt.subplots(1, 2, figsize=(10.5, 1.3 + 0.265 * lines), sharex=True)
     for ax, half, title in zip(axes, halves, ("seen in motion only", "seen in any frame")):
         y, ticks, bold = 0, [], []
         for a in dict.fromkeys(half.attribute):
-            ax.text(-.02, y, {"push": "when pushed"}.get(a, f"when {PAST[a][0]}" if a in PAST else a), transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=10.5, fontweight="bold"); ax.axhline(y-.5, color="#bbbbbb", lw=.7); y += 1
+            ax.text(
+                -0.02,
+                y,
+                {"push": "when pushed"}.get(a, f"when {PAST[a][0]}" if a in PAST else a),
+                transform=ax.get_yaxis_transform(),
+                ha="right",
+                va="center",
+                fontsize=10.5,
+                fontweight="bold",
+            )
+            ax.axhline(y - 0.5, color="#bbbbbb", lw=0.7)
+            y += 1
             for v in dict.fromkeys(half[half.attribute == a].value):
-                d = half[(half.attribute == a) & (half.value == v)]; true = bool(d.true.iloc[0]); ticks.append((y, v)); bold.append(true)
-                if true: ax.axhspan(y-.45, y+.45, color="#FBF0C9", lw=0, zorder=0)
+                d = half[(half.attribute == a) & (half.value == v)]
+                true = bool(d.true.iloc[0])
+                ticks.append((y, v))
+                bold.append(true)
+                if true:
+                    ax.axhspan(y - 0.45, y + 0.45, color="#FBF0C9", lw=0, zorder=0)
                 ax.plot([d.probability.min(), d.probability.max()], [y, y], color="#cfcfcf", lw=1.2, zorder=1)
-                for i, n in enumerate(names): ax.plot(d.probability[d.model == n], y, markers[i % 8], ms=7, color=colour[n], mec="white", mew=.6, zorder=3, clip_on=False)
+                for i, n in enumerate(names):
+                    ax.plot(
+                        d.probability[d.model == n],
+                        y,
+                        markers[i % 8],
+                        ms=7,
+                        color=colour[n],
+                        mec="white",
+                        mew=0.6,
+                        zorder=3,
+                        clip_on=False,
+                    )
                 y += 1
-        ax.set_yticks(*zip(*ticks), fontsize=10); ax.set_ylim(y-.4, -.6); ax.set(xlim=(-.015, 1.015), xlabel="probability", title=title); ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0, pad=7)
-        for t, b in zip(ax.get_yticklabels(), bold): t.set_fontweight("bold" if b else "normal")
-    fig.legend(handles=[plt.Line2D([], [], ls="", marker=markers[i % 8], ms=7, color=colour[n], label=_label(x, n).replace("\n", " ")) for i, n in enumerate(names)]+[plt.Rectangle((0, 0), 1, 1, color="#FBF0C9", label="the world's truth")], loc="outside lower center", ncol=len(names)+1)
-    fig.suptitle(facts_sentence(x, noun), fontsize=12.5); return _finish(fig)
+        ax.set_yticks(*zip(*ticks), fontsize=10)
+        ax.set_ylim(y - 0.4, -0.6)
+        ax.set(xlim=(-0.015, 1.015), xlabel="probability", title=title)
+        ax.grid(axis="y", visible=False)
+        ax.tick_params(axis="y", length=0, pad=7)
+        for t, b in zip(ax.get_yticklabels(), bold):
+            t.set_fontweight("bold" if b else "normal")
+    fig.legend(
+        handles=[
+            plt.Line2D(
+                [],
+                [],
+                ls="",
+                marker=markers[i % 8],
+                ms=7,
+                color=colour[n],
+                label=_label(x, n).replace("\n", " "),
+            )
+            for i, n in enumerate(names)
+        ]
+        + [plt.Rectangle((0, 0), 1, 1, color="#FBF0C9", label="the world's truth")],
+        loc="outside lower center",
+        ncol=len(names) + 1,
+    )
+    fig.suptitle(facts_sentence(x, noun), fontsize=12.5)
+    return _finish(fig)
 
 # %% ../nbs/62_explore.ipynb #b5da4ce8
 @torch.no_grad()
-def guess(x:Explorer, sentence:str, models=None, k:int=6) -> pd.DataFrame: # model, mask, rank, word, probability, outcome
+def guess(
+    x: Explorer, sentence: str, models=None, k: int = 6
+) -> pd.DataFrame:  # model, mask, rank, word, probability, outcome
     "The `k` likeliest pieces for each `[MASK]` (also `___`) of a sentence. `outcome` is true or false where a word begins what Tabletop says of an event's end, else empty."
-    s = clean_sentence(sentence); noun, event = noun_in(x, s), event_in(s); rows = []; says = {}
-    if "[MASK]" not in s: raise ValueError(f"there is nothing to guess: put [MASK] in the place of a word, for example: {s} and it [MASK]")
-    if x.world and noun and event in (*EVENTS, "push"): # a word that begins several outcomes tells none
-        begins = {o: {p.split()[0] for p in SAID[o]} for o in (EVENTS[event] if event in EVENTS else ("roll", "slide"))}; true = x.world.nouns.loc[noun, event]; says = {w: ("true" if o == true else "false") for o, v in begins.items() for w in v if sum(w in u for u in begins.values()) == 1}
+    s = clean_sentence(sentence)
+    noun, event = noun_in(x, s), event_in(s)
+    rows = []
+    says = {}
+    if "[MASK]" not in s:
+        raise ValueError(
+            f"there is nothing to guess: put [MASK] in the place of a word, for example: {s} and it [MASK]"
+        )
+    if x.world and noun and event in (*EVENTS, "push"):  # a word that begins several outcomes tells none
+        begins = {
+            o: {p.split()[0] for p in SAID[o]}
+            for o in (EVENTS[event] if event in EVENTS else ("roll", "slide"))
+        }
+        true = x.world.nouns.loc[noun, event]
+        says = {
+            w: ("true" if o == true else "false")
+            for o, v in begins.items()
+            for w in v
+            if sum(w in u for u in begins.values()) == 1
+        }
     for name in x.shown if models is None else models:
-        m = x.model(name); ids, mask = tokenize(m.tokenizer, [s], x.s.max_tokens)[[0]]; at = (ids[0] == m.tokenizer.mask_token_id).nonzero()[:, 0]; dev = next(m.lm.parameters()).device
+        m = x.model(name)
+        ids, mask = tokenize(m.tokenizer, [s], x.s.max_tokens)[[0]]
+        at = (ids[0] == m.tokenizer.mask_token_id).nonzero()[:, 0]
+        dev = next(m.lm.parameters()).device
         p = m.lm.cls(hidden_states(m.lm, ids.to(dev), mask.to(dev))[0, at.to(dev)]).float().softmax(-1).cpu()
-        for i, (v, j) in enumerate(zip(*p.topk(k)), 1): rows += [dict(model=name, mask=i, rank=r, word=w, probability=float(c), outcome=says.get(w, "")) for r, (w, c) in enumerate(zip(m.tokenizer.convert_ids_to_tokens(j), v), 1)]
-    if not rows: raise ValueError(f"no [MASK] stands among the first {x.s.max_tokens} tokens, and more is not read")
+        for i, (v, j) in enumerate(zip(*p.topk(k)), 1):
+            rows += [
+                dict(model=name, mask=i, rank=r, word=w, probability=float(c), outcome=says.get(w, ""))
+                for r, (w, c) in enumerate(zip(m.tokenizer.convert_ids_to_tokens(j), v), 1)
+            ]
+    if not rows:
+        raise ValueError(f"no [MASK] stands among the first {x.s.max_tokens} tokens, and more is not read")
     return pd.DataFrame(rows)
 
-def guess_figure(x:Explorer, sentence:str, guesses:pd.DataFrame):
+
+def guess_figure(x: Explorer, sentence: str, guesses: pd.DataFrame):
     "Bars of `guess`: a column a model, a line a masked word. Blue: tells the true outcome; orange: tells another."
-    style(); names, masks = list(dict.fromkeys(guesses.model)), sorted(set(guesses["mask"])); k, top = int(guesses["rank"].max()), guesses.probability.max(); marked = (guesses.outcome != "").any()
-    fig, axes = plt.subplots(len(masks), len(names), figsize=(1+3.3*len(names), .7+(.55+.3*k)*len(masks)+.3*marked), squeeze=False, sharex=True)
+    style()
+    names, masks = list(dict.fromkeys(guesses.model)), sorted(set(guesses["mask"]))
+    k, top = int(guesses["rank"].max()), guesses.probability.max()
+    marked = (guesses.outcome != "").any()
+    fig, axes = plt.subplots(
+        len(masks),
+        len(names),
+        figsize=(1 + 3.3 * len(names), 0.7 + (0.55 + 0.3 * k) * len(masks) + 0.3 * marked),
+        squeeze=False,
+        sharex=True,
+    )
     for line, i in zip(axes, masks):
         for ax, name in zip(line, names):
-            d = guesses[(guesses.model == name) & (guesses["mask"] == i)].sort_values("rank"); c = d.outcome.map({"true": palette[0], "false": palette[1], "": "#c9c9c9"})
-            ax.barh(d["rank"], d.probability, color=list(c), height=.78); ax.set_ylim(k+.6, .4); ax.set_yticks(d["rank"], d.word, fontsize=10.5); ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0); ax.set_xlim(0, 1.22*top)
-            for r, p in zip(d["rank"], d.probability): ax.text(p+.015*top, r, f"{p:.2f}" if p >= .005 else "<.01", va="center", fontsize=9, color="#555555")
-            if i == masks[0]: ax.set_title(_label(x, name), fontsize=10.5)
-            if i == masks[-1]: ax.set_xlabel("probability")
-        if len(masks) > 1: line[0].set_ylabel(f"[MASK] {i}")
-    if marked: fig.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=c, label=t) for c, t in ((palette[0], "the true outcome"), (palette[1], "another outcome"), ("#c9c9c9", "neither"))], loc="outside lower center", ncol=3)
-    fig.suptitle(_quoted(clean_sentence(sentence)), fontsize=12.5); return _finish(fig)
+            d = guesses[(guesses.model == name) & (guesses["mask"] == i)].sort_values("rank")
+            c = d.outcome.map({"true": palette[0], "false": palette[1], "": "#c9c9c9"})
+            ax.barh(d["rank"], d.probability, color=list(c), height=0.78)
+            ax.set_ylim(k + 0.6, 0.4)
+            ax.set_yticks(d["rank"], d.word, fontsize=10.5)
+            ax.grid(axis="y", visible=False)
+            ax.tick_params(axis="y", length=0)
+            ax.set_xlim(0, 1.22 * top)
+            for r, p in zip(d["rank"], d.probability):
+                ax.text(
+                    p + 0.015 * top,
+                    r,
+                    f"{p:.2f}" if p >= 0.005 else "<.01",
+                    va="center",
+                    fontsize=9,
+                    color="#555555",
+                )
+            if i == masks[0]:
+                ax.set_title(_label(x, name), fontsize=10.5)
+            if i == masks[-1]:
+                ax.set_xlabel("probability")
+        if len(masks) > 1:
+            line[0].set_ylabel(f"[MASK] {i}")
+    if marked:
+        fig.legend(
+            handles=[
+                plt.Rectangle((0, 0), 1, 1, color=c, label=t)
+                for c, t in (
+                    (palette[0], "the true outcome"),
+                    (palette[1], "another outcome"),
+                    ("#c9c9c9", "neither"),
+                )
+            ],
+            loc="outside lower center",
+            ncol=3,
+        )
+    fig.suptitle(_quoted(clean_sentence(sentence)), fontsize=12.5)
+    return _finish(fig)
 
-def masked_version(x:Explorer, sentence:str) -> str:
+
+def masked_version(x: Explorer, sentence: str) -> str:
     "A sentence to guess at: itself where it holds `[MASK]`; where it names a thing of Tabletop and an event, one in the words of the written text that asks for the outcome; else its last word masked."
-    s = clean_sentence(sentence); noun, event = noun_in(x, s), event_in(s)
-    if "[MASK]" in s: return s
-    return f"the woman {PAST[event][0]} the {noun} and it [MASK] ." if x.world and noun and event else re.sub(r"\w+(\W*)$", r"[MASK]\1", s if re.search(r"[.!?]$", s) else f"{s} .")
+    s = clean_sentence(sentence)
+    noun, event = noun_in(x, s), event_in(s)
+    if "[MASK]" in s:
+        return s
+    return (
+        f"the woman {PAST[event][0]} the {noun} and it [MASK] ."
+        if x.world and noun and event
+        else re.sub(r"\w+(\W*)$", r"[MASK]\1", s if re.search(r"[.!?]$", s) else f"{s} .")
+    )
 
 # %% ../nbs/62_explore.ipynb #5e744ab7
-def recorded_answers(x:Explorer, a:str, b:str, noun:str="", task:str="") -> pd.DataFrame: # task, kind, question, truth, a's answer, b's answer, who
+def recorded_answers(
+    x: Explorer, a: str, b: str, noun: str = "", task: str = ""
+) -> pd.DataFrame:  # task, kind, question, truth, a's answer, b's answer, who
     "Recorded answers of two students to the same test questions, of one `task` and about one `noun` where they are named. `who` was right: both, a, b or neither. Its columns of answers have the students' names."
     for n in (a, b):
-        if x.model(n).kind != "student": raise ValueError(f"{n} is a teacher; only students answered questions: {', '.join(x.students)}")
-    if a == b: raise ValueError(f"{a} cannot be compared with itself; there are {', '.join(x.students)}")
-    ea, eb = (x.kept(("examples", n), lambda n=n: x.runs[n].examples) for n in (a, b)); d = ea.merge(eb, on=["task", "id"], suffixes=("", "_b")); tasks = list(dict.fromkeys(d.task)); rows = []
-    if task and task not in tasks: raise _unknown("task that both were tested on", task, tasks)
-    if d.empty: raise ValueError(f"{a} and {b} were tested on no question in common")
+        if x.model(n).kind != "student":
+            raise ValueError(f"{n} is a teacher; only students answered questions: {', '.join(x.students)}")
+    if a == b:
+        raise ValueError(f"{a} cannot be compared with itself; there are {', '.join(x.students)}")
+    ea, eb = (x.kept(("examples", n), lambda n=n: x.runs[n].examples) for n in (a, b))
+    d = ea.merge(eb, on=["task", "id"], suffixes=("", "_b"))
+    tasks = list(dict.fromkeys(d.task))
+    rows = []
+    if task and task not in tasks:
+        raise _unknown("task that both were tested on", task, tasks)
+    if d.empty:
+        raise ValueError(f"{a} and {b} were tested on no question in common")
     for name in [task] if task else tasks:
-        t = get_task(name); q = x.kept(("task", name), lambda: x.data.task(name, "test").assign(id=lambda v: v.id.astype(str)).set_index("id")); texts = t.columns if t.kind != "choice" else t.columns[:1]
+        t = get_task(name)
+        q = x.kept(
+            ("task", name),
+            lambda: x.data.task(name, "test").assign(id=lambda v: v.id.astype(str)).set_index("id"),
+        )
+        texts = t.columns if t.kind != "choice" else t.columns[:1]
         for r in d[d.task == name].itertuples():
-            if r.id not in q.index: raise ValueError(f"{a} was asked {r.id}, which the test questions of {name} no longer hold: run it again")
-            c = q.loc[r.id]; question = " / ".join(c[k] for k in texts); say = lambda i: c[t.labels[i]] if t.kind == "choice" else t.labels[i]
-            if c.label != r.label: raise ValueError(f"the recorded label of {r.id} is {r.label}, the question's is {c.label}: {a} was run on other data; run it again")
-            if noun and not re.search(rf"\b{re.escape(noun)}\b", " ".join(c[k] for k in t.columns), re.I): continue
-            rows.append({"task": name, "kind": r.kind, "question": question, "truth": say(r.label), a: say(r.prediction), b: say(r.prediction_b), "who": ("neither", "b", "a", "both")[2*r.right+r.right_b], "shift": abs(r.sure-r.sure_b)})
+            if r.id not in q.index:
+                raise ValueError(
+                    f"{a} was asked {r.id}, which the test questions of {name} no longer hold: run it again"
+                )
+            c = q.loc[r.id]
+            question = " / ".join(c[k] for k in texts)
+            say = lambda i: c[t.labels[i]] if t.kind == "choice" else t.labels[i]
+            if c.label != r.label:
+                raise ValueError(
+                    f"the recorded label of {r.id} is {r.label}, the question's is {c.label}: {a} was run on other data; run it again"
+                )
+            if noun and not re.search(rf"\b{re.escape(noun)}\b", " ".join(c[k] for k in t.columns), re.I):
+                continue
+            rows.append(
+                {
+                    "task": name,
+                    "kind": r.kind,
+                    "question": question,
+                    "truth": say(r.label),
+                    a: say(r.prediction),
+                    b: say(r.prediction_b),
+                    "who": ("neither", "b", "a", "both")[2 * r.right + r.right_b],
+                    "shift": abs(r.sure - r.sure_b),
+                }
+            )
     return pd.DataFrame(rows, columns=["task", "kind", "question", "truth", a, b, "who", "shift"])
 
-def differences(d:pd.DataFrame, n:int=12) -> pd.DataFrame: # the frame's columns but `shift`
-    "Of `answers`, those that exactly one student has right, the surest changes first."
-    return d[d.who.isin(["a", "b"])].sort_values("shift", ascending=False, kind="stable").head(n).drop(columns="shift").reset_index(drop=True)
 
-def answers_figure(x:Explorer, d:pd.DataFrame, title:str=""):
+def differences(d: pd.DataFrame, n: int = 12) -> pd.DataFrame:  # the frame's columns but `shift`
+    "Of `answers`, those that exactly one student has right, the surest changes first."
+    return (
+        d[d.who.isin(["a", "b"])]
+        .sort_values("shift", ascending=False, kind="stable")
+        .head(n)
+        .drop(columns="shift")
+        .reset_index(drop=True)
+    )
+
+
+def answers_figure(x: Explorer, d: pd.DataFrame, title: str = ""):
     "Bars of `answers`, a task each: right by both, by one alone, by neither."
-    style(); a, b = d.columns[4:6]; tasks = list(dict.fromkeys(d.task)); kinds = (("both", "#8c8c8c", "both right"), ("a", palette[1], f"only {_short(a)}"), ("b", palette[2], f"only {_short(b)}"), ("neither", "#e3e3e3", "neither"))
-    count = pd.crosstab(d.task, d.who).reindex(index=tasks, columns=[k for k, *_ in kinds], fill_value=0); share = count.div(count.sum(axis=1), axis=0)*100; left = np.zeros(len(tasks)); fig, ax = plt.subplots(figsize=(9.5, 1.1+.42*len(tasks)))
+    style()
+    a, b = d.columns[4:6]
+    tasks = list(dict.fromkeys(d.task))
+    kinds = (
+        ("both", "#8c8c8c", "both right"),
+        ("a", palette[1], f"only {_short(a)}"),
+        ("b", palette[2], f"only {_short(b)}"),
+        ("neither", "#e3e3e3", "neither"),
+    )
+    count = pd.crosstab(d.task, d.who).reindex(index=tasks, columns=[k for k, *_ in kinds], fill_value=0)
+    share = count.div(count.sum(axis=1), axis=0) * 100
+    left = np.zeros(len(tasks))
+    fig, ax = plt.subplots(figsize=(9.5, 1.1 + 0.42 * len(tasks)))
     for k, c, label in kinds:
-        ax.barh(range(len(tasks)), share[k], left=left, color=c, height=.74, label=label, ec="white", lw=.8)
-        for y, (w, l, m) in enumerate(zip(share[k], left, count[k])): ax.text(l+w/2, y, m, ha="center", va="center", fontsize=9, color="white" if k in ("a", "b") else "#222222") if w > 3.5 else None
+        ax.barh(range(len(tasks)), share[k], left=left, color=c, height=0.74, label=label, ec="white", lw=0.8)
+        for y, (w, l, m) in enumerate(zip(share[k], left, count[k])):
+            ax.text(
+                l + w / 2,
+                y,
+                m,
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if k in ("a", "b") else "#222222",
+            ) if w > 3.5 else None
         left += share[k].to_numpy()
-    ax.set_yticks(range(len(tasks)), [f"{t} ({n})" for t, n in zip(tasks, count.sum(axis=1))]); ax.set_ylim(len(tasks)-.5, -.5); ax.set(xlim=(0, 100), xlabel="per cent of the questions"); ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0)
-    ax.legend(loc="center left", bbox_to_anchor=(1, .5)); ax.set_title(title or f"{_short(a)} and {_short(b)}"); return _finish(fig)
+    ax.set_yticks(range(len(tasks)), [f"{t} ({n})" for t, n in zip(tasks, count.sum(axis=1))])
+    ax.set_ylim(len(tasks) - 0.5, -0.5)
+    ax.set(xlim=(0, 100), xlabel="per cent of the questions")
+    ax.grid(axis="y", visible=False)
+    ax.tick_params(axis="y", length=0)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set_title(title or f"{_short(a)} and {_short(b)}")
+    return _finish(fig)
 
 # %% ../nbs/62_explore.ipynb #229b16ab
-def look(x:Explorer, sentence:str, a:str="", b:str="", k:int=4) -> dict: # title -> figure, frame or sentence
+def look(
+    x: Explorer, sentence: str, a: str = "", b: str = "", k: int = 4
+) -> dict:  # title -> figure, frame or sentence
     "All there is to see of a sentence, for the teacher and the students `a` and `b` (empty: a text-only and a distilled one)."
-    s = clean_sentence(sentence); ends = (x.shown[1:]+[""]*2)[:2]; names = list(dict.fromkeys(x.model(n).name for n in (a or ends[0], b or ends[1]) if n)); names = [x.teacher_of(names[-1] if names else ""), *names]
-    noun, event = noun_in(x, s), event_in(s); out = {}
-    if note := unread(x, s): out["Mind"] = note
+    s = clean_sentence(sentence)
+    ends = (x.shown[1:] + [""] * 2)[:2]
+    names = list(dict.fromkeys(x.model(n).name for n in (a or ends[0], b or ends[1]) if n))
+    names = [x.teacher_of(names[-1] if names else ""), *names]
+    noun, event = noun_in(x, s), event_in(s)
+    out = {}
+    if note := unread(x, s):
+        out["Mind"] = note
     out["The nearest clips"] = clips_figure(x, find_clips(x, s, names, k), s)
     out["Where they look"] = attention_figure(x, s, names)
     m = masked_version(x, s)
-    try: out["What they would say"] = guess_figure(x, m, guess(x, m, names))
-    except ValueError as e: out["What they would say"] = f"{e}." # the mask lies beyond what is read
-    if not noun: out["No thing to compare"] = f"The sentence names none of the {len(nouns_of(x))} nouns that can be compared, for example {', '.join(nouns_of(x)[:6])}."; return out
+    try:
+        out["What they would say"] = guess_figure(x, m, guess(x, m, names))
+    except ValueError as e:
+        out["What they would say"] = f"{e}."  # the mask lies beyond what is read
+    if not noun:
+        out["No thing to compare"] = (
+            f"The sentence names none of the {len(nouns_of(x))} nouns that can be compared, for example {', '.join(nouns_of(x)[:6])}."
+        )
+        return out
     out["The nearest nouns"] = near_figure(x, noun, near_nouns(x, noun, names, template_of(s, noun)), event)
-    out["What they know of it"] = attributes_figure(x, noun, noun_attributes(x, noun, names)) if x.world else facts_sentence(x, noun)
+    out["What they know of it"] = (
+        attributes_figure(x, noun, noun_attributes(x, noun, names)) if x.world else facts_sentence(x, noun)
+    )
     if len(names) > 2 and all("examples.parquet" in x.runs[n].result["files"] for n in names[1:]):
         d = recorded_answers(x, *names[1:], noun)
-        out["Test questions about it"] = answers_figure(x, d, f"test questions about the {noun}") if len(d) else f"No test question is about the {noun}"+(f", which is a {noun_facts(x, noun)['split']} noun." if x.world else ".")
-        if len(differences(d)): out["Where the students differ"] = differences(d).replace({"who": {"a": _short(names[1]), "b": _short(names[2])}}).rename(columns={"who": "right", names[1]: _short(names[1]), names[2]: _short(names[2])})
+        out["Test questions about it"] = (
+            answers_figure(x, d, f"test questions about the {noun}")
+            if len(d)
+            else f"No test question is about the {noun}"
+            + (f", which is a {noun_facts(x, noun)['split']} noun." if x.world else ".")
+        )
+        if len(differences(d)):
+            out["Where the students differ"] = (
+                differences(d)
+                .replace({"who": {"a": _short(names[1]), "b": _short(names[2])}})
+                .rename(columns={"who": "right", names[1]: _short(names[1]), names[2]: _short(names[2])})
+            )
     return out
 
-def panel(x:Explorer, sentence:str=""):
+
+def panel(x: Explorer, sentence: str = ""):
     "A text box and two lists of students above the pages of `look`; None, and a line that says so, where `ipywidgets` is missing."
-    try: import ipywidgets as w
-    except ImportError: print("ipywidgets is not installed, so there is no text box: edit the sentence of the next cell and run it."); return None
+    try:
+        import ipywidgets as w
+    except ImportError:
+        print(
+            "ipywidgets is not installed, so there is no text box: edit the sentence of the next cell and run it."
+        )
+        return None
+
     def pages(sentence, a="", b=""):
-        try: show(look(x, sentence, a, b))
-        except ValueError as e: print(e)
-    wide = dict(layout=w.Layout(width="32em"), continuous_update=False); box = w.Text(value=sentence or example(x), description="sentence", **wide); ends = (x.shown[1:]*2)[:2]; lists = [w.Dropdown(options=x.students, value=v, description=t) for t, v in zip(("student", "against"), ends)]
-    return w.VBox([w.HBox([box, *lists]), w.interactive_output(pages, dict(sentence=box) | dict(zip("ab", lists)))])
+        try:
+            show(look(x, sentence, a, b))
+        except ValueError as e:
+            print(e)
+
+    wide = dict(layout=w.Layout(width="32em"), continuous_update=False)
+    box = w.Text(value=sentence or example(x), description="sentence", **wide)
+    ends = (x.shown[1:] * 2)[:2]
+    lists = [
+        w.Dropdown(options=x.students, value=v, description=t) for t, v in zip(("student", "against"), ends)
+    ]
+    return w.VBox(
+        [w.HBox([box, *lists]), w.interactive_output(pages, dict(sentence=box) | dict(zip("ab", lists)))]
+    )

@@ -17,122 +17,223 @@ from cycler import cycler
 palette = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 markers = ["o", "s", "^", "D", "v", "P", "X", "*"]
 
-def style() -> dict: # rcParams
+
+def style() -> dict:  # rcParams
     "Make this project's style the current one: sizes, colours, no top and right frame."
-    rc = {"figure.dpi": 90, "savefig.dpi": 150, "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 10, "legend.frameon": False, "axes.grid": True,
-          "grid.color": "#e4e4e4", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": cycler(color=palette), "figure.constrained_layout.use": True,
-          "lines.linewidth": 2.0, "image.interpolation": "nearest"}
-    plt.rcParams.update(rc); return rc
+    rc = {
+        "figure.dpi": 90,
+        "savefig.dpi": 150,
+        "font.size": 11,
+        "axes.titlesize": 12,
+        "axes.labelsize": 11,
+        "legend.fontsize": 10,
+        "legend.frameon": False,
+        "axes.grid": True,
+        "grid.color": "#e4e4e4",
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.prop_cycle": cycler(color=palette),
+        "figure.constrained_layout.use": True,
+        "lines.linewidth": 2.0,
+        "image.interpolation": "nearest",
+    }
+    plt.rcParams.update(rc)
+    return rc
+
 
 def _axes(ax, size):
     style()
     return ax if ax is not None else plt.subplots(figsize=size)[1]
 
+
 def _need(df, *cols):
     for c in cols:
-        if c is not None and c not in df: raise ValueError(f"no column {c!r}; the frame has {', '.join(map(str, df.columns))}")
+        if c is not None and c not in df:
+            raise ValueError(f"no column {c!r}; the frame has {', '.join(map(str, df.columns))}")
 
 # %% ../nbs/05_plots.ipynb #a9d74159
-def bars_with_ci(df,               # one row a value
-                 x:str="row",      # column with the labels
-                 y:str="value",    # column with the values
-                 lo:str="lo",      # column with the lower ends; None: no intervals
-                 hi:str="hi",      # column with the upper ends
-                 hue:str=None,     # column with the groups that get a colour each
-                 kind:str="dot",   # dot or bar
-                 chance:float=None,# where guessing is, a dashed line
-                 xlabel:str="", title:str="", ax=None):
+def bars_with_ci(
+    df,  # one row a value
+    x: str = "row",  # column with the labels
+    y: str = "value",  # column with the values
+    lo: str = "lo",  # column with the lower ends; None: no intervals
+    hi: str = "hi",  # column with the upper ends
+    hue: str = None,  # column with the groups that get a colour each
+    kind: str = "dot",  # dot or bar
+    chance: float = None,  # where guessing is, a dashed line
+    xlabel: str = "",
+    title: str = "",
+    ax=None,
+):
     "Horizontal dots or bars with intervals, first row on top; missing values leave their place empty. ValueError on a missing column or ends that exclude the value."
     _need(df, x, y, lo, hi if lo else None, hue)
-    if kind not in ("dot", "bar"): raise ValueError(f"kind {kind!r} should be dot or bar")
+    if kind not in ("dot", "bar"):
+        raise ValueError(f"kind {kind!r} should be dot or bar")
     labels, groups = list(dict.fromkeys(df[x])), list(dict.fromkeys(df[hue])) if hue else [None]
     for label, v, a, b in zip(df[x], df[y], df[lo], df[hi]) if lo else ():
-        if v < a-1e-9 or v > b+1e-9: raise ValueError(f"{label}: the interval {a:.4g} to {b:.4g} excludes the value {v:.4g}")
-    ax = _axes(ax, (7, 0.9 + .32*len(labels)*max(1, .55*len(groups)))); step = .8/len(groups)
+        if v < a - 1e-9 or v > b + 1e-9:
+            raise ValueError(f"{label}: the interval {a:.4g} to {b:.4g} excludes the value {v:.4g}")
+    ax = _axes(ax, (7, 0.9 + 0.32 * len(labels) * max(1, 0.55 * len(groups))))
+    step = 0.8 / len(groups)
     for g, name in enumerate(groups):
         d = df[df[hue] == name] if hue else df
-        pos = np.array([labels.index(v) for v in d[x]]) + (g - (len(groups)-1)/2)*step*(1 if kind == "bar" else .7)
-        v = d[y].to_numpy(float); err = np.stack([v - d[lo].to_numpy(float), d[hi].to_numpy(float) - v]).clip(0) if lo else None
+        pos = np.array([labels.index(v) for v in d[x]]) + (g - (len(groups) - 1) / 2) * step * (
+            1 if kind == "bar" else 0.7
+        )
+        v = d[y].to_numpy(float)
+        err = np.stack([v - d[lo].to_numpy(float), d[hi].to_numpy(float) - v]).clip(0) if lo else None
         kw = dict(color=palette[g % 8], label=name)
-        if kind == "bar": ax.barh(pos, v, height=step*.9, xerr=err, ecolor="#444444", capsize=2, **kw)
-        else: ax.errorbar(v, pos, xerr=err, fmt=markers[g % 8], ms=6, capsize=3, elinewidth=1.6, **kw)
-    ax.set_yticks(range(len(labels)), labels); ax.set_ylim(len(labels)-.4, -.6); ax.grid(axis="y", visible=False)
-    if chance is not None: ax.axvline(chance, color="#666666", ls="--", lw=1.2, label="chance")
-    if hue or chance is not None: ax.legend(loc="center left", bbox_to_anchor=(1, .5))
+        if kind == "bar":
+            ax.barh(pos, v, height=step * 0.9, xerr=err, ecolor="#444444", capsize=2, **kw)
+        else:
+            ax.errorbar(v, pos, xerr=err, fmt=markers[g % 8], ms=6, capsize=3, elinewidth=1.6, **kw)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.4, -0.6)
+    ax.grid(axis="y", visible=False)
+    if chance is not None:
+        ax.axvline(chance, color="#666666", ls="--", lw=1.2, label="chance")
+    if hue or chance is not None:
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     ax.set(xlabel=xlabel or y, title=title)
     return ax
 
 # %% ../nbs/05_plots.ipynb #ba3c8202
-def curves(histories:dict,   # name -> list of {"step": 1, y: 0.5}, a frame with these columns, or a list of such (one per seed)
-           y:str="loss",     # which number
-           x:str="step", logy:bool=False, title:str="", ylabel:str="", ax=None):
+def curves(
+    histories: dict,  # name -> list of {"step": 1, y: 0.5}, a frame with these columns, or a list of such (one per seed)
+    y: str = "loss",  # which number
+    x: str = "step",
+    logy: bool = False,
+    title: str = "",
+    ylabel: str = "",
+    ax=None,
+):
     "Lines of a number against the step, one colour a name; records without that number are left out. ValueError where a name has none."
     frames = {}
     for name, hs in histories.items():
         several = isinstance(hs, (list, tuple)) and len(hs) and not isinstance(hs[0], dict)
         frames[name] = [pd.DataFrame(h) for h in (hs if several else [hs])]
         for d in frames[name]:
-            if x not in d or y not in d or d[y].notna().sum() == 0: raise ValueError(f"history {name!r} has no {x} and {y} to draw; it has {', '.join(map(str, d.columns)) or 'nothing'}")
+            if x not in d or y not in d or d[y].notna().sum() == 0:
+                raise ValueError(
+                    f"history {name!r} has no {x} and {y} to draw; it has {', '.join(map(str, d.columns)) or 'nothing'}"
+                )
     ax = _axes(ax, (7, 3.2))
     for i, (name, runs) in enumerate(frames.items()):
         d = pd.concat([d.dropna(subset=[y]).groupby(x)[y].mean() for d in runs], axis=1)
-        line, = ax.plot(d.index, d.mean(axis=1), color=palette[i % 8], ls=["-", "--", ":"][i//8 % 3], label=name)
-        if len(runs) > 1: ax.fill_between(d.index, d.min(axis=1), d.max(axis=1), color=line.get_color(), alpha=.18, lw=0)
-    if logy: ax.set_yscale("log")
-    if histories: ax.legend(loc="center left", bbox_to_anchor=(1, .5))
+        (line,) = ax.plot(
+            d.index, d.mean(axis=1), color=palette[i % 8], ls=["-", "--", ":"][i // 8 % 3], label=name
+        )
+        if len(runs) > 1:
+            ax.fill_between(d.index, d.min(axis=1), d.max(axis=1), color=line.get_color(), alpha=0.18, lw=0)
+    if logy:
+        ax.set_yscale("log")
+    if histories:
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     ax.set(xlabel=x, ylabel=ylabel or y, title=title)
     return ax
 
 # %% ../nbs/05_plots.ipynb #14096fd3
-def film_strip(frames,       # (T, H, W, 3) uint8, or a list of such, one row each
-               labels=None,  # one text per row, or one text
-               every:int=1,  # take each n-th frame
-               colors=None,  # one colour per label
-               title:str="", ax=None):
+def film_strip(
+    frames,  # (T, H, W, 3) uint8, or a list of such, one row each
+    labels=None,  # one text per row, or one text
+    every: int = 1,  # take each n-th frame
+    colors=None,  # one colour per label
+    title: str = "",
+    ax=None,
+):
     "Show clips as rows of frames on one axes. ValueError naming the shape where frames are not (T, H, W, 3) uint8 of one size."
     rows = [frames] if getattr(frames, "ndim", 0) == 4 else list(frames)
-    labels = [labels] if isinstance(labels, str) else list(labels or [""]*len(rows))
-    if not rows: raise ValueError("no frames to show")
-    if len(labels) != len(rows): raise ValueError(f"{len(labels)} labels for {len(rows)} clips")
+    labels = [labels] if isinstance(labels, str) else list(labels or [""] * len(rows))
+    if not rows:
+        raise ValueError("no frames to show")
+    if len(labels) != len(rows):
+        raise ValueError(f"{len(labels)} labels for {len(rows)} clips")
     rows = [np.asarray(f) for f in rows]
     for f in rows:
-        if f.ndim != 4 or f.shape[-1] != 3 or f.dtype != np.uint8 or f.shape[1:] != rows[0].shape[1:] or not len(f): raise ValueError(f"frames should be (T, H, W, 3) uint8 of one size, got {f.shape} {f.dtype}, first clip {rows[0].shape}")
-    rows = [f[::every] for f in rows]; (h, w), n, gap = rows[0].shape[1:3], max(map(len, rows)), max(1, rows[0].shape[2]//16)
-    canvas = np.full((len(rows)*(h+gap)-gap, n*(w+gap)-gap, 3), 255, np.uint8)
+        if (
+            f.ndim != 4
+            or f.shape[-1] != 3
+            or f.dtype != np.uint8
+            or f.shape[1:] != rows[0].shape[1:]
+            or not len(f)
+        ):
+            raise ValueError(
+                f"frames should be (T, H, W, 3) uint8 of one size, got {f.shape} {f.dtype}, first clip {rows[0].shape}"
+            )
+    rows = [f[::every] for f in rows]
+    (h, w), n, gap = rows[0].shape[1:3], max(map(len, rows)), max(1, rows[0].shape[2] // 16)
+    canvas = np.full((len(rows) * (h + gap) - gap, n * (w + gap) - gap, 3), 255, np.uint8)
     for i, f in enumerate(rows):
-        for t, img in enumerate(f): canvas[i*(h+gap):i*(h+gap)+h, t*(w+gap):t*(w+gap)+w] = img
-    ax = _axes(ax, (8, .35 + 8*.8*canvas.shape[0]/canvas.shape[1])); ax.imshow(canvas); ax.grid(False)
-    ax.set_yticks([i*(h+gap)+h/2 for i in range(len(rows))], labels); ax.set_xticks([]); ax.tick_params(length=0); ax.set_title(title)
-    for s in ax.spines.values(): s.set_visible(False)
-    for t, c in zip(ax.get_yticklabels(), colors or []): t.set_color(c)
+        for t, img in enumerate(f):
+            canvas[i * (h + gap) : i * (h + gap) + h, t * (w + gap) : t * (w + gap) + w] = img
+    ax = _axes(ax, (8, 0.35 + 8 * 0.8 * canvas.shape[0] / canvas.shape[1]))
+    ax.imshow(canvas)
+    ax.grid(False)
+    ax.set_yticks([i * (h + gap) + h / 2 for i in range(len(rows))], labels)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.set_title(title)
+    for s in ax.spines.values():
+        s.set_visible(False)
+    for t, c in zip(ax.get_yticklabels(), colors or []):
+        t.set_color(c)
     return ax
 
 # %% ../nbs/05_plots.ipynb #ee790762
-def _text(v, digits:int) -> str:
-    if v is None or v is pd.NA or v is pd.NaT or (isinstance(v, (float, np.floating)) and math.isnan(v)): return "–"
-    if isinstance(v, (float, np.floating)): return f"{v:.{digits}f}"
+def _text(v, digits: int) -> str:
+    if v is None or v is pd.NA or v is pd.NaT or (isinstance(v, (float, np.floating)) and math.isnan(v)):
+        return "–"
+    if isinstance(v, (float, np.floating)):
+        return f"{v:.{digits}f}"
     return str(v)
 
-def table_md(df, digits:int=2) -> str: # ends with a newline
+
+def table_md(df, digits: int = 2) -> str:  # ends with a newline
     "A frame as a GitHub markdown table, without its index; columns of numbers are aligned to the right."
-    def cell(v): return _text(v, digits).replace("|", "\\|").replace("\n", " ")
+
+    def cell(v):
+        return _text(v, digits).replace("|", "\\|").replace("\n", " ")
+
     right = [pd.api.types.is_numeric_dtype(t) and not pd.api.types.is_bool_dtype(t) for t in df.dtypes]
-    lines = [[cell(c) for c in df.columns], ["--:" if r else "---" for r in right], *[[cell(v) for v in row] for row in df.itertuples(index=False, name=None)]]
+    lines = [
+        [cell(c) for c in df.columns],
+        ["--:" if r else "---" for r in right],
+        *[[cell(v) for v in row] for row in df.itertuples(index=False, name=None)],
+    ]
     return "".join(f"| {' | '.join(l)} |\n" for l in lines)
 
-def table_html(df, best=None,    # columns of which the highest value is set bold; a name -> "max" or "min" dictionary also says which end is best
-               digits:int=2, notes=(), # lines below the table
-               caption:str="", skip=()) -> str: # skip: labels in the first column that do not compete (chance, ceiling, the paper's rows)
+
+def table_html(
+    df,
+    best=None,  # columns of which the highest value is set bold; a name -> "max" or "min" dictionary also says which end is best
+    digits: int = 2,
+    notes=(),  # lines below the table
+    caption: str = "",
+    skip=(),
+) -> str:  # skip: labels in the first column that do not compete (chance, ceiling, the paper's rows)
     "A frame as html: header, rows, the best of some columns in bold, notes below. Text is escaped."
-    best = best if isinstance(best, dict) else {c: "max" for c in best or []}; _need(df, *best)
-    if bad := [v for v in best.values() if v not in ("max", "min")]: raise ValueError(f"best is max or min, got {bad[0]!r}")
+    best = best if isinstance(best, dict) else {c: "max" for c in best or []}
+    _need(df, *best)
+    if bad := [v for v in best.values() if v not in ("max", "min")]:
+        raise ValueError(f"best is max or min, got {bad[0]!r}")
     runs = ~df.iloc[:, 0].isin(list(skip)) if len(df.columns) else []
     top = {c: getattr(pd.to_numeric(df.loc[runs, c], errors="coerce"), how)() for c, how in best.items()}
+
     def cell(c, v, ok):
-        s = html.escape(_text(v, digits)); num = isinstance(v, (int, float, np.number)) and not isinstance(v, bool)
-        bold = c in top and ok and num and f"{v:.{digits}f}" == f"{top[c]:.{digits}f}"      # ties at the printed precision are all bold
-        return f'<td{" class=num" if num else ""}>{f"<b>{s}</b>" if bold else s}</td>'
+        s = html.escape(_text(v, digits))
+        num = isinstance(v, (int, float, np.number)) and not isinstance(v, bool)
+        bold = (
+            c in top and ok and num and f"{v:.{digits}f}" == f"{top[c]:.{digits}f}"
+        )  # ties at the printed precision are all bold
+        return f"<td{' class=num' if num else ''}>{f'<b>{s}</b>' if bold else s}</td>"
+
     head = "".join(f"<th>{html.escape(str(c))}</th>" for c in df.columns)
-    body = "\n".join("<tr>" + "".join(cell(c, v, ok) for c, v in zip(df.columns, row)) + "</tr>" for row, ok in zip(df.itertuples(index=False, name=None), runs))
+    body = "\n".join(
+        "<tr>" + "".join(cell(c, v, ok) for c, v in zip(df.columns, row)) + "</tr>"
+        for row, ok in zip(df.itertuples(index=False, name=None), runs)
+    )
     cap = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f"<table>{cap}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>" + "".join(f"<p class=note>{html.escape(n)}</p>" for n in notes)
+    return f"<table>{cap}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>" + "".join(
+        f"<p class=note>{html.escape(n)}</p>" for n in notes
+    )

@@ -11,27 +11,99 @@ from pathlib import Path
 from .core import *
 
 # %% ../nbs/91_promises.ipynb #7f6076c3
-PROMISES = ( # circumstance, promise, where it is shown
-    ("SIGKILL at any moment", "Every job, started again, ends with the same bits; until then nothing half-written is read as whole.", "test_unbreakable.py::test_killed_at_random_moments test_training.py::test_killed_training_ends_as_if_nothing_had_happened test_scale.py::test_killed_while_tokenizing"),
-    ("SIGKILL while features of videos are extracted", "The same command goes on; its shards are those of a run that nobody stopped, byte for byte, on one machine or several.", "test_unbreakable.py::test_extraction_killed_at_random_moments test_bad_inputs.py::test_killed_at_any_moment_and_resumed test_extract.py::test_killed_half_way_and_resumed_equals_uninterrupted"),
-    ("SIGKILL of vlkd reproduce, with or without its workers", "A run has its place only when it is whole; the graph goes on and ends with the same records.", "test_unbreakable.py::test_reproduce_killed_at_random_moments test_reproduce.py::test_kill_and_resume test_reproduce.py::test_forked_workers_end_with_the_runner"),
-    ("Two runners on the same runs", "Each run is computed once; if one runner dies, the other takes over.", "test_reproduce.py::test_two_runners_compute_each_run_once test_unbreakable.py::test_a_second_runner_takes_over_from_one_that_is_killed"),
-    ("A bit flips; a file is cut, emptied or out of order", "Reading names the file, or the numbers are the same. There is never another number without a word.", "test_unbreakable.py::test_damage_is_named_or_does_not_matter test_unbreakable.py::test_a_run_that_was_changed_is_not_read test_unbreakable.py::test_a_seal"),
-    ("A damaged checkpoint", "It is left out by name, the one before it is used, and the weights come out the same.", "test_unbreakable.py::test_damage_of_a_checkpoint test_training.py::test_damaged_checkpoint_is_left_out_by_name"),
-    ("A damaged shard or cache file", "It is made again, with the same bytes.", "test_unbreakable.py::test_damaged_shards_are_made_again test_unbreakable.py::test_damaged_shards_of_videos_are_made_again test_unbreakable.py::test_damage_of_a_cache_file"),
-    ("A full disk", "The job fails with an error; started again with room, it ends with the same numbers.", "test_unbreakable.py::test_full_disk test_unbreakable.py::test_reproduce_on_a_full_disk test_bad_inputs.py::test_full_disk_while_saving_a_checkpoint test_bad_inputs.py::test_full_disk_while_extracting"),
-    ("Data that can only be read", "Data sets, features and models are read without a byte written beside them.", "test_unbreakable.py::test_a_data_folder_that_can_only_be_read"),
-    ("Folders without permission", "The error names file or folder; nothing is taken for missing and made anew.", "test_unbreakable.py::test_a_runs_folder_that_cannot_be_written test_unbreakable.py::test_files_that_may_not_be_read test_unbreakable.py::test_an_output_folder_that_cannot_be_written"),
-    ("A pickle in the place of weights or arrays", "It is refused and does not run.", "test_unbreakable.py::test_a_pickle_in_the_place_of_data_is_refused test_training.py::test_no_pickle_is_run test_bad_inputs.py::test_a_pickle_in_the_place_of_weights_is_never_run"),
-    ("Code that comes with a model", "It is not run.", "test_unbreakable.py::test_code_that_comes_with_a_model_is_not_run"),
-    ("Archives", "The library unpacks none, so that no member can lead out of its folder.", "test_unbreakable.py::test_nothing_in_the_library_runs_or_unpacks_what_a_file_holds"),
-    ("Code in the parameters of a notebook", "Values arrive as literals, names are checked, and the cell that declares them is read without being run by the runner.", "test_unbreakable.py::test_code_in_a_parameter_is_not_run test_unbreakable.py::test_parameters_are_literals test_unbreakable.py::test_names_that_are_no_parameters_are_refused test_unbreakable.py::test_code_in_a_parameters_cell_is_not_run_by_the_runner"),
-    ("A loss or gradient that is NaN or infinite", "Training stops at that step; the batch and the examples it was drawn from are saved, and no checkpoint holds such weights.", "test_distributed.py::test_what_is_not_finite_stops_and_leaves_its_batch test_distributed.py::test_what_is_not_finite_is_never_saved"),
-    ("One of several machines dies in the middle of a training", "The graph goes on elsewhere and ends with the same records.", "test_scheduler.py::test_a_killed_worker_and_the_same_records test_scheduler.py::test_a_runner_that_is_killed_leaves_its_remote_runs_to_nobody"),
-    ("A file of data, settings, cards, claims or a video that was changed anywhere", "A reader gives what it always gives, or an error that names the file.", "fuzz/test_readers.py::test_changed_files test_tasks.py::test_fuzz_readers test_squad.py::test_fuzz_bytes test_video.py::test_damaged_bytes_fuzz test_scale.py::test_captions_cut_anywhere_are_an_error"),
+PROMISES = (  # circumstance, promise, where it is shown
+    (
+        "SIGKILL at any moment",
+        "Every job, started again, ends with the same bits; until then nothing half-written is read as whole.",
+        "test_unbreakable.py::test_killed_at_random_moments test_training.py::test_killed_training_ends_as_if_nothing_had_happened test_scale.py::test_killed_while_tokenizing",
+    ),
+    (
+        "SIGKILL while features of videos are extracted",
+        "The same command goes on; its shards are those of a run that nobody stopped, byte for byte, on one machine or several.",
+        "test_unbreakable.py::test_extraction_killed_at_random_moments test_bad_inputs.py::test_killed_at_any_moment_and_resumed test_extract.py::test_killed_half_way_and_resumed_equals_uninterrupted",
+    ),
+    (
+        "SIGKILL of vlkd reproduce, with or without its workers",
+        "A run has its place only when it is whole; the graph goes on and ends with the same records.",
+        "test_unbreakable.py::test_reproduce_killed_at_random_moments test_reproduce.py::test_kill_and_resume test_reproduce.py::test_forked_workers_end_with_the_runner",
+    ),
+    (
+        "Two runners on the same runs",
+        "Each run is computed once; if one runner dies, the other takes over.",
+        "test_reproduce.py::test_two_runners_compute_each_run_once test_unbreakable.py::test_a_second_runner_takes_over_from_one_that_is_killed",
+    ),
+    (
+        "A bit flips; a file is cut, emptied or out of order",
+        "Reading names the file, or the numbers are the same. There is never another number without a word.",
+        "test_unbreakable.py::test_damage_is_named_or_does_not_matter test_unbreakable.py::test_a_run_that_was_changed_is_not_read test_unbreakable.py::test_a_seal",
+    ),
+    (
+        "A damaged checkpoint",
+        "It is left out by name, the one before it is used, and the weights come out the same.",
+        "test_unbreakable.py::test_damage_of_a_checkpoint test_training.py::test_damaged_checkpoint_is_left_out_by_name",
+    ),
+    (
+        "A damaged shard or cache file",
+        "It is made again, with the same bytes.",
+        "test_unbreakable.py::test_damaged_shards_are_made_again test_unbreakable.py::test_damaged_shards_of_videos_are_made_again test_unbreakable.py::test_damage_of_a_cache_file",
+    ),
+    (
+        "A full disk",
+        "The job fails with an error; started again with room, it ends with the same numbers.",
+        "test_unbreakable.py::test_full_disk test_unbreakable.py::test_reproduce_on_a_full_disk test_bad_inputs.py::test_full_disk_while_saving_a_checkpoint test_bad_inputs.py::test_full_disk_while_extracting",
+    ),
+    (
+        "Data that can only be read",
+        "Data sets, features and models are read without a byte written beside them.",
+        "test_unbreakable.py::test_a_data_folder_that_can_only_be_read",
+    ),
+    (
+        "Folders without permission",
+        "The error names file or folder; nothing is taken for missing and made anew.",
+        "test_unbreakable.py::test_a_runs_folder_that_cannot_be_written test_unbreakable.py::test_files_that_may_not_be_read test_unbreakable.py::test_an_output_folder_that_cannot_be_written",
+    ),
+    (
+        "A pickle in the place of weights or arrays",
+        "It is refused and does not run.",
+        "test_unbreakable.py::test_a_pickle_in_the_place_of_data_is_refused test_training.py::test_no_pickle_is_run test_bad_inputs.py::test_a_pickle_in_the_place_of_weights_is_never_run",
+    ),
+    (
+        "Code that comes with a model",
+        "It is not run.",
+        "test_unbreakable.py::test_code_that_comes_with_a_model_is_not_run",
+    ),
+    (
+        "Archives",
+        "The library unpacks none, so that no member can lead out of its folder.",
+        "test_unbreakable.py::test_nothing_in_the_library_runs_or_unpacks_what_a_file_holds",
+    ),
+    (
+        "Code in the parameters of a notebook",
+        "Values arrive as literals, names are checked, and the cell that declares them is read without being run by the runner.",
+        "test_unbreakable.py::test_code_in_a_parameter_is_not_run test_unbreakable.py::test_parameters_are_literals test_unbreakable.py::test_names_that_are_no_parameters_are_refused test_unbreakable.py::test_code_in_a_parameters_cell_is_not_run_by_the_runner",
+    ),
+    (
+        "A loss or gradient that is NaN or infinite",
+        "Training stops at that step; the batch and the examples it was drawn from are saved, and no checkpoint holds such weights.",
+        "test_distributed.py::test_what_is_not_finite_stops_and_leaves_its_batch test_distributed.py::test_what_is_not_finite_is_never_saved",
+    ),
+    (
+        "One of several machines dies in the middle of a training",
+        "The graph goes on elsewhere and ends with the same records.",
+        "test_scheduler.py::test_a_killed_worker_and_the_same_records test_scheduler.py::test_a_runner_that_is_killed_leaves_its_remote_runs_to_nobody",
+    ),
+    (
+        "A file of data, settings, cards, claims or a video that was changed anywhere",
+        "A reader gives what it always gives, or an error that names the file.",
+        "fuzz/test_readers.py::test_changed_files test_tasks.py::test_fuzz_readers test_squad.py::test_fuzz_bytes test_video.py::test_damaged_bytes_fuzz test_scale.py::test_captions_cut_anywhere_are_an_error",
+    ),
 )
 
-def promises(): # DataFrame: circumstance, promise, tests
+
+def promises():  # DataFrame: circumstance, promise, tests
     "What is promised in which circumstance, and the tests that show it."
     import pandas as pd
-    return pd.DataFrame([(c, p, t.split()) for c, p, t in PROMISES], columns=["circumstance", "promise", "tests"])
+
+    return pd.DataFrame(
+        [(c, p, t.split()) for c, p, t in PROMISES], columns=["circumstance", "promise", "tests"]
+    )

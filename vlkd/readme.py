@@ -16,61 +16,97 @@ def _join(s) -> str:
     "Notebook text, which is stored as a string or as a list of lines."
     return "".join(s) if isinstance(s, list) else s
 
-def _fence(s:str, lang:str="") -> str:
+
+def _fence(s: str, lang: str = "") -> str:
     "A fenced block whose fence is longer than any inside."
     n = max([2, *map(len, re.findall(r"^`{3,}", s, re.M))]) + 1
-    return f"{'`'*n}{lang}\n{s.rstrip()}\n{'`'*n}"
+    return f"{'`' * n}{lang}\n{s.rstrip()}\n{'`' * n}"
 
-def _output(o:dict, where:str) -> str: # markdown
+
+def _output(o: dict, where: str) -> str:  # markdown
     "One output of a cell as markdown; `ValueError` for an error or a picture without a file."
-    if o["output_type"] == "error": raise ValueError(f"{where} ended with {o.get('ename')}: {o.get('evalue')}; run the notebook again")
-    if o["output_type"] == "stream": return "" if o["name"] == "stderr" else _fence(_join(o["text"]))
+    if o["output_type"] == "error":
+        raise ValueError(f"{where} ended with {o.get('ename')}: {o.get('evalue')}; run the notebook again")
+    if o["output_type"] == "stream":
+        return "" if o["name"] == "stderr" else _fence(_join(o["text"]))
     d = o["data"]
-    if "text/markdown" in d: return _join(d["text/markdown"]).rstrip()
-    if any(k.startswith("image/") for k in d): raise ValueError(f"{where} shows a picture that only the notebook has; link to a file under reports/ in a markdown cell")
+    if "text/markdown" in d:
+        return _join(d["text/markdown"]).rstrip()
+    if any(k.startswith("image/") for k in d):
+        raise ValueError(
+            f"{where} shows a picture that only the notebook has; link to a file under reports/ in a markdown cell"
+        )
     return _fence(_join(d["text/plain"])) if "text/plain" in d else ""
 
 # %% ../nbs/72_readme.ipynb #9265d0b0
 _link = re.compile(r"(\]\(|(?:src|href)=[\"'])(?!\w+:|[#/])([^)\s\"']+)")
 
-def _from_root(s:str, folder:str) -> str:
-    "Rewrite relative links of a page in `folder` so that they hold one level up."
-    def one(m): return m[1] + (m[2][3:] if m[2].startswith("../") else f"{folder}/{m[2]}")
-    return "".join(t if i % 2 else _link.sub(one, t) for i, t in enumerate(re.split(r"(^`{3,}.*?^`{3,}[ \t]*$|`[^`\n]+`)", s, flags=re.S|re.M)))
 
-def _cell(c:dict, i:int, nb:Path) -> list[str]: # markdown blocks
+def _from_root(s: str, folder: str) -> str:
+    "Rewrite relative links of a page in `folder` so that they hold one level up."
+
+    def one(m):
+        return m[1] + (m[2][3:] if m[2].startswith("../") else f"{folder}/{m[2]}")
+
+    return "".join(
+        t if i % 2 else _link.sub(one, t)
+        for i, t in enumerate(re.split(r"(^`{3,}.*?^`{3,}[ \t]*$|`[^`\n]+`)", s, flags=re.S | re.M))
+    )
+
+
+def _cell(c: dict, i: int, nb: Path) -> list[str]:  # markdown blocks
     "One cell as markdown: prose, code, outputs."
     s = _join(c["source"]).strip()
-    if c["cell_type"] == "markdown": return [_from_root(s, nb.parent.name)]
-    if c["cell_type"] != "code": return []
+    if c["cell_type"] == "markdown":
+        return [_from_root(s, nb.parent.name)]
+    if c["cell_type"] != "code":
+        return []
     flags = {m.replace(" ", "") for m in re.findall(r"^#\| *(.+?) *$", s, re.M)}
-    if {"hide", "include:false"} & flags: return []
+    if {"hide", "include:false"} & flags:
+        return []
     code = re.sub(r"^#\|.*\n?", "", s, flags=re.M).strip()
     outs = [] if "output:false" in flags else [_output(o, f"{nb}, cell {i}") for o in c["outputs"]]
-    return ([_fence(code, "python")] if code and "echo:false" not in flags else []) + [_from_root(o, nb.parent.name) for o in outs]
+    return ([_fence(code, "python")] if code and "echo:false" not in flags else []) + [
+        _from_root(o, nb.parent.name) for o in outs
+    ]
 
 # %% ../nbs/72_readme.ipynb #72f555ad
-def readme(nb) -> str: # markdown
+def readme(nb) -> str:  # markdown
     "An executed notebook as a markdown page."
     nb = Path(nb).resolve()
-    if not nb.is_file(): raise FileNotFoundError(f"{nb}, the notebook of the README, does not exist")
+    if not nb.is_file():
+        raise FileNotFoundError(f"{nb}, the notebook of the README, does not exist")
     j = read_json(nb)
     blocks = [b.strip() for i, c in enumerate(j["cells"]) for b in _cell(c, i, nb)]
-    return f"<!-- Written by `make readme` from nbs/{nb.name}; edit that notebook. -->\n\n" + "\n\n".join(b for b in blocks if b) + "\n"
+    return (
+        f"<!-- Written by `make readme` from nbs/{nb.name}; edit that notebook. -->\n\n"
+        + "\n\n".join(b for b in blocks if b)
+        + "\n"
+    )
 
-def write_readme(nb=None, # notebook; None: nbs/index.ipynb of the checkout
-                 out=None # markdown file; None: README.md beside settings.ini
-                ) -> Path:
+
+def write_readme(
+    nb=None,  # notebook; None: nbs/index.ipynb of the checkout
+    out=None,  # markdown file; None: README.md beside settings.ini
+) -> Path:
     "Write the README from its executed notebook, whole or not at all."
-    text = readme(nb or path("nbs")/"index.ipynb"); out = Path(out or settings_file().parent/"README.md")
-    with atomic(out) as f: f.write(text)
+    text = readme(nb or path("nbs") / "index.ipynb")
+    out = Path(out or settings_file().parent / "README.md")
+    with atomic(out) as f:
+        f.write(text)
     return out
+
 
 def main(argv=None) -> None:
     "`python -m vlkd.readme [NOTEBOOK] [OUT]`."
-    p = argparse.ArgumentParser(prog="python -m vlkd.readme", description="Write README.md from the executed nbs/index.ipynb.")
-    p.add_argument("notebook", nargs="?"); p.add_argument("out", nargs="?")
-    a = p.parse_args(argv); write_readme(a.notebook, a.out)
+    p = argparse.ArgumentParser(
+        prog="python -m vlkd.readme", description="Write README.md from the executed nbs/index.ipynb."
+    )
+    p.add_argument("notebook", nargs="?")
+    p.add_argument("out", nargs="?")
+    a = p.parse_args(argv)
+    write_readme(a.notebook, a.out)
 
 # %% ../nbs/72_readme.ipynb #96ca3db2
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

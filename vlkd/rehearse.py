@@ -31,121 +31,380 @@ from .eval.retrieval import retrieval, teacher_retrieval
 from .cost import *
 
 # %% ../nbs/61_rehearse.ipynb #a114206b
-def missing_data(scale_name:str="paper", data=None, tables=None) -> list[str]: # a line a data set
+def missing_data(scale_name: str = "paper", data=None, tables=None) -> list[str]:  # a line a data set
     "Data sets that tables of a scale (None: all) need and that are not (all) here, with how to get them."
-    cs = cards(); df = status(data); tables = None if tables is None else {"*", *tables}
-    return [f"{r['data set']} is {r['state']}: it lacks {', '.join(r['missing files'])}. {cs[r['data set']].how}" for r in df.to_dict("records") if r["state"] != "present" and any(at == scale_name and (tables is None or t in tables) for t, at in (x.split("@") for x in r["tables"]))]
+    cs = cards()
+    df = status(data)
+    tables = None if tables is None else {"*", *tables}
+    return [
+        f"{r['data set']} is {r['state']}: it lacks {', '.join(r['missing files'])}. {cs[r['data set']].how}"
+        for r in df.to_dict("records")
+        if r["state"] != "present"
+        and any(
+            at == scale_name and (tables is None or t in tables)
+            for t, at in (x.split("@") for x in r["tables"])
+        )
+    ]
 
-def task_folder(root, name:str) -> Path:
+
+def task_folder(root, name: str) -> Path:
     "Where the files of a fine-tuning task lie."
-    return Path(root)/(dict(squad1="squad", squad2="squad", mnli_mm="glue_mnli", axb="superglue_axb") | {k: k for k in ("piqa", "tracie", "swag")}).get(name, f"glue_{name}")
+    return Path(root) / (
+        dict(squad1="squad", squad2="squad", mnli_mm="glue_mnli", axb="superglue_axb")
+        | {k: k for k in ("piqa", "tracie", "swag")}
+    ).get(name, f"glue_{name}")
 
-def missing_tasks(names, data=None, told=()) -> list[str]: # a line a file
+
+def missing_tasks(names, data=None, told=()) -> list[str]:  # a line a file
     "Files of fine-tuning tasks that are not under the folder of data sets, as `PaperData.task` looks for them; those that lines of `missing_data` (`told`) name already are left out."
-    root = Path(data or data_dir(need=False) or "VLKD_DATA"); out = []
+    root = Path(data or data_dir(need=False) or "VLKD_DATA")
+    out = []
     for n in dict.fromkeys(names):
-        folder = task_folder(root, n); files = SQUAD_FILES[dict(squad1="1.1", squad2="2.0")[n]] if n.startswith("squad") else TASK_FILES[get_task(n).name]
-        out += [f"{n}: no {split} data; {' or '.join(files[split])} (or .gz) should be in {folder}" for split in ("train", "dev") if split in files and not any((folder/f"{f}{z}").is_file() for f in files[split] for z in ("", ".gz"))
-                and not any(l.startswith(f"{folder.name} is ") and any(f in l for f in files[split]) for l in told)]
+        folder = task_folder(root, n)
+        files = (
+            SQUAD_FILES[dict(squad1="1.1", squad2="2.0")[n]]
+            if n.startswith("squad")
+            else TASK_FILES[get_task(n).name]
+        )
+        out += [
+            f"{n}: no {split} data; {' or '.join(files[split])} (or .gz) should be in {folder}"
+            for split in ("train", "dev")
+            if split in files
+            and not any((folder / f"{f}{z}").is_file() for f in files[split] for z in ("", ".gz"))
+            and not any(
+                l.startswith(f"{folder.name} is ") and any(f in l for f in files[split]) for l in told
+            )
+        ]
     return out
 
-def _data_lines(lack, scale_name) -> str: return f"data for scale {scale_name}: " + (f"{len(lack)} sets are missing\n  " + "\n  ".join(lack) if lack else "all is here")
 
-def dry_run(scale_name:str="paper", data=None, **kw) -> str:
+def _data_lines(lack, scale_name) -> str:
+    return f"data for scale {scale_name}: " + (
+        f"{len(lack)} sets are missing\n  " + "\n  ".join(lack) if lack else "all is here"
+    )
+
+
+def dry_run(scale_name: str = "paper", data=None, **kw) -> str:
     "Which data are missing, then what `report_cost` says of the scale; keywords go there."
     return f"{_data_lines(missing_data(scale_name, data), scale_name)}\n\n{report_cost(scale_name, **kw)}"
 
-def report_plan(runs, scale_name:str="paper", *, tables=(), seeds:int=1, data=None, name:str="A100", utilisation:float=.3, gpus:int=4, caption_tokens:float=12, frames:float=8) -> str:
+
+def report_plan(
+    runs,
+    scale_name: str = "paper",
+    *,
+    tables=(),
+    seeds: int = 1,
+    data=None,
+    name: str = "A100",
+    utilisation: float = 0.3,
+    gpus: int = 4,
+    caption_tokens: float = 12,
+    frames: float = 8,
+) -> str:
     "What runs (id, parameters) of a plan lack and take, as text: `vlkd reproduce --scale paper --dry-run` prints it."
     import pandas as pd
-    lack = missing_data(scale_name, data, tables or None); root = status(data).set_index("data set")["where"].get("howto100m", "howto100m"); used = {p.get("features", "video") for _, p in runs}
-    if "clip" in used and not Path(root, "features-clip").is_dir(): lack.append(f"howto100m lacks features-clip/: runs with features = \"clip\" need it. Make it with vlkd extract VIDEOS --out {root}/features-clip --frames clip --clips resnext152.")
-    asked = [t.strip() for _, p in runs if "kd" in p for t in (p.get("tasks", "") or ",".join(PaperData.tasks)).split(",") if t.strip()]; lack += missing_tasks(asked, data, lack)
-    df = plan_cost(runs, scale_name, name=name, utilisation=utilisation, caption_tokens=caption_tokens, frames=frames); s = scale(scale_name)
-    if not len(df): return _data_lines(lack, scale_name)
-    big = any(p.get("size") for _, p in runs); shared = {k: v for k, v in storage(s, text=PAPER["wiki103"]).items() if k in ("features", "captions", "caption_tokens", "corpus")} | ({"features-clip": storage(scale(scale_name, feature_dim=sum(WIDTHS["clip"])))["features"]} if "clip" in used else {}) | ({"corpus of English Wikipedia": storage(s)["corpus"]} if big else {})
-    total = df[["EFLOPs", "GPU_hours", "GB_kept"]].sum()*seeds
-    with pd.option_context("display.width", 200, "display.max_columns", 20): table = df.round(2).to_string(index=False)
-    return "\n".join((_data_lines(lack, scale_name), "", f"each run, on one {name} at an assumed {utilisation:.0%} of its peak, captions of {caption_tokens:g} tokens and clips of {frames:g} frames as padded; a teacher stops earlier where held-out pairs say so. GB_disk: at most, while it runs; GB_kept: afterwards.", table, "",
-        f"in all, {len(df)} runs{f' for each of {seeds} seeds' if seeds > 1 else ''}: {total.EFLOPs:,.1f} EFLOPs, {total.GPU_hours:,.0f} GPU hours ({total.GPU_hours/gpus/24:,.0f} days on {gpus} x {name}), {total.GB_kept:,.1f} GB kept, {df.GB_disk.max():,.1f} GB at most for one run while it works",
-        f"shared by all runs, data of the paper's size (GB): " + ", ".join(f"{k} {v/1e9:,.1f}" for k, v in shared.items()), "Not in these numbers: decoding and encoding the videos, evaluation, and work that is not a matrix product. Other GPUs: vlkd cost --gpu."))
+
+    lack = missing_data(scale_name, data, tables or None)
+    root = status(data).set_index("data set")["where"].get("howto100m", "howto100m")
+    used = {p.get("features", "video") for _, p in runs}
+    if "clip" in used and not Path(root, "features-clip").is_dir():
+        lack.append(
+            f'howto100m lacks features-clip/: runs with features = "clip" need it. Make it with vlkd extract VIDEOS --out {root}/features-clip --frames clip --clips resnext152.'
+        )
+    asked = [
+        t.strip()
+        for _, p in runs
+        if "kd" in p
+        for t in (p.get("tasks", "") or ",".join(PaperData.tasks)).split(",")
+        if t.strip()
+    ]
+    lack += missing_tasks(asked, data, lack)
+    df = plan_cost(
+        runs, scale_name, name=name, utilisation=utilisation, caption_tokens=caption_tokens, frames=frames
+    )
+    s = scale(scale_name)
+    if not len(df):
+        return _data_lines(lack, scale_name)
+    big = any(p.get("size") for _, p in runs)
+    shared = (
+        {
+            k: v
+            for k, v in storage(s, text=PAPER["wiki103"]).items()
+            if k in ("features", "captions", "caption_tokens", "corpus")
+        }
+        | (
+            {"features-clip": storage(scale(scale_name, feature_dim=sum(WIDTHS["clip"])))["features"]}
+            if "clip" in used
+            else {}
+        )
+        | ({"corpus of English Wikipedia": storage(s)["corpus"]} if big else {})
+    )
+    total = df[["EFLOPs", "GPU_hours", "GB_kept"]].sum() * seeds
+    with pd.option_context("display.width", 200, "display.max_columns", 20):
+        table = df.round(2).to_string(index=False)
+    return "\n".join(
+        (
+            _data_lines(lack, scale_name),
+            "",
+            f"each run, on one {name} at an assumed {utilisation:.0%} of its peak, captions of {caption_tokens:g} tokens and clips of {frames:g} frames as padded; a teacher stops earlier where held-out pairs say so. GB_disk: at most, while it runs; GB_kept: afterwards.",
+            table,
+            "",
+            f"in all, {len(df)} runs{f' for each of {seeds} seeds' if seeds > 1 else ''}: {total.EFLOPs:,.1f} EFLOPs, {total.GPU_hours:,.0f} GPU hours ({total.GPU_hours / gpus / 24:,.0f} days on {gpus} x {name}), {total.GB_kept:,.1f} GB kept, {df.GB_disk.max():,.1f} GB at most for one run while it works",
+            f"shared by all runs, data of the paper's size (GB): "
+            + ", ".join(f"{k} {v / 1e9:,.1f}" for k, v in shared.items()),
+            "Not in these numbers: decoding and encoding the videos, evaluation, and work that is not a matrix product. Other GPUs: vlkd cost --gpu.",
+        )
+    )
 
 # %% ../nbs/61_rehearse.ipynb #10b6e8b6
-TOY = dict(layers=2, hidden=64, heads=2, intermediate=128, head_hidden=64, feature_dim=64, vocab_size=400, vokens=20, crd_negatives=64, crd_bank=256, crd_dim=16, batch=16, warmup=1, lr=1e-3, teacher_lr=1e-3, video_layers=1)
-TOY_SIZE = dict(base=dict(layers=3, hidden=96, heads=3, intermediate=192, head_hidden=96)) # the larger model's
+TOY = dict(
+    layers=2,
+    hidden=64,
+    heads=2,
+    intermediate=128,
+    head_hidden=64,
+    feature_dim=64,
+    vocab_size=400,
+    vokens=20,
+    crd_negatives=64,
+    crd_bank=256,
+    crd_dim=16,
+    batch=16,
+    warmup=1,
+    lr=1e-3,
+    teacher_lr=1e-3,
+    video_layers=1,
+)
+TOY_SIZE = dict(
+    base=dict(layers=3, hidden=96, heads=3, intermediate=192, head_hidden=96)
+)  # the larger model's
 
-def write_rehearsal(folder, samples:int=1000, dim:int=64, rows:int=64) -> Path:
+
+def write_rehearsal(folder, samples: int = 1000, dim: int = 64, rows: int = 64) -> Path:
     "The stand-in with what a rehearsal needs besides: `dims` of its features, features in place of CLIP's (narrower), and every task in its official files, `rows` Tabletop questions for training and half as many for dev."
-    root = write_standin(folder, samples, dim=dim); f = root/"howto100m/features/manifest.json"; write_json(f, read_json(f) | dict(dims=[dim//2, dim-dim//2])); feats = MappedFeatures(f.parent)
+    root = write_standin(folder, samples, dim=dim)
+    f = root / "howto100m/features/manifest.json"
+    write_json(f, read_json(f) | dict(dims=[dim // 2, dim - dim // 2]))
+    feats = MappedFeatures(f.parent)
     for v in feats:
-        with atomic(root/f"howto100m/features-clip/{v}.npy", "wb") as o: write_array(o, feats[v][:, dim//4:])
+        with atomic(root / f"howto100m/features-clip/{v}.npy", "wb") as o:
+            write_array(o, feats[v][:, dim // 4 :])
     world = World(1, captions=600, sentences=600, takes=1)
     for n in (*PaperData.tasks, "swag", "diagnostics", "squad1", "squad2"):
-        for split, k in (("train", rows), ("dev", rows//2)):
-            v = dict(squad1="1.1", squad2="2.0").get(n); df = more_task(world, n, split, k)
-            if v: write_squad(df, task_folder(root, n)/SQUAD_FILES[v][split][0], v)
-            elif split in TASK_FILES[n]: write_task(n, df, task_folder(root, n), split)
+        for split, k in (("train", rows), ("dev", rows // 2)):
+            v = dict(squad1="1.1", squad2="2.0").get(n)
+            df = more_task(world, n, split, k)
+            if v:
+                write_squad(df, task_folder(root, n) / SQUAD_FILES[v][split][0], v)
+            elif split in TASK_FILES[n]:
+                write_task(n, df, task_folder(root, n), split)
     return root
 
-def rehearse_run(name:str, p:dict, root, out, *, teachers:dict, steps:int=4, seed:int=1, **toy) -> dict: # loss, and what else the run says
+
+def rehearse_run(
+    name: str, p: dict, root, out, *, teachers: dict, steps: int = 4, seed: int = 1, **toy
+) -> dict:  # loss, and what else the run says
     "One run of a plan (its parameters `p`) at toy sizes on the stand-in at `root`; `teachers` maps ids to the folders of runs that are done, and a teacher adds its own."
-    size = p.get("size", ""); s = scale("paper", size, **(TOY | TOY_SIZE.get(size, {}) | dict(steps=steps, teacher_steps=steps, eval_every=max(1, steps//2), save_every=steps) | toy | p.get("settings", {}))); out = Path(out)/name
-    get = lambda k, v: p.get(k, v); n = get("steps", -1) if get("steps", -1) < steps else steps                # -1 and 0 mean what they mean at full size
-    data = PaperData(s, seed, features=get("features", "video"), text="wikipedia_en" if size else "", root=root, cache=Path(root).parent/"cache"); said = {}
+    size = p.get("size", "")
+    s = scale(
+        "paper",
+        size,
+        **(
+            TOY
+            | TOY_SIZE.get(size, {})
+            | dict(steps=steps, teacher_steps=steps, eval_every=max(1, steps // 2), save_every=steps)
+            | toy
+            | p.get("settings", {})
+        ),
+    )
+    out = Path(out) / name
+    get = lambda k, v: p.get(k, v)
+    n = get("steps", -1) if get("steps", -1) < steps else steps  # -1 and 0 mean what they mean at full size
+    data = PaperData(
+        s,
+        seed,
+        features=get("features", "video"),
+        text="wikipedia_en" if size else "",
+        root=root,
+        cache=Path(root).parent / "cache",
+    )
+    said = {}
     with contextlib.redirect_stdout(io.StringIO()):
         if "contrast" in p:
-            t, history = train_teacher(data, out, contrast=p["contrast"], mlm=get("mlm", True), weight=get("weight", 1.), freeze_video=get("freeze_video", False), shuffle=get("shuffle", ""), steps=n, seed=seed, preset_name=get("preset", "paper"), hinge={"margin": p["margin"]} if get("margin", -1.) >= 0 else None, nce={"level": p["level"]} if get("level", "") else None, what=name)
-            t.save(out/"teacher", data.tokenizer); teachers[name] = out/"teacher"; recall, _ = teacher_retrieval(t, data); said["held out"] = min(h["eval_loss"] for h in history if "eval_loss" in h) if n else math.nan
+            t, history = train_teacher(
+                data,
+                out,
+                contrast=p["contrast"],
+                mlm=get("mlm", True),
+                weight=get("weight", 1.0),
+                freeze_video=get("freeze_video", False),
+                shuffle=get("shuffle", ""),
+                steps=n,
+                seed=seed,
+                preset_name=get("preset", "paper"),
+                hinge={"margin": p["margin"]} if get("margin", -1.0) >= 0 else None,
+                nce={"level": p["level"]} if get("level", "") else None,
+                what=name,
+            )
+            t.save(out / "teacher", data.tokenizer)
+            teachers[name] = out / "teacher"
+            recall, _ = teacher_retrieval(t, data)
+            said["held out"] = min(h["eval_loss"] for h in history if "eval_loss" in h) if n else math.nan
         else:
             source = None
             if who := get("teacher", ""):
-                if who not in teachers: raise FileNotFoundError(f"{name} needs the teacher {who}, which has not been rehearsed; there are {', '.join(teachers) or 'none'}")
+                if who not in teachers:
+                    raise FileNotFoundError(
+                        f"{name} needs the teacher {who}, which has not been rehearsed; there are {', '.join(teachers) or 'none'}"
+                    )
                 source, tok = Teacher.load(teachers[who], s)
-                if tok.get_vocab() != data.tokenizer.get_vocab() or len(source.video.mean) != data.pairs.features.shape[-1]: raise ValueError(f"{name}: teacher {who} has another tokeniser, or saw other features than {data.features!r}")
-            o, history = train_student(data, out, teacher=source, kd=p["kd"], steps=n, start=source.lm if get("start", False) else None, seed=seed, preset_name=get("preset", "paper"), weights=get("weights", {}), head=get("head", True), crd_keys=get("crd_keys", "tokens"), corpus=get("corpus", "text"), what=name)
-            save_model(out/"student", o.lm, data.tokenizer); said["SST-2"] = 100*finetune_all(out/"student", data, out/"finetune", seed=seed, run=name, tasks=["sst2"]).right.mean()
-            if (out/"vokens").is_dir(): said["clips used"] = int((StoredVokens(out/"vokens", data.tokens, data.tokenizer).counts() > 0).sum())
+                if (
+                    tok.get_vocab() != data.tokenizer.get_vocab()
+                    or len(source.video.mean) != data.pairs.features.shape[-1]
+                ):
+                    raise ValueError(
+                        f"{name}: teacher {who} has another tokeniser, or saw other features than {data.features!r}"
+                    )
+            o, history = train_student(
+                data,
+                out,
+                teacher=source,
+                kd=p["kd"],
+                steps=n,
+                start=source.lm if get("start", False) else None,
+                seed=seed,
+                preset_name=get("preset", "paper"),
+                weights=get("weights", {}),
+                head=get("head", True),
+                crd_keys=get("crd_keys", "tokens"),
+                corpus=get("corpus", "text"),
+                what=name,
+            )
+            save_model(out / "student", o.lm, data.tokenizer)
+            said["SST-2"] = (
+                100
+                * finetune_all(
+                    out / "student", data, out / "finetune", seed=seed, run=name, tasks=["sst2"]
+                ).right.mean()
+            )
+            if (out / "vokens").is_dir():
+                said["clips used"] = int(
+                    (StoredVokens(out / "vokens", data.tokens, data.tokenizer).counts() > 0).sum()
+                )
             recall = retrieval(o, source, data)[0] if source is not None and not get("start", False) else None
-    losses = [h["loss"] for h in history if "loss" in h]; said = (dict(loss=losses[-1]) if losses else {}) | said | ({} if recall is None else dict(median_rank=float(recall.median_rank.min())))
-    if bad := [k for k, x in said.items() if not math.isfinite(x)]: raise FloatingPointError(f"rehearsal of {name}: {', '.join(bad)} is not finite")
+    losses = [h["loss"] for h in history if "loss" in h]
+    said = (
+        (dict(loss=losses[-1]) if losses else {})
+        | said
+        | ({} if recall is None else dict(median_rank=float(recall.median_rank.min())))
+    )
+    if bad := [k for k, x in said.items() if not math.isfinite(x)]:
+        raise FloatingPointError(f"rehearsal of {name}: {', '.join(bad)} is not finite")
     return said
 
-CASES = [("teacher", dict(contrast="hinge")), ("text", dict(kd="")), *((k, dict(kd=k, teacher="teacher")) for k in ("nst+crd", "voken"))] # where nobody says which runs
 
-def rehearse(out=None,       # folder to work in; None: a temporary one
-             *, samples:int=1000, steps:int=4, runs=CASES, say=lambda *_: None, **toy) -> dict: # run -> loss and what else it says, seconds
+CASES = [
+    ("teacher", dict(contrast="hinge")),
+    ("text", dict(kd="")),
+    *((k, dict(kd=k, teacher="teacher")) for k in ("nst+crd", "voken")),
+]  # where nobody says which runs
+
+
+def rehearse(
+    out=None,  # folder to work in; None: a temporary one
+    *,
+    samples: int = 1000,
+    steps: int = 4,
+    runs=CASES,
+    say=lambda *_: None,
+    **toy,
+) -> dict:  # run -> loss and what else it says, seconds
     "Run `runs` (id, parameters), teachers before their students, through the code of scale `paper` on a stand-in; what is not finite is an error. `say` is called with each line of progress."
-    if steps < 1: raise ValueError(f"steps should be at least 1, got {steps}")
-    out, keep = Path(out or tempfile.mkdtemp(prefix="vlkd-rehearse-")), out is not None; done, teachers = {}, {}
+    if steps < 1:
+        raise ValueError(f"steps should be at least 1, got {steps}")
+    out, keep = Path(out or tempfile.mkdtemp(prefix="vlkd-rehearse-")), out is not None
+    done, teachers = {}, {}
     try:
-        root = write_rehearsal(out/"data", samples, (TOY | toy)["feature_dim"])
+        root = write_rehearsal(out / "data", samples, (TOY | toy)["feature_dim"])
         for name, p in runs:
-            if not {"contrast", "kd"} & set(p): continue
-            began = time.time(); r = rehearse_run(name, p, root, out/"runs", teachers=teachers, steps=steps, **toy); done[name] = r | dict(seconds=time.time()-began)
+            if not {"contrast", "kd"} & set(p):
+                continue
+            began = time.time()
+            r = rehearse_run(name, p, root, out / "runs", teachers=teachers, steps=steps, **toy)
+            done[name] = r | dict(seconds=time.time() - began)
             say(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in done[name].items()))
         return done
     finally:
-        if not keep: shutil.rmtree(out, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(out, ignore_errors=True)
 
 # %% ../nbs/61_rehearse.ipynb #bdd5caa7
-def toy_settings(out, **toy) -> Path: # a settings.ini
+def toy_settings(out, **toy) -> Path:  # a settings.ini
     "The settings in force, with toy sizes in [scale.paper] and the paper's larger models."
-    sizes = dict.fromkeys(["scale.paper"], TOY | toy) | {f"size.{k}.paper": v for k, v in TOY_SIZE.items()}; here, lines, left = "", [], {(s, k) for s, d in sizes.items() for k in d}
+    sizes = dict.fromkeys(["scale.paper"], TOY | toy) | {f"size.{k}.paper": v for k, v in TOY_SIZE.items()}
+    here, lines, left = "", [], {(s, k) for s, d in sizes.items() for k in d}
     for l in settings_file().read_text(encoding="utf-8").split("\n"):
-        if m := re.fullmatch(r"\[(.+)\]\s*", l): here = m[1]
-        elif (m := re.match(r"(\w+) = ", l)) and m[1] in sizes.get(here, {}): l = f"{m[1]} = {sizes[here][m[1]]}"; left.discard((here, m[1]))
+        if m := re.fullmatch(r"\[(.+)\]\s*", l):
+            here = m[1]
+        elif (m := re.match(r"(\w+) = ", l)) and m[1] in sizes.get(here, {}):
+            l = f"{m[1]} = {sizes[here][m[1]]}"
+            left.discard((here, m[1]))
         lines.append(l)
-    if left: raise ValueError(f"{settings_file()}: no {', '.join(f'[{s}] {k}' for s, k in sorted(left))} to change")
-    with atomic(Path(out)/"settings.ini") as f: f.write("\n".join(lines))
-    return Path(out)/"settings.ini"
+    if left:
+        raise ValueError(
+            f"{settings_file()}: no {', '.join(f'[{s}] {k}' for s, k in sorted(left))} to change"
+        )
+    with atomic(Path(out) / "settings.ini") as f:
+        f.write("\n".join(lines))
+    return Path(out) / "settings.ini"
 
-def rehearse_plan(out=None, ids=("all",), *, samples:int=1000, steps:int=40, jobs:int=2, **toy) -> int: # exit code of the command
+
+def rehearse_plan(
+    out=None, ids=("all",), *, samples: int = 1000, steps: int = 40, jobs: int = 2, **toy
+) -> int:  # exit code of the command
     "`vlkd reproduce IDS --scale paper` on the stand-in, with toy sizes; runs, reports and cache stay under `out`. The pages check that losses fall and that a teacher finds its clips, for which it needs ten times `steps`."
-    if steps < 1: raise ValueError(f"steps should be at least 1, got {steps}")
+    if steps < 1:
+        raise ValueError(f"steps should be at least 1, got {steps}")
     out, keep = Path(out or tempfile.mkdtemp(prefix="vlkd-rehearse-")).resolve(), out is not None
     try:
-        root = write_rehearsal(out/"data", samples, (TOY | toy)["feature_dim"]); f = toy_settings(out, **(dict(steps=steps, teacher_steps=10*steps, eval_every=max(1, 5*steps//2), save_every=steps, teacher_lr=3e-3, warmup=max(1, steps//4), ft_epochs=1) | toy))
-        env = dict(os.environ, VLKD_SETTINGS=str(f), VLKD_DATA=str(root), **{f"VLKD_{k.upper()}": str(out/k) for k in ("runs", "reports", "cache")}, **{f"VLKD_{k.upper()}": str(path(k)) for k in ("nbs", "cards")})
-        return subprocess.run([sys.executable, "-c", "from vlkd.cli import main; main()", "reproduce", *ids, "--scale", "paper", "--jobs", str(jobs)], env=env).returncode
+        root = write_rehearsal(out / "data", samples, (TOY | toy)["feature_dim"])
+        f = toy_settings(
+            out,
+            **(
+                dict(
+                    steps=steps,
+                    teacher_steps=10 * steps,
+                    eval_every=max(1, 5 * steps // 2),
+                    save_every=steps,
+                    teacher_lr=3e-3,
+                    warmup=max(1, steps // 4),
+                    ft_epochs=1,
+                )
+                | toy
+            ),
+        )
+        env = dict(
+            os.environ,
+            VLKD_SETTINGS=str(f),
+            VLKD_DATA=str(root),
+            **{f"VLKD_{k.upper()}": str(out / k) for k in ("runs", "reports", "cache")},
+            **{f"VLKD_{k.upper()}": str(path(k)) for k in ("nbs", "cards")},
+        )
+        return subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "from vlkd.cli import main; main()",
+                "reproduce",
+                *ids,
+                "--scale",
+                "paper",
+                "--jobs",
+                str(jobs),
+            ],
+            env=env,
+        ).returncode
     finally:
-        if not keep: shutil.rmtree(out, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(out, ignore_errors=True)

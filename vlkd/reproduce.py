@@ -17,424 +17,821 @@ from .core import scale as scale_settings
 
 # %% ../nbs/70_reproduce.ipynb #645a090f
 _types = dict(str=str, int=int, float=float, bool=bool, list=list, dict=dict)
-_given = ("scale", "seed", "seeds", "out", "inputs")                        # what the runner passes, where a notebook declares it
+_given = ("scale", "seed", "seeds", "out", "inputs")  # what the runner passes, where a notebook declares it
+
 
 def _cells(f) -> list[dict]:
     "Cells of a notebook (kind, source, tags, id, outputs), read as JSON because importing nbformat costs more than a second."
     f = Path(f)
-    if not f.is_file(): raise FileNotFoundError(f"there is no notebook {f}")
+    if not f.is_file():
+        raise FileNotFoundError(f"there is no notebook {f}")
     try:
-        cells = [dict(kind=c["cell_type"], source="".join(c["source"]), tags=list(c.get("metadata", {}).get("tags", [])), id=c.get("id"), outputs=list(c.get("outputs", []))) for c in json.loads(f.read_text(encoding="utf-8"))["cells"]]
-        if not all(isinstance(c["kind"], str) and "\0" not in c["source"].encode("utf-8").decode() for c in cells): raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError): raise ValueError(f"{f} is not a notebook: no JSON with cells of text") from None
+        cells = [
+            dict(
+                kind=c["cell_type"],
+                source="".join(c["source"]),
+                tags=list(c.get("metadata", {}).get("tags", [])),
+                id=c.get("id"),
+                outputs=list(c.get("outputs", [])),
+            )
+            for c in json.loads(f.read_text(encoding="utf-8"))["cells"]
+        ]
+        if not all(
+            isinstance(c["kind"], str) and "\0" not in c["source"].encode("utf-8").decode() for c in cells
+        ):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{f} is not a notebook: no JSON with cells of text") from None
     return cells
 
-def _fits(v, kind:str) -> bool: return type(v) is _types[kind] or (kind == "float" and type(v) is int)
+
+def _fits(v, kind: str) -> bool:
+    return type(v) is _types[kind] or (kind == "float" and type(v) is int)
 
 # %% ../nbs/70_reproduce.ipynb #b2dac00b
-def notebook_parameters(f) -> dict[str, tuple]: # name -> (type's name, default)
+def notebook_parameters(f) -> dict[str, tuple]:  # name -> (type's name, default)
     "Parameters that a notebook declares; ValueError naming the notebook unless it has exactly one cell of typed literals tagged `parameters`."
     tagged = [c for c in _cells(f) if "parameters" in c["tags"]]
-    if len(tagged) != 1: raise ValueError(f"{f} has {len(tagged)} cells tagged `parameters`; it needs exactly one")
+    if len(tagged) != 1:
+        raise ValueError(f"{f} has {len(tagged)} cells tagged `parameters`; it needs exactly one")
     out = {}
-    try: body = ast.parse(tagged[0]["source"]).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as e: raise ValueError(f"{f}: the parameters cell does not parse: {e}") from None
+    try:
+        body = ast.parse(tagged[0]["source"]).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise ValueError(f"{f}: the parameters cell does not parse: {e}") from None
     for s in body:
         line = ast.unparse(s)
         if not isinstance(s, ast.AnnAssign) or not isinstance(s.target, ast.Name) or s.value is None:
-            raise ValueError(f"{f}: parameters cell: {line!r} should read `name: type = literal # what it means`")
+            raise ValueError(
+                f"{f}: parameters cell: {line!r} should read `name: type = literal # what it means`"
+            )
         kind = ast.unparse(s.annotation)
-        if kind not in _types: raise ValueError(f"{f}: parameters cell: {line!r}: the type should be one of {', '.join(_types)}")
-        try: v = ast.literal_eval(s.value)
-        except (ValueError, TypeError, RecursionError, MemoryError): raise ValueError(f"{f}: parameters cell: {line!r}: the default should be a literal") from None
-        if not _fits(v, kind): raise ValueError(f"{f}: parameters cell: {line!r}: the default is no {kind}")
+        if kind not in _types:
+            raise ValueError(f"{f}: parameters cell: {line!r}: the type should be one of {', '.join(_types)}")
+        try:
+            v = ast.literal_eval(s.value)
+        except (ValueError, TypeError, RecursionError, MemoryError):
+            raise ValueError(f"{f}: parameters cell: {line!r}: the default should be a literal") from None
+        if not _fits(v, kind):
+            raise ValueError(f"{f}: parameters cell: {line!r}: the default is no {kind}")
         out[s.target.id] = (kind, v)
     return out
 
 # %% ../nbs/70_reproduce.ipynb #5a1b482a
-_keys = dict(run=dict(id=str, notebook=str, title=str, params=dict, at=dict, needs=list, after=list, scales=list, minutes=(int, float), data=list),
-             table=dict(id=str, notebook=str, title=str, params=dict, at=dict, needs=list, scales=list, minutes=(int, float), data=list, paper=str, claim=str, main=bool))
+_keys = dict(
+    run=dict(
+        id=str,
+        notebook=str,
+        title=str,
+        params=dict,
+        at=dict,
+        needs=list,
+        after=list,
+        scales=list,
+        minutes=(int, float),
+        data=list,
+    ),
+    table=dict(
+        id=str,
+        notebook=str,
+        title=str,
+        params=dict,
+        at=dict,
+        needs=list,
+        scales=list,
+        minutes=(int, float),
+        data=list,
+        paper=str,
+        claim=str,
+        main=bool,
+    ),
+)
+
 
 def plan_file(plan=None) -> Path:
     "The plan in force: the one given, else `nbs/experiments/plan.toml`."
-    f = Path(plan).resolve() if plan else path("nbs")/"experiments"/"plan.toml"
-    if not f.is_file(): raise FileNotFoundError(f"there is no plan {f}")
+    f = Path(plan).resolve() if plan else path("nbs") / "experiments" / "plan.toml"
+    if not f.is_file():
+        raise FileNotFoundError(f"there is no plan {f}")
     return f
+
 
 def _check_params(where, name, params, notebook, has):
     for k, v in params.items():
-        if k in _given: raise ValueError(f"{where}: the runner passes {k}; take it out of {name}")
-        if k not in has: raise ValueError(f"{where}: {name}: {notebook} has " + str(_unknown("parameter", k, has)).replace("unknown", "no", 1))
-        if not _fits(v, has[k][0]): raise ValueError(f"{where}: {name}: parameter {k} of {notebook} should be {has[k][0]}, got {v!r}")
-        if isinstance(v, float) and not math.isfinite(v): raise ValueError(f"{where}: {name}: parameter {k} of {notebook} should be finite, got {v!r}")
+        if k in _given:
+            raise ValueError(f"{where}: the runner passes {k}; take it out of {name}")
+        if k not in has:
+            raise ValueError(
+                f"{where}: {name}: {notebook} has "
+                + str(_unknown("parameter", k, has)).replace("unknown", "no", 1)
+            )
+        if not _fits(v, has[k][0]):
+            raise ValueError(f"{where}: {name}: parameter {k} of {notebook} should be {has[k][0]}, got {v!r}")
+        if isinstance(v, float) and not math.isfinite(v):
+            raise ValueError(f"{where}: {name}: parameter {k} of {notebook} should be finite, got {v!r}")
+
 
 def _check_entry(f, kind, e):
     where = f"{f}: [[{kind}]] {e.get('id', '(without id)')}"
     for k, v in e.items():
-        if k not in _keys[kind]: raise ValueError(f"{where}: " + str(_unknown("key", k, _keys[kind])))
-        if not isinstance(v, _keys[kind][k]) or (k == "minutes" and isinstance(v, bool)): raise ValueError(f"{where}: {k} = {v!r} has the wrong type")
+        if k not in _keys[kind]:
+            raise ValueError(f"{where}: " + str(_unknown("key", k, _keys[kind])))
+        if not isinstance(v, _keys[kind][k]) or (k == "minutes" and isinstance(v, bool)):
+            raise ValueError(f"{where}: {k} = {v!r} has the wrong type")
     for k in ("id", "notebook") + (("title",) if kind == "table" else ()):
-        if not e.get(k): raise ValueError(f"{where}: {k} is missing")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", e["id"]): raise ValueError(f"{where}: an id has letters, digits and . _ + - only")
+        if not e.get(k):
+            raise ValueError(f"{where}: {k} is missing")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", e["id"]):
+        raise ValueError(f"{where}: an id has letters, digits and . _ + - only")
     for s in e.get("scales", []):
-        if s not in scales(): raise ValueError(f"{where}: " + str(_unknown("scale", s, scales())))
-    nb = f.parent/e["notebook"]
-    if not nb.is_file(): raise ValueError(f"{where}: there is no notebook {e['notebook']} in {f.parent}")
+        if s not in scales():
+            raise ValueError(f"{where}: " + str(_unknown("scale", s, scales())))
+    nb = f.parent / e["notebook"]
+    if not nb.is_file():
+        raise ValueError(f"{where}: there is no notebook {e['notebook']} in {f.parent}")
     has = notebook_parameters(nb)
     _check_params(where, "params", e.get("params", {}), e["notebook"], has)
     for s, d in e.get("at", {}).items():
-        if s not in scales(): raise ValueError(f"{where}: at: " + str(_unknown("scale", s, scales())))
-        if s not in e.get("scales", [s]): raise ValueError(f"{where}: at: {s} is none of its scales ({', '.join(e['scales'])})")
-        if not isinstance(d, dict): raise ValueError(f"{where}: at: {s} = {d!r} should be a table of parameters")
+        if s not in scales():
+            raise ValueError(f"{where}: at: " + str(_unknown("scale", s, scales())))
+        if s not in e.get("scales", [s]):
+            raise ValueError(f"{where}: at: {s} is none of its scales ({', '.join(e['scales'])})")
+        if not isinstance(d, dict):
+            raise ValueError(f"{where}: at: {s} = {d!r} should be a table of parameters")
         _check_params(where, f"at.{s}", d, e["notebook"], has)
     for k in _given:
-        if k in has and has[k][0] != ("int" if k == "seed" else "str"): raise ValueError(f"{where}: {e['notebook']} should declare {k} as {'int' if k == 'seed' else 'str'}")
-    if "out" not in has: raise ValueError(f"{where}: {e['notebook']} declares no parameter out: str, the folder that it writes into")
+        if k in has and has[k][0] != ("int" if k == "seed" else "str"):
+            raise ValueError(
+                f"{where}: {e['notebook']} should declare {k} as {'int' if k == 'seed' else 'str'}"
+            )
+    if "out" not in has:
+        raise ValueError(
+            f"{where}: {e['notebook']} declares no parameter out: str, the folder that it writes into"
+        )
 
 # %% ../nbs/70_reproduce.ipynb #4c8cae39
-def load_plan(plan=None) -> dict[str, dict]: # id -> entry with its kind and the plan's folder, needs before what needs them
+def load_plan(
+    plan=None,
+) -> dict[str, dict]:  # id -> entry with its kind and the plan's folder, needs before what needs them
     "Read and check a plan; ValueError names the plan, the entry and what is wrong with it."
     f = plan_file(plan)
-    try: raw = tomllib.loads(f.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{f} is not valid TOML: {str(e)[:300]}") from None # a number of 5,000 digits is a ValueError
+    try:
+        raw = tomllib.loads(f.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(
+            f"{f} is not valid TOML: {str(e)[:300]}"
+        ) from None  # a number of 5,000 digits is a ValueError
     for k, v in raw.items():
-        if k not in _keys or not isinstance(v, list): raise ValueError(f"{f}: a plan has [[run]] and [[table]] entries only, not {k}")
+        if k not in _keys or not isinstance(v, list):
+            raise ValueError(f"{f}: a plan has [[run]] and [[table]] entries only, not {k}")
     out = {}
     for kind in ("run", "table"):
         for e in raw.get(kind, []):
             _check_entry(f, kind, e)
-            if e["id"] in out: raise ValueError(f"{f}: two entries have the id {e['id']}")
-            out[e["id"]] = dict(e, kind=kind, file=f.parent/e["notebook"], params=e.get("params", {}), needs=e.get("needs", []))
+            if e["id"] in out:
+                raise ValueError(f"{f}: two entries have the id {e['id']}")
+            out[e["id"]] = dict(
+                e,
+                kind=kind,
+                file=f.parent / e["notebook"],
+                params=e.get("params", {}),
+                needs=e.get("needs", []),
+            )
     for e in out.values():
         for n in (*e["needs"], *e.get("after", [])):
-            if n not in out: raise ValueError(f"{f}: {e['id']} needs: " + str(_unknown("run", n, out)))
-            if e["kind"] == "run" and out[n]["kind"] == "table": raise ValueError(f"{f}: run {e['id']} needs table {n}; only tables may need tables")
+            if n not in out:
+                raise ValueError(f"{f}: {e['id']} needs: " + str(_unknown("run", n, out)))
+            if e["kind"] == "run" and out[n]["kind"] == "table":
+                raise ValueError(f"{f}: run {e['id']} needs table {n}; only tables may need tables")
     order, state = {}, {}
+
     def visit(i, chain=()):
-        if i in chain: raise ValueError(f"{f}: needs go round in a circle: {' -> '.join((*chain[chain.index(i):], i))}")
+        if i in chain:
+            raise ValueError(f"{f}: needs go round in a circle: {' -> '.join((*chain[chain.index(i) :], i))}")
         if i not in order:
-            for n in (*out[i]["needs"], *out[i].get("after", [])): visit(n, (*chain, i))
+            for n in (*out[i]["needs"], *out[i].get("after", [])):
+                visit(n, (*chain, i))
             order[i] = out[i]
-    for i in out: visit(i)
+
+    for i in out:
+        visit(i)
     return order
 
 # %% ../nbs/70_reproduce.ipynb #fae22465
-def _tree(source:str, docstrings=True) -> str:
+def _tree(source: str, docstrings=True) -> str:
     "Source in a normal form: no comments, one layout, and no docstrings unless they are kept. What does not parse (magics) is taken as text."
-    try: t = ast.parse(source)
-    except SyntaxError: return source
+    try:
+        t = ast.parse(source)
+    except SyntaxError:
+        return source
     for n in () if docstrings else ast.walk(t):
-        if isinstance(n, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and n.body and isinstance(n.body[0], ast.Expr):
-            if isinstance(n.body[0].value, ast.Constant) and isinstance(n.body[0].value.value, str): n.body = n.body[1:] or [ast.Pass()]
+        if (
+            isinstance(n, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            and n.body
+            and isinstance(n.body[0], ast.Expr)
+        ):
+            if isinstance(n.body[0].value, ast.Constant) and isinstance(n.body[0].value.value, str):
+                n.body = n.body[1:] or [ast.Pass()]
     return ast.unparse(t)
 
+
 @functools.lru_cache(maxsize=None)
-def _imports(source:str, module:str="") -> frozenset:
+def _imports(source: str, module: str = "") -> frozenset:
     "Dotted names under `vlkd` that a source imports anywhere; `module` is its own name, for relative imports."
-    try: t = ast.parse(source)
-    except SyntaxError: t = ast.parse("\n".join("pass" if l.lstrip()[:1] in ("%", "!", "?") else l for l in source.split("\n")))
+    try:
+        t = ast.parse(source)
+    except SyntaxError:
+        t = ast.parse(
+            "\n".join("pass" if l.lstrip()[:1] in ("%", "!", "?") else l for l in source.split("\n"))
+        )
     out = set()
     for n in ast.walk(t):
-        if isinstance(n, ast.Import): out |= {a.name for a in n.names}
+        if isinstance(n, ast.Import):
+            out |= {a.name for a in n.names}
         if isinstance(n, ast.ImportFrom):
-            base = ".".join([*module.split(".")[:-n.level], *([n.module] if n.module else [])]) if n.level else n.module
+            base = (
+                ".".join([*module.split(".")[: -n.level], *([n.module] if n.module else [])])
+                if n.level
+                else n.module
+            )
             out |= {base, *(f"{base}.{a.name}" for a in n.names)}
     return frozenset(o for o in out if o.split(".")[0] == "vlkd")
 
 # %% ../nbs/70_reproduce.ipynb #26da0ead
-def _library() -> Path: return Path(importlib.util.find_spec("vlkd").origin).parent
+def _library() -> Path:
+    return Path(importlib.util.find_spec("vlkd").origin).parent
 
-def _module_file(name:str, lib:Path) -> Path|None:
+
+def _module_file(name: str, lib: Path) -> Path | None:
     p = lib.parent.joinpath(*name.split("."))
-    return next((f for f in (p.with_suffix(".py"), p/"__init__.py") if f.is_file() and f != lib/"__init__.py"), None) # vlkd/__init__.py only holds the version
+    return next(
+        (f for f in (p.with_suffix(".py"), p / "__init__.py") if f.is_file() and f != lib / "__init__.py"),
+        None,
+    )  # vlkd/__init__.py only holds the version
 
-def _stamp(f:Path) -> tuple: s = f.stat(); return s.st_mtime_ns, s.st_size, s.st_ino
+
+def _stamp(f: Path) -> tuple:
+    s = f.stat()
+    return s.st_mtime_ns, s.st_size, s.st_ino
+
 
 @functools.lru_cache(maxsize=None)
-def _module(f:Path, name:str, stamp) -> tuple[str, frozenset]:
+def _module(f: Path, name: str, stamp) -> tuple[str, frozenset]:
     s = f.read_text(encoding="utf-8")
-    return fingerprint(_tree(s, docstrings=False)), _imports(s, name + (".x" if f.name == "__init__.py" else ""))
+    return fingerprint(_tree(s, docstrings=False)), _imports(
+        s, name + (".x" if f.name == "__init__.py" else "")
+    )
 
-def imported_modules(sources, lib=None) -> dict[str, str]: # module -> hash of its code
+
+def imported_modules(sources, lib=None) -> dict[str, str]:  # module -> hash of its code
     "The `vlkd` modules that some sources import, directly or through one another."
-    lib = Path(lib or _library()); todo = set().union(*map(_imports, sources)); out = {}
+    lib = Path(lib or _library())
+    todo = set().union(*map(_imports, sources))
+    out = {}
     while todo:
-        m = todo.pop(); f = _module_file(m, lib)
-        if f is None or m in out: continue
-        out[m], more = _module(f, m, _stamp(f)); todo |= more - set(out)
+        m = todo.pop()
+        f = _module_file(m, lib)
+        if f is None or m in out:
+            continue
+        out[m], more = _module(f, m, _stamp(f))
+        todo |= more - set(out)
     return dict(sorted(out.items()))
 
+
 @functools.lru_cache(maxsize=None)
-def _data_key(root:Path, parts:tuple) -> str:
+def _data_key(root: Path, parts: tuple) -> str:
     "Hash of names and sizes of the files below `root`, or below its folders `parts`."
     out = []
-    for top in [root/p for p in parts] or [root]:
-        if not top.exists(): raise FileNotFoundError(f"{top} is missing; `vlkd data status` says what goes where")
+    for top in [root / p for p in parts] or [root]:
+        if not top.exists():
+            raise FileNotFoundError(f"{top} is missing; `vlkd data status` says what goes where")
         for d, ds, fs in os.walk(top):
-            ds.sort(); out += [(os.path.relpath(f"{d}/{f}", root), os.stat(f"{d}/{f}").st_size) for f in sorted(fs)]
+            ds.sort()
+            out += [(os.path.relpath(f"{d}/{f}", root), os.stat(f"{d}/{f}").st_size) for f in sorted(fs)]
     return fingerprint(out)
 
 # %% ../nbs/70_reproduce.ipynb #b26ef139
 @dataclass
 class Node:
     "One papermill run: an entry of the plan with its seeds, parameters, needs, and the key that they make."
-    entry: dict; scale: str; seeds: tuple; root: Path; needs: list = field(default_factory=list); parts: dict = field(default_factory=dict); key: str = ""
+
+    entry: dict
+    scale: str
+    seeds: tuple
+    root: Path
+    needs: list = field(default_factory=list)
+    parts: dict = field(default_factory=dict)
+    key: str = ""
+
     @property
-    def name(self): return f"{self.entry['id']}@{'-'.join(map(str, self.seeds))}"
+    def name(self):
+        return f"{self.entry['id']}@{'-'.join(map(str, self.seeds))}"
+
     @property
-    def folder(self): return self.root/self.name
+    def folder(self):
+        return self.root / self.name
+
     @property
-    def partial(self): return self.root/".partial"/f"{self.name}-{self.key[:8]}"
-    def __repr__(self): return f"Node({self.name}, {self.key[:8]})"
+    def partial(self):
+        return self.root / ".partial" / f"{self.name}-{self.key[:8]}"
+
+    def __repr__(self):
+        return f"Node({self.name}, {self.key[:8]})"
+
 
 def world_seeds(seeds=1) -> list[int]:
-    "Seeds (worlds): a number n means the first n confirmation worlds of settings.ini, `dev` the development worlds, a list or \"1,2\" exactly these."
-    f = settings_file(); w = _sections(f).get("worlds", {}); known = w.get("confirmation", [])
+    'Seeds (worlds): a number n means the first n confirmation worlds of settings.ini, `dev` the development worlds, a list or "1,2" exactly these.'
+    f = settings_file()
+    w = _sections(f).get("worlds", {})
+    known = w.get("confirmation", [])
     if isinstance(seeds, str):
         s = seeds.strip()
-        if s == "dev": return list(w["development"])
-        if not re.fullmatch(r"\d+(,\d+)*,?", s): raise ValueError(f"seeds {seeds!r}: write a number of worlds (3), a list (1,2,3; a single one as 101,) or dev")
+        if s == "dev":
+            return list(w["development"])
+        if not re.fullmatch(r"\d+(,\d+)*,?", s):
+            raise ValueError(
+                f"seeds {seeds!r}: write a number of worlds (3), a list (1,2,3; a single one as 101,) or dev"
+            )
         seeds = [int(x) for x in s.split(",") if x] if "," in s else int(s)
     if isinstance(seeds, int):
-        if not 1 <= seeds <= len(known): raise ValueError(f"seeds {seeds}: {f} lists {len(known)} confirmation worlds; for the single world {seeds} write \"{seeds},\"")
+        if not 1 <= seeds <= len(known):
+            raise ValueError(
+                f'seeds {seeds}: {f} lists {len(known)} confirmation worlds; for the single world {seeds} write "{seeds},"'
+            )
         return list(known[:seeds])
     out = [int(s) for s in seeds]
-    if not out or len(set(out)) != len(out): raise ValueError(f"seeds {out}: give at least one, each once")
+    if not out or len(set(out)) != len(out):
+        raise ValueError(f"seeds {out}: give at least one, each once")
     return out
 
+
 @functools.lru_cache(maxsize=None)
-def _settings(scale:str, size:str, stamp) -> dict:
-    return dict(scale=dict(scale_settings(scale, size)), presets={k: v for k, v in _sections(settings_file()).items() if k.startswith("preset.")})
+def _settings(scale: str, size: str, stamp) -> dict:
+    return dict(
+        scale=dict(scale_settings(scale, size)),
+        presets={k: v for k, v in _sections(settings_file()).items() if k.startswith("preset.")},
+    )
 
 # %% ../nbs/70_reproduce.ipynb #1b5431b2
 def _pick(plan, ids, scale) -> list[str]:
     here = {i: e for i, e in plan.items() if scale in e.get("scales", [scale])}
-    if not ids: out = [i for i, e in here.items() if e["kind"] == "table" and e.get("main")]
-    elif list(ids) == ["all"]: out = [i for i, e in here.items() if e["kind"] == "table"]
+    if not ids:
+        out = [i for i, e in here.items() if e["kind"] == "table" and e.get("main")]
+    elif list(ids) == ["all"]:
+        out = [i for i, e in here.items() if e["kind"] == "table"]
     else:
         for i in ids:
-            if i not in plan: raise _unknown("run or table", i, plan)
-            if i not in here: raise ValueError(f"{i} does not exist at scale {scale}; it exists at {', '.join(plan[i]['scales'])}")
+            if i not in plan:
+                raise _unknown("run or table", i, plan)
+            if i not in here:
+                raise ValueError(
+                    f"{i} does not exist at scale {scale}; it exists at {', '.join(plan[i]['scales'])}"
+                )
         out = list(ids)
-    if not out: raise ValueError(f"the plan has no main table at scale {scale}; name what to run: {', '.join(here)}")
+    if not out:
+        raise ValueError(f"the plan has no main table at scale {scale}; name what to run: {', '.join(here)}")
     return out
 
-def _at(e:dict, scale:str) -> dict: # the entry as it is at a scale
+
+def _at(e: dict, scale: str) -> dict:  # the entry as it is at a scale
     return dict(e, params=e["params"] | e["at"][scale]) if scale in e.get("at", {}) else e
 
-def graph(ids=None, scale="micro", seeds=1, plan=None, need_data:bool=True) -> dict[str, Node]: # name -> node, needs first
+
+def graph(
+    ids=None, scale="micro", seeds=1, plan=None, need_data: bool = True
+) -> dict[str, Node]:  # name -> node, needs first
     "The runs that `ids` (default: the main tables) need at a scale and for some seeds, with their keys; without `need_data` real data may be absent, and keys are then those of no data."
-    scale_settings(scale); entries, seeds, root, out = load_plan(plan), tuple(world_seeds(seeds)), path("runs")/scale, {}
+    scale_settings(scale)
+    entries, seeds, root, out = load_plan(plan), tuple(world_seeds(seeds)), path("runs") / scale, {}
+
     def add(i, ss):
-        e = _at(entries[i], scale); n = Node(e, scale, ss, root)
-        if n.name in out: return [n.name]
+        e = _at(entries[i], scale)
+        n = Node(e, scale, ss, root)
+        if n.name in out:
+            return [n.name]
         for need in e["needs"]:
             if scale not in entries[need].get("scales", [scale]):
-                if e["kind"] == "table": continue                           # a table shows what the scale has
-                raise ValueError(f"{plan_file(plan)}: {i} needs {need}, which does not exist at scale {scale}")
-            if entries[need]["kind"] == "table": n.needs += add(need, ss)
-            else: n.needs += [x for s in ss for x in add(need, (s,))]
-        _key(n, out, need_data); out[n.name] = n
+                if e["kind"] == "table":
+                    continue  # a table shows what the scale has
+                raise ValueError(
+                    f"{plan_file(plan)}: {i} needs {need}, which does not exist at scale {scale}"
+                )
+            if entries[need]["kind"] == "table":
+                n.needs += add(need, ss)
+            else:
+                n.needs += [x for s in ss for x in add(need, (s,))]
+        _key(n, out, need_data)
+        out[n.name] = n
         return [n.name]
+
     for i in _pick(entries, ids, scale):
-        for ss in [seeds] if entries[i]["kind"] == "table" else [(s,) for s in seeds]: add(i, ss)
+        for ss in [seeds] if entries[i]["kind"] == "table" else [(s,) for s in seeds]:
+            add(i, ss)
     return out
 
-def plan_runs(ids=("all",), scale="paper", plan=None) -> list[tuple]: # (id, parameters as the notebook gets them)
+
+def plan_runs(
+    ids=("all",), scale="paper", plan=None
+) -> list[tuple]:  # (id, parameters as the notebook gets them)
     "The runs that `ids` need at a scale, needs first; no data have to be there."
     return _runs_of(graph(ids, scale, 1, plan, need_data=False).values())
 
+
 def _runs_of(nodes) -> list[tuple]:
-    return list({n.entry["id"]: (n.entry["id"], {k: v for k, (_, v) in notebook_parameters(n.entry["file"]).items()} | n.entry["params"]) for n in nodes if n.entry["kind"] == "run"}.values())
+    return list(
+        {
+            n.entry["id"]: (
+                n.entry["id"],
+                {k: v for k, (_, v) in notebook_parameters(n.entry["file"]).items()} | n.entry["params"],
+            )
+            for n in nodes
+            if n.entry["kind"] == "run"
+        }.values()
+    )
+
 
 @functools.lru_cache(maxsize=None)
-def _code(f:Path, stamp) -> tuple[str, tuple]: # hash of the code cells, and their sources
+def _code(f: Path, stamp) -> tuple[str, tuple]:  # hash of the code cells, and their sources
     cells = tuple(c["source"] for c in _cells(f) if c["kind"] == "code")
     return fingerprint([_tree(c) for c in cells]), cells
 
-def _data_part(parts:tuple, need:bool) -> str:
-    try: return _data_key(data_dir(), parts)
+
+def _data_part(parts: tuple, need: bool) -> str:
+    try:
+        return _data_key(data_dir(), parts)
     except FileNotFoundError:
-        if need: raise
+        if need:
+            raise
         return "no data"
 
-def _key(n:Node, nodes:dict, need_data:bool=True):
+
+def _key(n: Node, nodes: dict, need_data: bool = True):
     "Set the parts and the key of a node whose needs have theirs."
-    f = settings_file(); settings = _settings(n.scale, n.entry["params"].get("size", ""), (f, _stamp(f))); code, cells = _code(n.entry["file"], _stamp(n.entry["file"]))
+    f = settings_file()
+    settings = _settings(n.scale, n.entry["params"].get("size", ""), (f, _stamp(f)))
+    code, cells = _code(n.entry["file"], _stamp(n.entry["file"]))
     real = settings["scale"]["data_kind"] != "tabletop"
     given = dict(scale=n.scale, seed=n.seeds[0], seeds=",".join(map(str, n.seeds)))
-    n.parts = dict(code=code, params=dict(n.entry["params"], **given), settings=settings, modules=imported_modules(cells),
-                   needs={x: nodes[x].key for x in n.needs}, data=_data_part(tuple(sorted(n.entry.get("data", []))), need_data) if real else "")
+    n.parts = dict(
+        code=code,
+        params=dict(n.entry["params"], **given),
+        settings=settings,
+        modules=imported_modules(cells),
+        needs={x: nodes[x].key for x in n.needs},
+        data=_data_part(tuple(sorted(n.entry.get("data", []))), need_data) if real else "",
+    )
     n.key = fingerprint(n.parts)
 
 # %% ../nbs/70_reproduce.ipynb #bd53c34c
-def why(n:Node) -> str: # empty: fresh
+def why(n: Node) -> str:  # empty: fresh
     "Why a node would run: what changed since its receipt, or that there is none; empty where nothing has to be done."
-    f = n.folder/"run.json"
-    if not f.is_file(): return ("failed before" if (n.partial/"error.json").is_file() else "was interrupted, goes on") if n.partial.is_dir() else "never run"
-    try: old = read_json(f); parts, files = old["parts"], old["files"]
-    except (ValueError, KeyError): return "its run.json cannot be read"
+    f = n.folder / "run.json"
+    if not f.is_file():
+        return (
+            ("failed before" if (n.partial / "error.json").is_file() else "was interrupted, goes on")
+            if n.partial.is_dir()
+            else "never run"
+        )
+    try:
+        old = read_json(f)
+        parts, files = old["parts"], old["files"]
+    except (ValueError, KeyError):
+        return "its run.json cannot be read"
     if old["key"] == n.key:
-        bad = [k for k, (size, _) in files.items() if not (n.folder/k).is_file() or (n.folder/k).stat().st_size != size]
+        bad = [
+            k
+            for k, (size, _) in files.items()
+            if not (n.folder / k).is_file() or (n.folder / k).stat().st_size != size
+        ]
         return f"{bad[0]} is missing or was changed" if bad else ""
     out, new = [], n.parts
-    if parts["code"] != new["code"]: out.append(f"code of {n.entry['notebook']} changed")
-    out += [f"parameter {k} changed" for k in sorted({*parts["params"], *new["params"]}) if parts["params"].get(k) != new["params"].get(k)]
-    mods = [k for k in sorted({*parts["modules"], *new["modules"]}) if parts["modules"].get(k) != new["modules"].get(k)]
-    if mods: out.append(f"module {', '.join(mods)} changed")
+    if parts["code"] != new["code"]:
+        out.append(f"code of {n.entry['notebook']} changed")
+    out += [
+        f"parameter {k} changed"
+        for k in sorted({*parts["params"], *new["params"]})
+        if parts["params"].get(k) != new["params"].get(k)
+    ]
+    mods = [
+        k
+        for k in sorted({*parts["modules"], *new["modules"]})
+        if parts["modules"].get(k) != new["modules"].get(k)
+    ]
+    if mods:
+        out.append(f"module {', '.join(mods)} changed")
     a, b = parts["settings"], new["settings"]
     keys = [k for k in sorted({*a["scale"], *b["scale"]}) if a["scale"].get(k) != b["scale"].get(k)]
-    if keys: out.append(f"scale settings changed: {', '.join(keys)}")
-    if a["presets"] != b["presets"]: out.append("presets changed")
-    needs = [k for k in new["needs"] if parts["needs"].get(k) != new["needs"][k]] + [k for k in parts["needs"] if k not in new["needs"]]
-    if needs: out.append(f"needs {', '.join(needs[:3])}{' ...' if len(needs) > 3 else ''}, which changed")
-    if parts["data"] != new["data"]: out.append("data changed")
+    if keys:
+        out.append(f"scale settings changed: {', '.join(keys)}")
+    if a["presets"] != b["presets"]:
+        out.append("presets changed")
+    needs = [k for k in new["needs"] if parts["needs"].get(k) != new["needs"][k]] + [
+        k for k in parts["needs"] if k not in new["needs"]
+    ]
+    if needs:
+        out.append(f"needs {', '.join(needs[:3])}{' ...' if len(needs) > 3 else ''}, which changed")
+    if parts["data"] != new["data"]:
+        out.append("data changed")
     return "; ".join(out) or "key changed"
 
 # %% ../nbs/70_reproduce.ipynb #8d3d6537
 def _kill_children():
     import psutil
-    for c in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error): c.kill()
 
-def _watch(parent:int):
-    while os.getppid() == parent: time.sleep(.3)
-    _kill_children(); os._exit(9)
+    for c in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            c.kill()
+
+
+def _watch(parent: int):
+    while os.getppid() == parent:
+        time.sleep(0.3)
+    _kill_children()
+    os._exit(9)
+
 
 def _failed_cell(nb, out) -> int:
     "Number (from 1) in the source notebook of the cell that was running last; 0 where none was."
     with contextlib.suppress(Exception):
-        done = [c for c in json.loads(Path(out).read_text())["cells"] if "papermill-error-cell-tag" not in c["metadata"].get("tags", [])]
+        done = [
+            c
+            for c in json.loads(Path(out).read_text())["cells"]
+            if "papermill-error-cell-tag" not in c["metadata"].get("tags", [])
+        ]
         info = [(c["id"], c["metadata"].get("papermill", {})) for c in done]
-        bad = [i for i, p in info if p.get("status") in ("running", "failed")] or [i for i, p in info if p.get("start_time")][-1:]
+        bad = [i for i, p in info if p.get("status") in ("running", "failed")] or [
+            i for i, p in info if p.get("start_time")
+        ][-1:]
         return 1 + [c["id"] for c in _cells(nb)].index(bad[0])
     return 0
+
 
 @contextlib.contextmanager
 def _quick_imports():
     "Import nbformat without the grammar of internationalised addresses, which jsonschema would build (over a second) and no notebook needs."
     skip = "rfc3987_syntax" not in sys.modules
-    if skip: sys.modules["rfc3987_syntax"] = None
-    try: yield
-    finally: skip and sys.modules.pop("rfc3987_syntax", None)
+    if skip:
+        sys.modules["rfc3987_syntax"] = None
+    try:
+        yield
+    finally:
+        skip and sys.modules.pop("rfc3987_syntax", None)
 
-def _worker(job:dict=None):
+
+def _worker(job: dict = None):
     "Execute a job (notebook, output, parameters, cwd, parent), read from standard input where it is not given."
     job = job or json.loads(sys.stdin.read())
     threading.Thread(target=_watch, args=(job["parent"],), daemon=True).start()
-    def stop(*_): _kill_children(); os._exit(143)
+
+    def stop(*_):
+        _kill_children()
+        os._exit(143)
+
     signal.signal(signal.SIGTERM, stop)
-    with _quick_imports(): import papermill as pm
-    try: pm.execute_notebook(job["notebook"], job["output"], job["parameters"], cwd=job["cwd"], kernel_name="python3", progress_bar=False, start_timeout=180, autosave_cell_every=30)
+    with _quick_imports():
+        import papermill as pm
+    try:
+        pm.execute_notebook(
+            job["notebook"],
+            job["output"],
+            job["parameters"],
+            cwd=job["cwd"],
+            kernel_name="python3",
+            progress_bar=False,
+            start_timeout=180,
+            autosave_cell_every=30,
+        )
     except BaseException as e:
         name, value = getattr(e, "ename", type(e).__name__), getattr(e, "evalue", str(e))
-        write_json(Path(job["output"]).with_name("error.json"), dict(cell=_failed_cell(job["notebook"], job["output"]), error=f"{name}: {str(value).strip()}"))
-        _kill_children(); os._exit(3)
+        write_json(
+            Path(job["output"]).with_name("error.json"),
+            dict(cell=_failed_cell(job["notebook"], job["output"]), error=f"{name}: {str(value).strip()}"),
+        )
+        _kill_children()
+        os._exit(3)
+
+
 _worker_command = [sys.executable, "-c", "from vlkd.reproduce import _worker; _worker()"]
 
 # %% ../nbs/70_reproduce.ipynb #b247c95e
-_preload = ("torch", "numpy", "pandas", "scipy.stats", "sklearn.linear_model", "tokenizers", "safetensors.torch", "accelerate", "transformers.trainer", "transformers.models.auto.tokenization_auto", "transformers.models.bert.modeling_bert", "IPython.display", "ipykernel.kernelapp")
+_preload = (
+    "torch",
+    "numpy",
+    "pandas",
+    "scipy.stats",
+    "sklearn.linear_model",
+    "tokenizers",
+    "safetensors.torch",
+    "accelerate",
+    "transformers.trainer",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.bert.modeling_bert",
+    "IPython.display",
+    "ipykernel.kernelapp",
+)
+
 
 def _nursery():
     "Serve the socket that is standard input: for each job fork a worker with its lock, log and line to the runner."
-    sys.path[:] = [p for p in sys.path if p]; sock = socket.socket(fileno=os.dup(0))
+    sys.path[:] = [p for p in sys.path if p]
+    sock = socket.socket(fileno=os.dup(0))
     with _quick_imports():
         for m in ("papermill", *_preload):
-            with contextlib.suppress(ImportError): importlib.import_module(m)
-    for m in [m for m in sys.modules if m.split(".")[0] == "vlkd"]: del sys.modules[m] # a kernel imports this library as it is when the kernel starts
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)                           # nobody waits for workers here
+            with contextlib.suppress(ImportError):
+                importlib.import_module(m)
+    for m in [m for m in sys.modules if m.split(".")[0] == "vlkd"]:
+        del sys.modules[m]  # a kernel imports this library as it is when the kernel starts
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers here
     while True:
         data, fds, *_ = socket.recv_fds(sock, 4096, 3)
-        if not data: os._exit(0)
+        if not data:
+            os._exit(0)
         if os.fork() == 0:
-            try: sock.close(); _born(data.decode(), *fds)
-            except Exception: traceback.print_exc()                         # into the worker's log
-            finally: os._exit(1)
-        for fd in fds: os.close(fd)
+            try:
+                sock.close()
+                _born(data.decode(), *fds)
+            except Exception:
+                traceback.print_exc()  # into the worker's log
+            finally:
+                os._exit(1)
+        for fd in fds:
+            os.close(fd)
 
-def _born(job:str, lock:int, log:int, line:int):
+
+def _born(job: str, lock: int, log: int, line: int):
     "The life of a forked worker; `lock` is held until it ends."
-    parent = os.getppid(); os.setsid(); signal.signal(signal.SIGCHLD, signal.SIG_DFL); os.write(line, f"{os.getpid()}\n".encode())
+    parent = os.getppid()
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.write(line, f"{os.getpid()}\n".encode())
     null = os.open(os.devnull, os.O_RDONLY)
-    for a, b in ((null, 0), (log, 1), (log, 2)): os.dup2(a, b)
-    job = read_json(job) | dict(parent=parent); os.chdir(job["cwd"]); kernel = _Kernel(line)
+    for a, b in ((null, 0), (log, 1), (log, 2)):
+        os.dup2(a, b)
+    job = read_json(job) | dict(parent=parent)
+    os.chdir(job["cwd"])
+    kernel = _Kernel(line)
     from jupyter_client.provisioning import local_provisioner as lp
+
     new = lp.launch_kernel
-    lp.launch_kernel = lambda cmd, **kw: kernel.launch(cmd, kw) if not kernel.used and cmd[1:3] == ["-m", "ipykernel_launcher"] else new(cmd, **kw)
-    from vlkd.reproduce import _worker                                      # the library as it is on disk now
-    _worker(job); os.write(line, b"done"); os._exit(0)
+    lp.launch_kernel = lambda cmd, **kw: (
+        kernel.launch(cmd, kw)
+        if not kernel.used and cmd[1:3] == ["-m", "ipykernel_launcher"]
+        else new(cmd, **kw)
+    )
+    from vlkd.reproduce import _worker  # the library as it is on disk now
+
+    _worker(job)
+    os.write(line, b"done")
+    os._exit(0)
+
 
 class _Kernel:
     "A forked process that becomes an IPython kernel when it is told with which arguments; what `jupyter_client` wants of a `Popen`."
+
     stdin = stdout = stderr = None
+
     def __init__(self, *close):
-        self.used, self.returncode = False, None; r, self.pipe = os.pipe(); self.pid = os.fork()
-        if self.pid: os.close(r); return
+        self.used, self.returncode = False, None
+        r, self.pipe = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            os.close(r)
+            return
         try:
-            for fd in (self.pipe, *close): os.close(fd)
+            for fd in (self.pipe, *close):
+                os.close(fd)
             os.setsid()
-            with os.fdopen(r) as f: text = f.read()
-            if not text: os._exit(0)                                        # the worker ended before it needed a kernel
-            how = json.loads(text); os.environ.clear(); os.environ.update(how["env"]); os.chdir(how["cwd"]); sys.argv = how["argv"]
-            signal.signal(signal.SIGTERM, signal.SIG_DFL); signal.signal(signal.SIGINT, signal.default_int_handler)
-            from ipykernel.kernelapp import launch_new_instance; launch_new_instance(); os._exit(0)
-        except Exception: traceback.print_exc()
-        finally: os._exit(1)
+            with os.fdopen(r) as f:
+                text = f.read()
+            if not text:
+                os._exit(0)  # the worker ended before it needed a kernel
+            how = json.loads(text)
+            os.environ.clear()
+            os.environ.update(how["env"])
+            os.chdir(how["cwd"])
+            sys.argv = how["argv"]
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            from ipykernel.kernelapp import launch_new_instance
+
+            launch_new_instance()
+            os._exit(0)
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+
     def launch(self, cmd, kw):
         self.used = True
-        with os.fdopen(self.pipe, "w") as f: json.dump(dict(argv=["ipykernel_launcher", *cmd[3:]], env=dict(kw.get("env") or os.environ), cwd=str(kw.get("cwd") or os.getcwd())), f)
+        with os.fdopen(self.pipe, "w") as f:
+            json.dump(
+                dict(
+                    argv=["ipykernel_launcher", *cmd[3:]],
+                    env=dict(kw.get("env") or os.environ),
+                    cwd=str(kw.get("cwd") or os.getcwd()),
+                ),
+                f,
+            )
         return self
+
     def poll(self):
         if self.returncode is None:
-            try: pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError: pid, status = self.pid, 0
-            if pid: self.returncode = os.waitstatus_to_exitcode(status)
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                pid, status = self.pid, 0
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
+
     def wait(self, timeout=None):
-        end = time.time()+(timeout if timeout is not None else float("inf"))
+        end = time.time() + (timeout if timeout is not None else float("inf"))
         while self.poll() is None:
-            if time.time() > end: raise subprocess.TimeoutExpired("kernel", timeout)
-            time.sleep(.02)
+            if time.time() > end:
+                raise subprocess.TimeoutExpired("kernel", timeout)
+            time.sleep(0.02)
         return self.returncode
+
     def send_signal(self, s):
-        if self.poll() is None: os.kill(self.pid, s)
-    def terminate(self): self.send_signal(signal.SIGTERM)
-    def kill(self): self.send_signal(signal.SIGKILL)
+        if self.poll() is None:
+            os.kill(self.pid, s)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
 
 class _Forked:
     "The runner's handle of a forked worker: what it uses of a `Popen`. The worker's end of the line closes when the worker ends, however it ends."
-    def __init__(self, line:int): os.set_blocking(line, False); self.line, self.said, self.returncode = line, b"", None
+
+    def __init__(self, line: int):
+        os.set_blocking(line, False)
+        self.line, self.said, self.returncode = line, b"", None
+
     @property
-    def pid(self) -> int: # 0 while it is not born
-        self.poll(); return int(self.said.split(b"\n")[0]) if b"\n" in self.said else 0
+    def pid(self) -> int:  # 0 while it is not born
+        self.poll()
+        return int(self.said.split(b"\n")[0]) if b"\n" in self.said else 0
+
     def poll(self):
         while self.returncode is None:
-            try: x = os.read(self.line, 4096)
-            except BlockingIOError: break
+            try:
+                x = os.read(self.line, 4096)
+            except BlockingIOError:
+                break
             self.said += x
-            if not x: self.returncode = 0 if self.said.endswith(b"done") else 1; os.close(self.line)
+            if not x:
+                self.returncode = 0 if self.said.endswith(b"done") else 1
+                os.close(self.line)
         return self.returncode
+
     wait = _Kernel.wait
+
     def send_signal(self, s):
         if self.pid and self.returncode is None:
-            with contextlib.suppress(ProcessLookupError): os.kill(self.pid, s)
-    def terminate(self): self.send_signal(signal.SIGTERM)
-    def kill(self): self.send_signal(signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, s)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
 
 class _Nursery:
     "The runner's end of a nursery."
-    def __init__(self, env:dict):
+
+    def __init__(self, env: dict):
         self.sock, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with far: self.proc = subprocess.Popen([sys.executable, "-c", "from vlkd.reproduce import _nursery; _nursery()"], stdin=far.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True)
-    def start(self, job:Path, lock:int, log:int) -> _Forked:
+        with far:
+            self.proc = subprocess.Popen(
+                [sys.executable, "-c", "from vlkd.reproduce import _nursery; _nursery()"],
+                stdin=far.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=env,
+                start_new_session=True,
+            )
+
+    def start(self, job: Path, lock: int, log: int) -> _Forked:
         r, w = os.pipe()
-        try: socket.send_fds(self.sock, [str(job).encode()], [lock, log, w])
-        finally: os.close(w)
+        try:
+            socket.send_fds(self.sock, [str(job).encode()], [lock, log, w])
+        finally:
+            os.close(w)
         return _Forked(r)
+
     def close(self):
         self.sock.close()
-        with contextlib.suppress(subprocess.TimeoutExpired): self.proc.wait(1); return
-        self.proc.kill(); self.proc.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.proc.wait(1)
+            return
+        self.proc.kill()
+        self.proc.wait()
+
 
 def _nursery_works() -> bool:
     "Whether workers may be forked here."
@@ -443,311 +840,619 @@ def _nursery_works() -> bool:
 # %% ../nbs/70_reproduce.ipynb #48525ec0
 def _given_env() -> dict:
     "What a worker is given on any machine: absolute paths, no progress bars, no network."
-    env = dict(TQDM_DISABLE="1", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", PYTHONHASHSEED="0", OMP_WAIT_POLICY="PASSIVE", JUPYTER_PREFER_ENV_PATH="1", PYDEVD_DISABLE_FILE_VALIDATION="1",
-               **{k: v for k, v in os.environ.items() if k.startswith("VLKD_")}) | dict(VLKD_SETTINGS=str(settings_file()))
+    env = dict(
+        TQDM_DISABLE="1",
+        HF_HUB_OFFLINE="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        TOKENIZERS_PARALLELISM="false",
+        PYTHONHASHSEED="0",
+        OMP_WAIT_POLICY="PASSIVE",
+        JUPYTER_PREFER_ENV_PATH="1",
+        PYDEVD_DISABLE_FILE_VALIDATION="1",
+        **{k: v for k, v in os.environ.items() if k.startswith("VLKD_")},
+    ) | dict(VLKD_SETTINGS=str(settings_file()))
     for p in _sections(settings_file())["paths"]:
-        with contextlib.suppress(FileNotFoundError): env[f"VLKD_{p.upper()}"] = str(path(p))
+        with contextlib.suppress(FileNotFoundError):
+            env[f"VLKD_{p.upper()}"] = str(path(p))
     return env
 
-def _here_env(given:dict, threads:int, env=None) -> dict:
+
+def _here_env(given: dict, threads: int, env=None) -> dict:
     "Environment of a worker on this machine: this library, few threads."
-    env = dict(os.environ if env is None else env, **given) | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=os.pathsep.join([str(_library().parent), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    env.pop("MPLBACKEND", None)                                             # the kernel then draws figures into the notebook
+    env = dict(os.environ if env is None else env, **given) | dict(
+        OMP_NUM_THREADS=str(threads),
+        PYTHONPATH=os.pathsep.join([str(_library().parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    )
+    env.pop("MPLBACKEND", None)  # the kernel then draws figures into the notebook
     return env
 
-def _environment(jobs:int) -> dict: return _here_env(_given_env(), max(1, _cores()//jobs))
 
-def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _environment(jobs: int) -> dict:
+    return _here_env(_given_env(), max(1, _cores() // jobs))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 @functools.lru_cache(maxsize=None)
 def _device() -> str:
     "Name of the GPU that runs would use, or the number of cores; asked of nvidia-smi, because torch is not imported here."
     if not os.environ.get("VLKD_DEVICE", "").startswith("cpu") and shutil.which("nvidia-smi"):
-        r = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
-        if r.returncode == 0 and r.stdout.strip(): return r.stdout.strip().split("\n")[0]
+        r = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
+        )
+        if r.returncode == 0 and r.stdout.strip():
+            return r.stdout.strip().split("\n")[0]
     return f"CPU, {_cores()} cores"
 
 # %% ../nbs/70_reproduce.ipynb #3d29799f
-def _held(f:Path) -> bool:
+def _held(f: Path) -> bool:
     "Whether a process, on whatever machine, holds the lock `f`."
-    if not f.is_file(): return False
+    if not f.is_file():
+        return False
     with open(f, "rb+") as fd:
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); return False
-        except BlockingIOError: return True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+
 
 class _Job:
     "A node being computed."
-    def __init__(self, node:Node, lock:int): self.node, self.lock, self.proc, self.first = node, lock, None, None
+
+    def __init__(self, node: Node, lock: int):
+        self.node, self.lock, self.proc, self.first = node, lock, None, None
 
     @staticmethod
-    def acquire(n:Node) -> int|None: # file descriptor that holds the lock, or None while another process has it
-        d = n.folder.parent/".locks"; d.mkdir(parents=True, exist_ok=True)
-        fd = os.open(d/n.name, os.O_RDWR | os.O_CREAT, 0o644)
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: os.close(fd); return None
-        if _held(d/f"{n.name}.run"): os.close(fd); return None              # its runner is gone, its worker not yet
+    def acquire(
+        n: Node,
+    ) -> int | None:  # file descriptor that holds the lock, or None while another process has it
+        d = n.folder.parent / ".locks"
+        d.mkdir(parents=True, exist_ok=True)
+        fd = os.open(d / n.name, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        if _held(d / f"{n.name}.run"):
+            os.close(fd)
+            return None  # its runner is gone, its worker not yet
         return fd
 
-    def start(self, nodes:dict, env:dict, nursery:_Nursery=None, cluster=None):
+    def start(self, nodes: dict, env: dict, nursery: _Nursery = None, cluster=None):
         n, p = self.node, self.node.partial
         for old in p.parent.glob(f"{n.name}-*") if p.parent.is_dir() else ():
-            if old != p and re.fullmatch(re.escape(n.name) + r"-([0-9a-f]{8}|old)", old.name): shutil.rmtree(old, ignore_errors=True)
-        p.mkdir(parents=True, exist_ok=True); [(p/f).unlink(missing_ok=True) for f in ("error.json", "notebook.ipynb")]
+            if old != p and re.fullmatch(re.escape(n.name) + r"-([0-9a-f]{8}|old)", old.name):
+                shutil.rmtree(old, ignore_errors=True)
+        p.mkdir(parents=True, exist_ok=True)
+        [(p / f).unlink(missing_ok=True) for f in ("error.json", "notebook.ipynb")]
         has = notebook_parameters(n.entry["file"])
-        given = dict(n.parts["params"], out=str(p), inputs=json.dumps({x: str(nodes[x].folder) for x in n.needs}))
-        job = dict(notebook=str(n.entry["file"]), output=str(p/"notebook.ipynb"), parameters={k: v for k, v in given.items() if k in has}, cwd=str(n.entry["file"].parent), parent=os.getpid())
-        self.began, self.spent = time.time(), self.state().get("seconds", 0.0); self.saved = 0.
-        if cluster: self.proc = cluster.start(n, job); return
-        with open(p/"worker.log", "ab") as log:
+        given = dict(
+            n.parts["params"], out=str(p), inputs=json.dumps({x: str(nodes[x].folder) for x in n.needs})
+        )
+        job = dict(
+            notebook=str(n.entry["file"]),
+            output=str(p / "notebook.ipynb"),
+            parameters={k: v for k, v in given.items() if k in has},
+            cwd=str(n.entry["file"].parent),
+            parent=os.getpid(),
+        )
+        self.began, self.spent = time.time(), self.state().get("seconds", 0.0)
+        self.saved = 0.0
+        if cluster:
+            self.proc = cluster.start(n, job)
+            return
+        with open(p / "worker.log", "ab") as log:
             if nursery:
-                write_json(p/"job.json", job)
-                with contextlib.suppress(OSError): self.proc = nursery.start(p/"job.json", self.lock, log.fileno()); return
-            self.proc = subprocess.Popen(_worker_command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, cwd=job["cwd"],
-                                         start_new_session=True, pass_fds=(self.lock,))
-        with contextlib.suppress(BrokenPipeError): self.proc.stdin.write(json.dumps(job).encode()); self.proc.stdin.close()
+                write_json(p / "job.json", job)
+                with contextlib.suppress(OSError):
+                    self.proc = nursery.start(p / "job.json", self.lock, log.fileno())
+                    return
+            self.proc = subprocess.Popen(
+                _worker_command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=env,
+                cwd=job["cwd"],
+                start_new_session=True,
+                pass_fds=(self.lock,),
+            )
+        with contextlib.suppress(BrokenPipeError):
+            self.proc.stdin.write(json.dumps(job).encode())
+            self.proc.stdin.close()
 
     def state(self) -> dict:
-        with contextlib.suppress(Exception): return read_json(self.node.partial/"state.json")
+        with contextlib.suppress(Exception):
+            return read_json(self.node.partial / "state.json")
         return {}
+
     @property
-    def seconds(self): return self.spent + time.time() - self.began
+    def seconds(self):
+        return self.spent + time.time() - self.began
+
     def tick(self):
         "Remember the seconds spent, so that a resumed run's receipt counts all of them."
-        if time.time() - self.saved > 5 and self.node.partial.is_dir(): write_json(self.node.partial/"state.json", dict(seconds=round(self.seconds, 1))); self.saved = time.time()
+        if time.time() - self.saved > 5 and self.node.partial.is_dir():
+            write_json(self.node.partial / "state.json", dict(seconds=round(self.seconds, 1)))
+            self.saved = time.time()
 
     def progress(self) -> dict:
         "What the run says about itself in progress.json, if anything."
-        try: p = json.loads((self.node.partial/"progress.json").read_text())
-        except (OSError, ValueError): return {}
-        if not isinstance(p, dict): return {}
-        if self.first is None and isinstance(p.get("step"), (int, float)): self.first = (p["step"], time.time())
+        try:
+            p = json.loads((self.node.partial / "progress.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(p, dict):
+            return {}
+        if self.first is None and isinstance(p.get("step"), (int, float)):
+            self.first = (p["step"], time.time())
         return p
 
     def stop(self):
         if self.proc and self.proc.poll() is None:
             self.proc.terminate()
-            try: self.proc.wait(8)
-            except subprocess.TimeoutExpired: self.proc.kill(); self.proc.wait()
+            try:
+                self.proc.wait(8)
+            except subprocess.TimeoutExpired:
+                self.proc.kill()
+                self.proc.wait()
         self.release()
+
     def release(self):
-        if self.lock is not None: os.close(self.lock); self.lock = None
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
 # %% ../nbs/70_reproduce.ipynb #34595879
-def _finish(job:_Job, git:dict):
+def _finish(job: _Job, git: dict):
     "Check the record, write the receipt, and move the folder into its place."
     n, p = job.node, job.node.partial
-    r = Run(p); [r.file(k) for k in r.result["files"]]
-    for junk in ("state.json", "error.json", "worker.log", "job.json", "attempt.json"): (p/junk).unlink(missing_ok=True)
-    for f in [f for f in p.rglob(".*.*") if f.is_file()]: f.unlink()           # half-written when a run was killed
-    files = {str(f.relative_to(p)): (f.stat().st_size, sha256_file(f)) for f in sorted(p.rglob("*")) if f.is_file() and f != p/"run.json"}
-    write_json(p/"run.json", dict(id=n.entry["id"], name=n.name, key=n.key, scale=n.scale, seeds=n.seeds, notebook=n.entry["notebook"], params=n.parts["params"], needs=n.parts["needs"],
-                                  seconds=round(job.seconds, 1), started=time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(job.began)), device=r.result.get("device") or getattr(job.proc, "device", "") or _device(),
-                                  versions=versions(), git=git, parts=n.parts, files=files), seal=True)
+    r = Run(p)
+    [r.file(k) for k in r.result["files"]]
+    for junk in ("state.json", "error.json", "worker.log", "job.json", "attempt.json"):
+        (p / junk).unlink(missing_ok=True)
+    for f in [f for f in p.rglob(".*.*") if f.is_file()]:
+        f.unlink()  # half-written when a run was killed
+    files = {
+        str(f.relative_to(p)): (f.stat().st_size, sha256_file(f))
+        for f in sorted(p.rglob("*"))
+        if f.is_file() and f != p / "run.json"
+    }
+    write_json(
+        p / "run.json",
+        dict(
+            id=n.entry["id"],
+            name=n.name,
+            key=n.key,
+            scale=n.scale,
+            seeds=n.seeds,
+            notebook=n.entry["notebook"],
+            params=n.parts["params"],
+            needs=n.parts["needs"],
+            seconds=round(job.seconds, 1),
+            started=time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(job.began)),
+            device=r.result.get("device") or getattr(job.proc, "device", "") or _device(),
+            versions=versions(),
+            git=git,
+            parts=n.parts,
+            files=files,
+        ),
+        seal=True,
+    )
     _place(n)
 
-def _place(n:Node):
-    old = n.partial.with_name(f"{n.name}-old")
-    if n.folder.exists(): shutil.rmtree(old, ignore_errors=True); os.rename(n.folder, old)
-    os.rename(n.partial, n.folder); shutil.rmtree(old, ignore_errors=True)
 
-def _complete(n:Node) -> bool:
+def _place(n: Node):
+    old = n.partial.with_name(f"{n.name}-old")
+    if n.folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(n.folder, old)
+    os.rename(n.partial, n.folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _complete(n: Node) -> bool:
     "Whether a partial folder only lacks the renaming."
-    try: return read_json(n.partial/"run.json")["key"] == n.key
-    except (OSError, ValueError, KeyError): return False
+    try:
+        return read_json(n.partial / "run.json")["key"] == n.key
+    except (OSError, ValueError, KeyError):
+        return False
 
 # %% ../nbs/70_reproduce.ipynb #d066ba5e
-def _estimate(n:Node) -> float: # seconds
-    for f in [n.folder/"run.json", *sorted(n.folder.parent.glob(f"{n.entry['id']}@*/run.json"))]:
-        with contextlib.suppress(Exception): return max(1., float(read_json(f)["seconds"]))
-    return 60.*n.entry["minutes"] if "minutes" in n.entry else 30.
+def _estimate(n: Node) -> float:  # seconds
+    for f in [n.folder / "run.json", *sorted(n.folder.parent.glob(f"{n.entry['id']}@*/run.json"))]:
+        with contextlib.suppress(Exception):
+            return max(1.0, float(read_json(f)["seconds"]))
+    return 60.0 * n.entry["minutes"] if "minutes" in n.entry else 30.0
 
-def _chains(nodes:dict, seconds:dict) -> dict[str, float]:
+
+def _chains(nodes: dict, seconds: dict) -> dict[str, float]:
     "Seconds of the longest chain that starts with each node of `seconds`."
     out = {}
     for n in reversed([n for n in nodes if n in seconds]):
-        out[n] = seconds[n] + max([out[d] for d in out if n in nodes[d].needs], default=0.)
+        out[n] = seconds[n] + max([out[d] for d in out if n in nodes[d].needs], default=0.0)
     return out
 
-def _left(job:_Job, estimate:float) -> float: # seconds
-    p = job.progress(); s, t = p.get("step"), p.get("steps")
-    known = isinstance(s, (int, float)) and isinstance(t, (int, float)) and job.first and s > job.first[0]
-    steps = (t-s)*(time.time()-job.first[1])/(s-job.first[0]) if known else .1*estimate
-    return max(steps, estimate - job.seconds, 1.)                           # what follows the steps (evaluation, writing) is only in the estimate
 
-def _span(s:float) -> str:
-    return f"{s:.0f} s" if s < 90 else f"{s/60:.0f} min" if s < 5400 else f"{s/3600:.1f} h"
+def _left(job: _Job, estimate: float) -> float:  # seconds
+    p = job.progress()
+    s, t = p.get("step"), p.get("steps")
+    known = isinstance(s, (int, float)) and isinstance(t, (int, float)) and job.first and s > job.first[0]
+    steps = (t - s) * (time.time() - job.first[1]) / (s - job.first[0]) if known else 0.1 * estimate
+    return max(
+        steps, estimate - job.seconds, 1.0
+    )  # what follows the steps (evaluation, writing) is only in the estimate
+
+
+def _span(s: float) -> str:
+    return f"{s:.0f} s" if s < 90 else f"{s / 60:.0f} min" if s < 5400 else f"{s / 3600:.1f} h"
 
 # %% ../nbs/70_reproduce.ipynb #c432b7fb
 class _Screen:
     "One line per event; between events one line that says what is running, in place on a terminal and every 12 seconds elsewhere."
-    def __init__(self): self.tty = sys.stdout.isatty(); self.last = time.time(); self.open = False
-    def say(self, text):
-        if self.open: print("\r\033[K", end="")
-        print(text, flush=True); self.open = False; self.last = time.time()
-    def close(self):
-        if self.open: print(); self.open = False
-    def beat(self, text):
-        if time.time() - self.last < (1 if self.tty else 12): return
-        if self.tty: print("\r\033[K" + text()[:shutil.get_terminal_size().columns-1], end="", flush=True); self.open = True; self.last = time.time()
-        else: self.say(text())
 
-def _running(j:_Job) -> str:
-    p = j.progress(); s = j.node.name
-    if "step" in p: s += f" step {p['step']}" + (f"/{p['steps']}" if "steps" in p else "")
-    if isinstance(p.get("loss"), (int, float)): s += f" loss {p['loss']:.3g}"
+    def __init__(self):
+        self.tty = sys.stdout.isatty()
+        self.last = time.time()
+        self.open = False
+
+    def say(self, text):
+        if self.open:
+            print("\r\033[K", end="")
+        print(text, flush=True)
+        self.open = False
+        self.last = time.time()
+
+    def close(self):
+        if self.open:
+            print()
+            self.open = False
+
+    def beat(self, text):
+        if time.time() - self.last < (1 if self.tty else 12):
+            return
+        if self.tty:
+            print("\r\033[K" + text()[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+            self.open = True
+            self.last = time.time()
+        else:
+            self.say(text())
+
+
+def _running(j: _Job) -> str:
+    p = j.progress()
+    s = j.node.name
+    if "step" in p:
+        s += f" step {p['step']}" + (f"/{p['steps']}" if "steps" in p else "")
+    if isinstance(p.get("loss"), (int, float)):
+        s += f" loss {p['loss']:.3g}"
     return s if "step" in p else f"{s} {_span(j.seconds)}"
 
 # %% ../nbs/70_reproduce.ipynb #79528778
-def _execute(nodes:dict, todo:dict, jobs:int, say:_Screen, cluster=None) -> dict:
+def _execute(nodes: dict, todo: dict, jobs: int, say: _Screen, cluster=None) -> dict:
     "Run the nodes in `todo` (name -> reason), `jobs` at a time, those with the longest chain first; returns done, failed and skipped."
-    est = {n: _estimate(nodes[n]) for n in todo}; chain = _chains(nodes, est); git, env = git_state(), {} if cluster else _environment(jobs)
+    est = {n: _estimate(nodes[n]) for n in todo}
+    chain = _chains(nodes, est)
+    git, env = git_state(), {} if cluster else _environment(jobs)
     waiting, running, over = sorted(todo, key=lambda n: -chain[n]), {}, dict(done=[], failed={}, skipped={})
-    total, others = len(todo), set(); nursery = _Nursery(env) if not cluster and len(todo) > jobs and _nursery_works() else None
+    total, others = len(todo), set()
+    nursery = _Nursery(env) if not cluster and len(todo) > jobs and _nursery_works() else None
+
     def eta():
         left = {**{n: est[n] for n in waiting}, **{n: _left(j, est[n]) for n, j in running.items()}}
-        return max([*_chains(nodes, left).values(), sum(left.values())/(max(1, min(jobs, cluster.slots)) if cluster else jobs)], default=0.)
-    def count(): return f"[{len(over['done'])+len(over['failed'])+len(over['skipped'])}/{total}]"
+        return max(
+            [
+                *_chains(nodes, left).values(),
+                sum(left.values()) / (max(1, min(jobs, cluster.slots)) if cluster else jobs),
+            ],
+            default=0.0,
+        )
+
+    def count():
+        return f"[{len(over['done']) + len(over['failed']) + len(over['skipped'])}/{total}]"
+
     def tail():
-        n = len(waiting)+len(running)
+        n = len(waiting) + len(running)
         return f", {n} left, about {_span(eta())}" if n else ""
+
     def fail(n, text):
-        over["failed"][n] = text; say.say(f"{count()} {n} FAILED: {text}")
+        over["failed"][n] = text
+        say.say(f"{count()} {n} FAILED: {text}")
         lost = {n}
-        for m in [m for m in nodes if m in waiting]:                        # needs come first in nodes, so one pass reaches all
+        for m in [m for m in nodes if m in waiting]:  # needs come first in nodes, so one pass reaches all
             if bad := [x for x in nodes[m].needs if x in lost]:
-                lost.add(m); waiting.remove(m); over["skipped"][m] = f"needs {bad[0]}"; say.say(f"{count()} {m} skipped: it needs {bad[0]}")
-    def done(n, text): over["done"].append(n); say.say(f"{count()} {n} {text}{tail()}")
+                lost.add(m)
+                waiting.remove(m)
+                over["skipped"][m] = f"needs {bad[0]}"
+                say.say(f"{count()} {m} skipped: it needs {bad[0]}")
+
+    def done(n, text):
+        over["done"].append(n)
+        say.say(f"{count()} {n} {text}{tail()}")
+
     try:
         while waiting or running:
-            if cluster: cluster.beat(say.say)
+            if cluster:
+                cluster.beat(say.say)
             for n in list(waiting):
-                if len(running) >= jobs or (cluster and not cluster.free()): break
-                if any(x in waiting or x in running for x in (*nodes[n].needs, *(f"{i}@{w}" for i in nodes[n].entry.get("after", ()) for w in nodes[n].seeds))): continue
-                if (lock := _Job.acquire(nodes[n])) is None:
-                    if n not in others: others.add(n); say.say(f"{n} is being computed by another process; waiting for it")
+                if len(running) >= jobs or (cluster and not cluster.free()):
+                    break
+                if any(
+                    x in waiting or x in running
+                    for x in (
+                        *nodes[n].needs,
+                        *(f"{i}@{w}" for i in nodes[n].entry.get("after", ()) for w in nodes[n].seeds),
+                    )
+                ):
                     continue
-                waiting.remove(n); job = _Job(nodes[n], lock)
-                try: _key(nodes[n], nodes)                                  # the code may have been edited since the graph was made; the receipt tells what ran
-                except (ValueError, FileNotFoundError) as e: job.release(); fail(n, str(e)); continue
-                if not why(nodes[n]): job.release(); done(n, "was finished by another process"); continue
-                if _complete(nodes[n]): _place(nodes[n]); job.release(); done(n, "was complete"); continue
-                job.start(nodes, env, nursery, cluster); running[n] = job; say.say(f"{n} starts{f' on {job.proc.where}' if cluster else ''} ({nodes[n].entry['notebook']}): {todo[n]}")
+                if (lock := _Job.acquire(nodes[n])) is None:
+                    if n not in others:
+                        others.add(n)
+                        say.say(f"{n} is being computed by another process; waiting for it")
+                    continue
+                waiting.remove(n)
+                job = _Job(nodes[n], lock)
+                try:
+                    _key(
+                        nodes[n], nodes
+                    )  # the code may have been edited since the graph was made; the receipt tells what ran
+                except (ValueError, FileNotFoundError) as e:
+                    job.release()
+                    fail(n, str(e))
+                    continue
+                if not why(nodes[n]):
+                    job.release()
+                    done(n, "was finished by another process")
+                    continue
+                if _complete(nodes[n]):
+                    _place(nodes[n])
+                    job.release()
+                    done(n, "was complete")
+                    continue
+                job.start(nodes, env, nursery, cluster)
+                running[n] = job
+                say.say(
+                    f"{n} starts{f' on {job.proc.where}' if cluster else ''} ({nodes[n].entry['notebook']}): {todo[n]}"
+                )
             for n, job in list(running.items()):
                 job.tick()
-                if job.proc.poll() is None: continue
+                if job.proc.poll() is None:
+                    continue
                 del running[n]
                 try:
-                    if job.proc.returncode: fail(n, _failure(job))
-                    else: _finish(job, git); done(n, f"done in {_span(job.seconds)}")
-                except (FileNotFoundError, ValueError) as e: fail(n, f"{nodes[n].entry['notebook']} ended without a valid record: {e}")
-                finally: job.release()
-            if running: say.beat(lambda: f"{count()} running: {' | '.join(map(_running, running.values()))}; about {_span(eta())} left")
-            if waiting or running: time.sleep(.1)
+                    if job.proc.returncode:
+                        fail(n, _failure(job))
+                    else:
+                        _finish(job, git)
+                        done(n, f"done in {_span(job.seconds)}")
+                except (FileNotFoundError, ValueError) as e:
+                    fail(n, f"{nodes[n].entry['notebook']} ended without a valid record: {e}")
+                finally:
+                    job.release()
+            if running:
+                say.beat(
+                    lambda: (
+                        f"{count()} running: {' | '.join(map(_running, running.values()))}; about {_span(eta())} left"
+                    )
+                )
+            if waiting or running:
+                time.sleep(0.1)
     finally:
         say.close()
-        for job in running.values(): job.proc and job.proc.poll() is None and job.proc.terminate()
-        if nursery: nursery.close()                                         # what it has forked ends with it
-        for job in running.values(): job.stop()
+        for job in running.values():
+            job.proc and job.proc.poll() is None and job.proc.terminate()
+        if nursery:
+            nursery.close()  # what it has forked ends with it
+        for job in running.values():
+            job.stop()
     return over
 
-def _failure(job:_Job) -> str:
+
+def _failure(job: _Job) -> str:
     n, p = job.node, job.node.partial
-    if said := getattr(job.proc, "said", ""): return f"{n.entry['notebook']}: {said}"
-    try: e = read_json(p/"error.json")
+    if said := getattr(job.proc, "said", ""):
+        return f"{n.entry['notebook']}: {said}"
+    try:
+        e = read_json(p / "error.json")
     except (OSError, ValueError):
-        log = (p/"worker.log").read_text(errors="replace").strip().split("\n")[-1] if (p/"worker.log").is_file() else ""
-        return f"{n.entry['notebook']}: its process ended with code {job.proc.returncode}" + (f" ({log})" if log else "") + f"; see {p}"
+        log = (
+            (p / "worker.log").read_text(errors="replace").strip().split("\n")[-1]
+            if (p / "worker.log").is_file()
+            else ""
+        )
+        return (
+            f"{n.entry['notebook']}: its process ended with code {job.proc.returncode}"
+            + (f" ({log})" if log else "")
+            + f"; see {p}"
+        )
     where = f"{n.entry['notebook']}, cell {e['cell']}" if e["cell"] else n.entry["notebook"]
-    return f"{where}: {e['error'].splitlines()[0]}; executed notebook: {p/'notebook.ipynb'}"
+    return f"{where}: {e['error'].splitlines()[0]}; executed notebook: {p / 'notebook.ipynb'}"
 
 # %% ../nbs/70_reproduce.ipynb #5837b3eb
-def reproduce(ids=None,          # tables or runs; none: the main tables, ["all"]: all tables
-              scale:str="micro", # section of settings.ini
-              seeds=1,           # number of confirmation worlds, or see `world_seeds`
-              jobs:int=None,     # runs at a time; none: 2, on a cluster as many as it has slots
-              dry_run:bool=False,# only say what would run and why
-              plan=None,         # plan file; none: nbs/experiments/plan.toml
-              cluster=None       # machines that run them, a `vlkd.scheduler.Cluster`; none: this one
-             ) -> dict: # fresh, done (names), failed, skipped (name -> why); in a dry run fresh and would_run
+def reproduce(
+    ids=None,  # tables or runs; none: the main tables, ["all"]: all tables
+    scale: str = "micro",  # section of settings.ini
+    seeds=1,  # number of confirmation worlds, or see `world_seeds`
+    jobs: int = None,  # runs at a time; none: 2, on a cluster as many as it has slots
+    dry_run: bool = False,  # only say what would run and why
+    plan=None,  # plan file; none: nbs/experiments/plan.toml
+    cluster=None,  # machines that run them, a `vlkd.scheduler.Cluster`; none: this one
+) -> dict:  # fresh, done (names), failed, skipped (name -> why); in a dry run fresh and would_run
     "Bring tables or runs up to date. A failed run stops only what needs it; errors in the plan are raised before anything starts."
-    if jobs is not None and jobs < 1: raise ValueError(f"jobs should be at least 1, got {jobs}")
-    nodes = graph(ids, scale, seeds, plan, need_data=not dry_run); todo = {n: r for n, x in nodes.items() if (r := why(x))}
-    fresh = [n for n in nodes if n not in todo]; say = _Screen()
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs should be at least 1, got {jobs}")
+    nodes = graph(ids, scale, seeds, plan, need_data=not dry_run)
+    todo = {n: r for n, x in nodes.items() if (r := why(x))}
+    fresh = [n for n in nodes if n not in todo]
+    say = _Screen()
     if dry_run:
-        for n in nodes: say.say(f"{n}: " + (f"would run: {todo[n]}" if n in todo else "fresh"))
-        if scale_settings(scale)["data_kind"] == "paper":                    # what nobody starts without knowing what it takes
+        for n in nodes:
+            say.say(f"{n}: " + (f"would run: {todo[n]}" if n in todo else "fresh"))
+        if scale_settings(scale)["data_kind"] == "paper":  # what nobody starts without knowing what it takes
             from vlkd.rehearse import report_plan
-            say.say("\n"+report_plan(_runs_of(nodes.values()), scale, tables=[n.entry["id"] for n in nodes.values() if n.entry["kind"] == "table"], seeds=len(world_seeds(seeds))))
+
+            say.say(
+                "\n"
+                + report_plan(
+                    _runs_of(nodes.values()),
+                    scale,
+                    tables=[n.entry["id"] for n in nodes.values() if n.entry["kind"] == "table"],
+                    seeds=len(world_seeds(seeds)),
+                )
+            )
         return dict(fresh=fresh, would_run=todo)
-    if not todo: say.say(f"{_runs(nodes)} at scale {scale}: all fresh, nothing to do"); return dict(fresh=fresh, done=[], failed={}, skipped={})
-    jobs = (jobs or len(todo)) if cluster else min(jobs or 2, _cores()); began = time.time()
-    with _interruptible(), (cluster.use([nodes[n] for n in todo], say.say) if cluster else contextlib.nullcontext()):
-        say.say(f"{_runs(nodes)} at scale {scale}: {len(fresh)} fresh, {len(todo)} to do, {min(jobs, cluster.slots) if cluster else jobs} at a time")
+    if not todo:
+        say.say(f"{_runs(nodes)} at scale {scale}: all fresh, nothing to do")
+        return dict(fresh=fresh, done=[], failed={}, skipped={})
+    jobs = (jobs or len(todo)) if cluster else min(jobs or 2, _cores())
+    began = time.time()
+    with (
+        _interruptible(),
+        cluster.use([nodes[n] for n in todo], say.say) if cluster else contextlib.nullcontext(),
+    ):
+        say.say(
+            f"{_runs(nodes)} at scale {scale}: {len(fresh)} fresh, {len(todo)} to do, {min(jobs, cluster.slots) if cluster else jobs} at a time"
+        )
         over = _execute(nodes, todo, jobs, say, cluster)
-    say.say(f"{len(over['done'])} done, {len(over['failed'])} failed, {len(over['skipped'])} skipped in {_span(time.time()-began)}")
+    say.say(
+        f"{len(over['done'])} done, {len(over['failed'])} failed, {len(over['skipped'])} skipped in {_span(time.time() - began)}"
+    )
     return dict(fresh=fresh, **over)
 
-def _runs(xs) -> str: return f"{len(xs)} run{'s' if len(xs) != 1 else ''}"
+
+def _runs(xs) -> str:
+    return f"{len(xs)} run{'s' if len(xs) != 1 else ''}"
+
 
 @contextlib.contextmanager
 def _interruptible():
     "Let SIGTERM end the block as Ctrl-C does, so that workers are stopped."
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    def stop(*_): raise KeyboardInterrupt
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
     old = signal.signal(signal.SIGTERM, stop)
-    try: yield
-    finally: signal.signal(signal.SIGTERM, old)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 # %% ../nbs/70_reproduce.ipynb #faa7c343
-def _seeds_of(folder:Path) -> tuple: return tuple(int(s) for s in folder.name.split("@")[1].split("-"))
+def _seeds_of(folder: Path) -> tuple:
+    return tuple(int(s) for s in folder.name.split("@")[1].split("-"))
 
-def _finished(scale, seeds=None, plan=None) -> list[tuple]: # (node, receipt, whether it is fresh, all nodes of its graph)
+
+def _finished(
+    scale, seeds=None, plan=None
+) -> list[tuple]:  # (node, receipt, whether it is fresh, all nodes of its graph)
     "Finished tables of a scale, in the plan's order."
-    root, entries, out, known = path("runs")/scale, load_plan(plan), [], {}
+    root, entries, out, known = path("runs") / scale, load_plan(plan), [], {}
     ids = [i for i, e in entries.items() if e["kind"] == "table" and scale in e.get("scales", [scale])]
     conf = _sections(settings_file()).get("worlds", {}).get("confirmation", [])
+
     def at(ss):
-        if ss not in known: known[ss] = graph(["all"], scale, list(ss), plan)
+        if ss not in known:
+            known[ss] = graph(["all"], scale, list(ss), plan)
         return known[ss]
+
     for i in ids:
-        sets = [tuple(world_seeds(seeds))] if seeds is not None else sorted({_seeds_of(f.parent) for f in root.glob(f"{i}@*/run.json")})
-        done = [(at(ss)[f"{i}@{'-'.join(map(str, ss))}"], ss) for ss in sets if (root/f"{i}@{'-'.join(map(str, ss))}"/"run.json").is_file()]
-        if not done: continue
+        sets = (
+            [tuple(world_seeds(seeds))]
+            if seeds is not None
+            else sorted({_seeds_of(f.parent) for f in root.glob(f"{i}@*/run.json")})
+        )
+        done = [
+            (at(ss)[f"{i}@{'-'.join(map(str, ss))}"], ss)
+            for ss in sets
+            if (root / f"{i}@{'-'.join(map(str, ss))}" / "run.json").is_file()
+        ]
+        if not done:
+            continue
         n, _ = max(done, key=lambda d: (not why(d[0]), all(s in conf for s in d[1]), len(d[1])))
-        out.append((n, read_json(n.folder/"run.json"), not why(n), at(n.seeds)))
+        out.append((n, read_json(n.folder / "run.json"), not why(n), at(n.seeds)))
     return out
 
-def _closure(n:Node, nodes:dict) -> list[Node]:
+
+def _closure(n: Node, nodes: dict) -> list[Node]:
     out = {}
+
     def visit(m):
-        for x in nodes[m].needs: visit(x)
+        for x in nodes[m].needs:
+            visit(x)
         out[m] = nodes[m]
-    visit(n.name); return list(out.values())
+
+    visit(n.name)
+    return list(out.values())
 
 # %% ../nbs/70_reproduce.ipynb #c5db7271
-def _page_cells(n:Node, receipt:dict) -> list[dict]: # kind, source, outputs
+def _page_cells(n: Node, receipt: dict) -> list[dict]:  # kind, source, outputs
     "Cells of a finished run that its page shows."
-    ran = _cells(n.folder/"notebook.ipynb"); now = _cells(n.entry["file"]); by = {c["id"]: c for c in ran}
-    if all(c["kind"] != "code" or (c["id"] in by and _tree(by[c["id"]]["source"]) == _tree(c["source"])) for c in now):
+    ran = _cells(n.folder / "notebook.ipynb")
+    now = _cells(n.entry["file"])
+    by = {c["id"]: c for c in ran}
+    if all(
+        c["kind"] != "code" or (c["id"] in by and _tree(by[c["id"]]["source"]) == _tree(c["source"]))
+        for c in now
+    ):
         now = [by[c["id"]] if c["kind"] == "code" else c for c in now]
-    else: now = [c for c in ran if "injected-parameters" not in c["tags"] and "papermill-error-cell-tag" not in c["tags"]]
+    else:
+        now = [
+            c
+            for c in ran
+            if "injected-parameters" not in c["tags"] and "papermill-error-cell-tag" not in c["tags"]
+        ]
     out = []
     for c in now:
-        if "parameters" in c["tags"]: out.append(dict(kind="code", source="\n".join(f"{k} = {v!r}" for k, v in receipt["params"].items() if re.search(rf"^{k}\s*:", c["source"], re.M)), outputs=[]))
-        elif c["kind"] != "code" or not re.search(r"^\s*#\|\s*hide\s*$", c["source"], re.M): out.append(c)
+        if "parameters" in c["tags"]:
+            out.append(
+                dict(
+                    kind="code",
+                    source="\n".join(
+                        f"{k} = {v!r}"
+                        for k, v in receipt["params"].items()
+                        if re.search(rf"^{k}\s*:", c["source"], re.M)
+                    ),
+                    outputs=[],
+                )
+            )
+        elif c["kind"] != "code" or not re.search(r"^\s*#\|\s*hide\s*$", c["source"], re.M):
+            out.append(c)
     return [dict(c, outputs=[_portable(o, n) for o in c.get("outputs", []) if not _noise(o)]) for c in out]
 
-def _noise(o:dict) -> bool:
-    "Warnings, and the path that `record` returns."
-    return (o.get("output_type"), o.get("name")) == ("stream", "stderr") or re.match(r"(Posix|Windows)Path\(", "".join(o.get("data", {}).get("text/plain", ""))) is not None
 
-def _portable(o, n:Node):
+def _noise(o: dict) -> bool:
+    "Warnings, and the path that `record` returns."
+    return (o.get("output_type"), o.get("name")) == ("stream", "stderr") or re.match(
+        r"(Posix|Windows)Path\(", "".join(o.get("data", {}).get("text/plain", ""))
+    ) is not None
+
+
+def _portable(o, n: Node):
     "Replace folders of this machine by their names in text outputs."
     if isinstance(o, str):
-        for p, name in ((n.folder.parent/".partial"/f"{n.name}-{read_json(n.folder/'run.json')['key'][:8]}", f"runs/{n.scale}/{n.name}"), (path("runs"), "runs"), (path("reports"), "reports"), (settings_file().parent, ".")): o = o.replace(str(p), name)
+        for p, name in (
+            (
+                n.folder.parent / ".partial" / f"{n.name}-{read_json(n.folder / 'run.json')['key'][:8]}",
+                f"runs/{n.scale}/{n.name}",
+            ),
+            (path("runs"), "runs"),
+            (path("reports"), "reports"),
+            (settings_file().parent, "."),
+        ):
+            o = o.replace(str(p), name)
         return o
-    if isinstance(o, list): return [_portable(x, n) for x in o]
-    return {k: (v if k == "image/png" else _portable(v, n)) for k, v in o.items()} if isinstance(o, dict) else o
+    if isinstance(o, list):
+        return [_portable(x, n) for x in o]
+    return (
+        {k: (v if k == "image/png" else _portable(v, n)) for k, v in o.items()} if isinstance(o, dict) else o
+    )
 
 # %% ../nbs/70_reproduce.ipynb #44c140c0
 _css = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}h1,h2,h3{line-height:1.2}a{color:#0072B2}a.anchor-link{display:none}
@@ -756,210 +1461,483 @@ caption{text-align:left;font-weight:600;padding:.3rem 0}img{max-width:100%;heigh
 blockquote{border-left:3px solid #ccc;margin-left:0;padding-left:1rem;color:#444}footer{margin-top:3rem;border-top:1px solid #ddd;font-size:.85em;color:#555}.note{font-size:.85em;color:#555}.holds{color:#00664d}.fails{color:#a33b00}.undecided{color:#666}
 .jp-OutputPrompt,.jp-InputPrompt,.prompt{display:none}"""
 
-def _html(title:str, body:str, footer:str="") -> str:
+
+def _html(title: str, body: str, footer: str = "") -> str:
     return f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title><style>{_css}</style></head>\n<body>\n{body}\n<footer>{footer}</footer></body></html>\n"
+
 
 def _notebook_html(cells) -> str:
     "Cells through nbconvert's basic template with the code folded."
     import warnings
+
     with _quick_imports():
         import nbformat
         from nbconvert import HTMLExporter
-    v4 = nbformat.v4; nb = v4.new_notebook(metadata=dict(language_info=dict(name="python")))
-    nb.cells = [v4.new_markdown_cell(c["source"]) if c["kind"] == "markdown" else v4.new_code_cell(c["source"], outputs=[nbformat.from_dict(o) for o in c["outputs"]]) for c in cells if c["kind"] in ("markdown", "code")]
-    for i, c in enumerate(nb.cells): c["id"] = f"cell-{i}"                  # drawn at random otherwise, a difference in every published page
-    for o in (o for c in nb.cells for o in c.get("outputs", [])):           # files hold text as lists of lines
+    v4 = nbformat.v4
+    nb = v4.new_notebook(metadata=dict(language_info=dict(name="python")))
+    nb.cells = [
+        v4.new_markdown_cell(c["source"])
+        if c["kind"] == "markdown"
+        else v4.new_code_cell(c["source"], outputs=[nbformat.from_dict(o) for o in c["outputs"]])
+        for c in cells
+        if c["kind"] in ("markdown", "code")
+    ]
+    for i, c in enumerate(nb.cells):
+        c["id"] = f"cell-{i}"  # drawn at random otherwise, a difference in every published page
+    for o in (o for c in nb.cells for o in c.get("outputs", [])):  # files hold text as lists of lines
         for d in (o, o.get("data", {})):
             for k, x in d.items():
-                if isinstance(x, list) and k != "traceback": d[k] = "".join(x)
-    ex = HTMLExporter(); ex.raw_template = "{% extends 'basic/index.html.j2' %}{% block input %}<details><summary>code</summary>{{ super() }}</details>{% endblock input %}"
-    with warnings.catch_warnings(): warnings.simplefilter("ignore"); return ex.from_notebook_node(nb)[0]
+                if isinstance(x, list) and k != "traceback":
+                    d[k] = "".join(x)
+    ex = HTMLExporter()
+    ex.raw_template = "{% extends 'basic/index.html.j2' %}{% block input %}<details><summary>code</summary>{{ super() }}</details>{% endblock input %}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ex.from_notebook_node(nb)[0]
 
-def _notebook_md(cells, folder:Path) -> str:
+
+def _notebook_md(cells, folder: Path) -> str:
     "Cells as GitHub markdown without their code: prose, tables, text; figures become files in `folder`."
     import base64
+
     out, k = [], 0
     for c in cells:
-        if c["kind"] == "markdown": out.append(c["source"])
+        if c["kind"] == "markdown":
+            out.append(c["source"])
         for o in c["outputs"] if c["kind"] == "code" else ():
             d = {t: "".join(v) for t, v in o.get("data", {}).items() if isinstance(v, (str, list))}
             if "image/png" in d:
-                k += 1; f = folder/f"output-{k}.png"; f.parent.mkdir(parents=True, exist_ok=True); f.write_bytes(base64.b64decode(d["image/png"])); out.append(f"![{folder.name}, figure {k}]({folder.name}/{f.name})")
-            elif "text/markdown" in d: out.append(d["text/markdown"])
-            elif "text/html" in d: out.append(re.sub(r"\n\s*\n", "\n", re.sub(r"<style.*?</style>", "", d["text/html"], flags=re.S)).strip())
-            elif t := (d.get("text/plain") or "".join(o.get("text", ""))).strip(): out.append(f"```\n{t}\n```")
+                k += 1
+                f = folder / f"output-{k}.png"
+                f.parent.mkdir(parents=True, exist_ok=True)
+                f.write_bytes(base64.b64decode(d["image/png"]))
+                out.append(f"![{folder.name}, figure {k}]({folder.name}/{f.name})")
+            elif "text/markdown" in d:
+                out.append(d["text/markdown"])
+            elif "text/html" in d:
+                out.append(
+                    re.sub(
+                        r"\n\s*\n", "\n", re.sub(r"<style.*?</style>", "", d["text/html"], flags=re.S)
+                    ).strip()
+                )
+            elif t := (d.get("text/plain") or "".join(o.get("text", ""))).strip():
+                out.append(f"```\n{t}\n```")
     return "\n\n".join(out)
 
 # %% ../nbs/70_reproduce.ipynb #d18a8ff3
 _verdicts = ("holds", "fails", "undecided", "not tested")
 
-def _claims(t:dict, r:dict) -> list[dict]:
+
+def _claims(t: dict, r: dict) -> list[dict]:
     out = r.get("claims") or []
     for c in out:
-        if not isinstance(c, dict) or c.get("verdict") not in _verdicts or not c.get("text"): raise ValueError(f"{t['id']}: result.json: a claim needs a text and a verdict ({', '.join(_verdicts)}), got {c!r}")
+        if not isinstance(c, dict) or c.get("verdict") not in _verdicts or not c.get("text"):
+            raise ValueError(
+                f"{t['id']}: result.json: a claim needs a text and a verdict ({', '.join(_verdicts)}), got {c!r}"
+            )
     return [dict(c, paper=c.get("paper") or r.get("paper") or t["paper"], table=t["id"]) for c in out]
 
-def _tested(cs) -> tuple[list, str]: # claims that were tested; a sentence about the others
+
+def _tested(cs) -> tuple[list, str]:  # claims that were tested; a sentence about the others
     n = len(cs) - len(tested := [c for c in cs if c["verdict"] != "not tested"])
-    return tested, f"Not tested here (this scale lacks the rows or the questions, or cannot tell): {n} claim{'s' if n > 1 else ''} of this table, in the [ledger](claims.md)." if n else ""
+    return (
+        tested,
+        f"Not tested here (this scale lacks the rows or the questions, or cannot tell): {n} claim{'s' if n > 1 else ''} of this table, in the [ledger](claims.md)."
+        if n
+        else "",
+    )
 
-def _tally(cs) -> str: return ", ".join(f"{n} {v}" for v in _verdicts if (n := sum(c["verdict"] == v for c in cs))) or "–"
 
-def _worlds(t) -> str: return f"{len(t['seeds'])} ({', '.join(map(str, t['seeds']))})"
+def _tally(cs) -> str:
+    return ", ".join(f"{n} {v}" for v in _verdicts if (n := sum(c["verdict"] == v for c in cs))) or "–"
 
-def _footer(rep:dict) -> str:
-    v = ", ".join(f"{k} {x}" for k, x in rep["versions"].items()); c = sorted({(f"commit {t['commit'][:10]}" if t["commit"] else "no commit") + (" with local changes" if t["dirty"] else "") for t in rep["tables"]})
+
+def _worlds(t) -> str:
+    return f"{len(t['seeds'])} ({', '.join(map(str, t['seeds']))})"
+
+
+def _footer(rep: dict) -> str:
+    v = ", ".join(f"{k} {x}" for k, x in rep["versions"].items())
+    c = sorted(
+        {
+            (f"commit {t['commit'][:10]}" if t["commit"] else "no commit")
+            + (" with local changes" if t["dirty"] else "")
+            for t in rep["tables"]
+        }
+    )
     return f"Scale {rep['scale']}. Executed at {', '.join(c)} on {', '.join(sorted({t['device'] for t in rep['tables']}))}. {v}."
 
-def _frame(rep:dict, results:dict, link):
+
+def _frame(rep: dict, results: dict, link):
     "One row a table; `link` makes the first column."
     import pandas as pd
-    rows = [{"table": link(t), "result": results[t["id"]].get("headline") or "–", **({"published": t.get("reference") or "–"} if rep["latest"] else {}), "paper": results[t["id"]].get("paper") or t["paper"] or "–",
-             "claims": _tally(_claims(t, results[t["id"]])), "worlds": _worlds(t), "compute": _span(t["seconds"]), "code": "current" if t["fresh"] else "older"} for t in rep["tables"]]
+
+    rows = [
+        {
+            "table": link(t),
+            "result": results[t["id"]].get("headline") or "–",
+            **({"published": t.get("reference") or "–"} if rep["latest"] else {}),
+            "paper": results[t["id"]].get("paper") or t["paper"] or "–",
+            "claims": _tally(_claims(t, results[t["id"]])),
+            "worlds": _worlds(t),
+            "compute": _span(t["seconds"]),
+            "code": "current" if t["fresh"] else "older",
+        }
+        for t in rep["tables"]
+    ]
     return pd.DataFrame(rows)
 
-def _remark(scale:str) -> str: # empty: none
+
+def _remark(scale: str) -> str:  # empty: none
     "What settings.ini says under [remarks] that the results of a scale can tell."
     return str(_sections(settings_file()).get("remarks", {}).get(scale, ""))
 
-def _title(t, r): return r.get("title") or t["title"]
+
+def _title(t, r):
+    return r.get("title") or t["title"]
+
 
 def _readme(rep, results) -> str:
     from vlkd.plots import table_md
-    link = lambda t: f"**{t['id']}** {_title(t, results[t['id']])}" if t["private"] and not rep["latest"] else f"[**{t['id']}** {_title(t, results[t['id']])}]({t['id']}.md)"
+
+    link = lambda t: (
+        f"**{t['id']}** {_title(t, results[t['id']])}"
+        if t["private"] and not rep["latest"]
+        else f"[**{t['id']}** {_title(t, results[t['id']])}]({t['id']}.md)"
+    )
     return f"# Results at scale {rep['scale']}\n\n{_remark(rep['scale'])}\n\n{table_md(_frame(rep, results, link))}\n[Claims ledger](claims.md) · [all runs](runs.csv)\n\n{_footer(rep)}\n"
+
 
 def _index(rep, results) -> str:
     from vlkd.plots import table_html
-    marks = {t["id"]: (f"<b>{t['id']}</b> {html.escape(_title(t, results[t['id']]))}" if t["private"] and not rep["latest"] else f"<a href='{t['id']}.html'><b>{t['id']}</b> {html.escape(_title(t, results[t['id']]))}</a>") for t in rep["tables"]}
-    body = table_html(_frame(rep, results, lambda t: f"@@{t['id']}@@"))
-    for i, m in marks.items(): body = body.replace(f"@@{i}@@", m)
-    claims = "\n".join(f"<h3>{html.escape(p)}</h3>\n{table_html(df)}" for p, df in _ledger(rep, results).items())
-    return _html(f"Results at scale {rep['scale']}", f"<h1>Results at scale {rep['scale']}</h1>\n<p>{html.escape(_remark(rep['scale']))}</p>\n{body}\n<p><a href=runs.csv>All runs</a></p>\n<h2 id=claims>Claims</h2>\n{claims or '<p>No finished table states a claim.</p>'}", html.escape(_footer(rep)))
 
-def _ledger(rep, results) -> dict: # paper -> frame, one row a claim
+    marks = {
+        t["id"]: (
+            f"<b>{t['id']}</b> {html.escape(_title(t, results[t['id']]))}"
+            if t["private"] and not rep["latest"]
+            else f"<a href='{t['id']}.html'><b>{t['id']}</b> {html.escape(_title(t, results[t['id']]))}</a>"
+        )
+        for t in rep["tables"]
+    }
+    body = table_html(_frame(rep, results, lambda t: f"@@{t['id']}@@"))
+    for i, m in marks.items():
+        body = body.replace(f"@@{i}@@", m)
+    claims = "\n".join(
+        f"<h3>{html.escape(p)}</h3>\n{table_html(df)}" for p, df in _ledger(rep, results).items()
+    )
+    return _html(
+        f"Results at scale {rep['scale']}",
+        f"<h1>Results at scale {rep['scale']}</h1>\n<p>{html.escape(_remark(rep['scale']))}</p>\n{body}\n<p><a href=runs.csv>All runs</a></p>\n<h2 id=claims>Claims</h2>\n{claims or '<p>No finished table states a claim.</p>'}",
+        html.escape(_footer(rep)),
+    )
+
+
+def _ledger(rep, results) -> dict:  # paper -> frame, one row a claim
     import pandas as pd
+
     cs = [c for t in rep["tables"] for c in _claims(t, results[t["id"]])]
-    return {p: pd.DataFrame([{k: _say(c.get(k)) for k in ("id", "text", "where", "verdict", "evidence", "test", "n", "table")} for c in cs if c["paper"] == p]) for p in dict.fromkeys(c["paper"] for c in cs)}
+    return {
+        p: pd.DataFrame(
+            [
+                {
+                    k: _say(c.get(k))
+                    for k in ("id", "text", "where", "verdict", "evidence", "test", "n", "table")
+                }
+                for c in cs
+                if c["paper"] == p
+            ]
+        )
+        for p in dict.fromkeys(c["paper"] for c in cs)
+    }
+
 
 def _claims_md(rep, results) -> str:
     from vlkd.plots import table_md
+
     cs = [c for t in rep["tables"] for c in _claims(t, results[t["id"]])]
     parts = [x for p, df in _ledger(rep, results).items() for x in (f"## {p}", table_md(df))]
-    return "\n\n".join([f"# Claims at scale {rep['scale']}", _tally(cs) + "." if cs else "No finished table states a claim.", *parts, _footer(rep)]) + "\n"
+    return (
+        "\n\n".join(
+            [
+                f"# Claims at scale {rep['scale']}",
+                _tally(cs) + "." if cs else "No finished table states a claim.",
+                *parts,
+                _footer(rep),
+            ]
+        )
+        + "\n"
+    )
 
-def _say(v): return "–" if v in (None, "") else v if isinstance(v, str) else json.dumps(v) if isinstance(v, (dict, list)) else f"{v:.4g}" if isinstance(v, float) else str(v)
+
+def _say(v):
+    return (
+        "–"
+        if v in (None, "")
+        else v
+        if isinstance(v, str)
+        else json.dumps(v)
+        if isinstance(v, (dict, list))
+        else f"{v:.4g}"
+        if isinstance(v, float)
+        else str(v)
+    )
 
 # %% ../nbs/70_reproduce.ipynb #cd87d1e3
-def _head(t, r, md:bool, remark:str="") -> str:
+def _head(t, r, md: bool, remark: str = "") -> str:
     "What stands over a page: paper, claim, result, verdicts."
-    cs, rest = _tested(_claims(t, r)); paper = r.get("paper") or t["paper"]
+    cs, rest = _tested(_claims(t, r))
+    paper = r.get("paper") or t["paper"]
     if md:
-        rows = [f"[All results](README.md) · {paper}" if paper else "[All results](README.md)", f"*{remark}*" if remark else "", f"**Claim.** {t['claim']}" if t["claim"] else "", f"**Result.** {r['headline']}" if r.get("headline") else "",
-                "\n".join(f"- **{c['verdict']}**: {c['text']} ({_say(c.get('evidence'))})" for c in cs), rest, f"Worlds: {_worlds(t)}. Notebook: `nbs/experiments/{t['notebook']}`. Compute: {_span(t['seconds'])} on {t['device']}."]
+        rows = [
+            f"[All results](README.md) · {paper}" if paper else "[All results](README.md)",
+            f"*{remark}*" if remark else "",
+            f"**Claim.** {t['claim']}" if t["claim"] else "",
+            f"**Result.** {r['headline']}" if r.get("headline") else "",
+            "\n".join(f"- **{c['verdict']}**: {c['text']} ({_say(c.get('evidence'))})" for c in cs),
+            rest,
+            f"Worlds: {_worlds(t)}. Notebook: `nbs/experiments/{t['notebook']}`. Compute: {_span(t['seconds'])} on {t['device']}.",
+        ]
         return "\n\n".join(x for x in rows if x)
     e = html.escape
-    rows = [f"<p><a href=index.html>All results</a>{' · '+e(paper) if paper else ''}</p>", f"<p><i>{e(remark)}</i></p>" if remark else "", f"<p><b>Claim.</b> {e(t['claim'])}</p>" if t["claim"] else "", f"<p><b>Result.</b> {e(r['headline'])}</p>" if r.get("headline") else "",
-            "<ul>" + "".join(f"<li><b class={c['verdict']}>{c['verdict']}</b>: {e(c['text'])} ({e(_say(c.get('evidence')))})</li>" for c in cs) + "</ul>" if cs else "", f"<p>{rest.replace('[ledger](claims.md)', '<a href=index.html#claims>ledger</a>')}</p>" if rest else "",
-            f"<p class=note>Worlds: {_worlds(t)}. Notebook: nbs/experiments/{e(t['notebook'])}. Compute: {_span(t['seconds'])} on {e(t['device'])}.</p>"]
+    rows = [
+        f"<p><a href=index.html>All results</a>{' · ' + e(paper) if paper else ''}</p>",
+        f"<p><i>{e(remark)}</i></p>" if remark else "",
+        f"<p><b>Claim.</b> {e(t['claim'])}</p>" if t["claim"] else "",
+        f"<p><b>Result.</b> {e(r['headline'])}</p>" if r.get("headline") else "",
+        "<ul>"
+        + "".join(
+            f"<li><b class={c['verdict']}>{c['verdict']}</b>: {e(c['text'])} ({e(_say(c.get('evidence')))})</li>"
+            for c in cs
+        )
+        + "</ul>"
+        if cs
+        else "",
+        f"<p>{rest.replace('[ledger](claims.md)', '<a href=index.html#claims>ledger</a>')}</p>"
+        if rest
+        else "",
+        f"<p class=note>Worlds: {_worlds(t)}. Notebook: nbs/experiments/{e(t['notebook'])}. Compute: {_span(t['seconds'])} on {e(t['device'])}.</p>",
+    ]
     return "\n".join(x for x in rows if x)
 
-def _copy_table(dst:Path, n:Node, t:dict, receipt:dict, pages:bool) -> dict:
+
+def _copy_table(dst: Path, n: Node, t: dict, receipt: dict, pages: bool) -> dict:
     "Files of one table into the report folder; returns its result."
-    run = Run(n.folder); d = dst/t["id"]; d.mkdir(parents=True)
-    shutil.copyfile(n.folder/"result.json", d/"result.json")
+    run = Run(n.folder)
+    d = dst / t["id"]
+    d.mkdir(parents=True)
+    shutil.copyfile(n.folder / "result.json", d / "result.json")
     for k in run.result["files"]:
-        if k.startswith(("tables/", "figures/")): shutil.copyfile(run.file(k), d/Path(k).name)
+        if k.startswith(("tables/", "figures/")):
+            shutil.copyfile(run.file(k), d / Path(k).name)
     if pages:
-        cells = _page_cells(n, receipt); links = " · ".join(f"[{Path(k).name}]({t['id']}/{Path(k).name})" for k in run.result["files"] if k.startswith(("tables/", "figures/")))
-        k = 1 if cells and cells[0]["kind"] == "markdown" else 0            # the head goes below the title
-        md = "\n\n".join([*(c["source"] for c in cells[:k]), _head(t, run.result, True, _remark(n.scale)), _notebook_md(cells[k:], d), *([f"Files: {links}"] if links else [])]) + "\n"
-        (dst/f"{t['id']}.md").write_text(md, encoding="utf-8")
-        (dst/f"{t['id']}.html").write_text(_html(_title(t, run.result), _notebook_html(cells[:k]) + _head(t, run.result, False, _remark(n.scale)) + _notebook_html(cells[k:]), html.escape(f"Scale {n.scale}, worlds {_worlds(t)}, commit {t['commit'][:10] or 'none'}{' with local changes' if t['dirty'] else ''}. ") + html.escape(", ".join(f"{k} {v}" for k, v in receipt["versions"].items()))), encoding="utf-8")
+        cells = _page_cells(n, receipt)
+        links = " · ".join(
+            f"[{Path(k).name}]({t['id']}/{Path(k).name})"
+            for k in run.result["files"]
+            if k.startswith(("tables/", "figures/"))
+        )
+        k = 1 if cells and cells[0]["kind"] == "markdown" else 0  # the head goes below the title
+        md = (
+            "\n\n".join(
+                [
+                    *(c["source"] for c in cells[:k]),
+                    _head(t, run.result, True, _remark(n.scale)),
+                    _notebook_md(cells[k:], d),
+                    *([f"Files: {links}"] if links else []),
+                ]
+            )
+            + "\n"
+        )
+        (dst / f"{t['id']}.md").write_text(md, encoding="utf-8")
+        (dst / f"{t['id']}.html").write_text(
+            _html(
+                _title(t, run.result),
+                _notebook_html(cells[:k])
+                + _head(t, run.result, False, _remark(n.scale))
+                + _notebook_html(cells[k:]),
+                html.escape(
+                    f"Scale {n.scale}, worlds {_worlds(t)}, commit {t['commit'][:10] or 'none'}{' with local changes' if t['dirty'] else ''}. "
+                )
+                + html.escape(", ".join(f"{k} {v}" for k, v in receipt["versions"].items())),
+            ),
+            encoding="utf-8",
+        )
     return run.result
 
 # %% ../nbs/70_reproduce.ipynb #7e630ace
 _run_columns = ["run", "table", "seconds", "device", "commit", "dirty", "started", "key"]
+
 
 def _run_rows(done) -> dict[str, dict]:
     out = {}
     for n, _, _, nodes in done:
         for m in _closure(n, nodes):
             with contextlib.suppress(FileNotFoundError):
-                r = read_json(m.folder/"run.json")
-                out[m.name] = dict(run=m.name, table=m.entry["kind"] == "table", seconds=r["seconds"], device=r["device"], commit=r["git"].get("commit", ""), dirty=r["git"].get("dirty", ""), started=r["started"], key=r["key"])
+                r = read_json(m.folder / "run.json")
+                out[m.name] = dict(
+                    run=m.name,
+                    table=m.entry["kind"] == "table",
+                    seconds=r["seconds"],
+                    device=r["device"],
+                    commit=r["git"].get("commit", ""),
+                    dirty=r["git"].get("dirty", ""),
+                    started=r["started"],
+                    key=r["key"],
+                )
     return out
+
 
 def _entry(n, r, fresh, nodes, rows, latest) -> dict:
     "A table's line in report.json."
-    result = Run(n.folder).result; ref = path("reports")/n.scale/n.entry["id"]/"result.json"
-    return dict(id=n.entry["id"], title=n.entry["title"], paper=n.entry.get("paper", ""), claim=n.entry.get("claim", ""), notebook=n.entry["notebook"], seeds=list(n.seeds), key=r["key"], fresh=fresh,
-                seconds=round(sum(rows[m.name]["seconds"] for m in _closure(n, nodes) if m.name in rows), 1), device=r["device"], commit=r["git"].get("commit", ""), dirty=r["git"].get("dirty", False), started=r["started"],
-                private=bool(result.get("private")), **(dict(reference=read_json(ref).get("headline")) if latest and ref.is_file() else {}))
+    result = Run(n.folder).result
+    ref = path("reports") / n.scale / n.entry["id"] / "result.json"
+    return dict(
+        id=n.entry["id"],
+        title=n.entry["title"],
+        paper=n.entry.get("paper", ""),
+        claim=n.entry.get("claim", ""),
+        notebook=n.entry["notebook"],
+        seeds=list(n.seeds),
+        key=r["key"],
+        fresh=fresh,
+        seconds=round(sum(rows[m.name]["seconds"] for m in _closure(n, nodes) if m.name in rows), 1),
+        device=r["device"],
+        commit=r["git"].get("commit", ""),
+        dirty=r["git"].get("dirty", False),
+        started=r["started"],
+        private=bool(result.get("private")),
+        **(dict(reference=read_json(ref).get("headline")) if latest and ref.is_file() else {}),
+    )
 
-def report(scale:str="micro", seeds=None, publish:bool=False, plan=None) -> Path|None: # the report's folder; None where no table is finished
+
+def report(
+    scale: str = "micro", seeds=None, publish: bool = False, plan=None
+) -> Path | None:  # the report's folder; None where no table is finished
     "Render the finished tables of a scale into reports/latest, or, to publish, into reports/<scale>, where tables that were published before and are not finished here stay."
-    done = _finished(scale, seeds, plan); dst = path("reports")/(scale if publish else "latest"); before = dst/"report.json"
+    done = _finished(scale, seeds, plan)
+    dst = path("reports") / (scale if publish else "latest")
+    before = dst / "report.json"
     if not done and not (publish and before.is_file()):
-        if publish: raise ValueError(f"nothing to publish: no table is finished at scale {scale}")
-        print(f"no table is finished at scale {scale}: nothing to report"); return None
-    if publish and (old := [n.name for n, _, fresh, _ in done if not fresh]): raise ValueError(f"not published: {', '.join(old)} was made by other code than the present; run `vlkd reproduce {' '.join(o.split('@')[0] for o in old)} --scale {scale}` first")
+        if publish:
+            raise ValueError(f"nothing to publish: no table is finished at scale {scale}")
+        print(f"no table is finished at scale {scale}: nothing to report")
+        return None
+    if publish and (old := [n.name for n, _, fresh, _ in done if not fresh]):
+        raise ValueError(
+            f"not published: {', '.join(old)} was made by other code than the present; run `vlkd reproduce {' '.join(o.split('@')[0] for o in old)} --scale {scale}` first"
+        )
     rows = _run_rows(done)
-    tables = [_entry(*d, rows, not publish) for d in done]; files = [*(n.entry["file"] for n, *_ in done), plan_file(plan), _library()/"reproduce.py", _library()/"plots.py"]
-    rep = dict(scale=scale, latest=not publish, versions=done[0][1]["versions"] if done else read_json(before)["versions"], tables=tables, stamp=fingerprint(tables, _remark(scale), [sha256_file(f) for f in files]))
+    tables = [_entry(*d, rows, not publish) for d in done]
+    files = [
+        *(n.entry["file"] for n, *_ in done),
+        plan_file(plan),
+        _library() / "reproduce.py",
+        _library() / "plots.py",
+    ]
+    rep = dict(
+        scale=scale,
+        latest=not publish,
+        versions=done[0][1]["versions"] if done else read_json(before)["versions"],
+        tables=tables,
+        stamp=fingerprint(tables, _remark(scale), [sha256_file(f) for f in files]),
+    )
     if not publish and before.is_file():
         with contextlib.suppress(ValueError, KeyError):
-            if read_json(before)["stamp"] == rep["stamp"]: _where(dst, len(tables)); return dst
-    dst.parent.mkdir(parents=True, exist_ok=True); tmp = Path(tempfile.mkdtemp(dir=dst.parent, prefix=f".{dst.name}."))
+            if read_json(before)["stamp"] == rep["stamp"]:
+                _where(dst, len(tables))
+                return dst
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(dir=dst.parent, prefix=f".{dst.name}."))
     try:
-        results = {t["id"]: _copy_table(tmp, n, t, r, pages=not (publish and t["private"])) for (n, r, *_), t in zip(done, tables)}
-        if publish: _keep_published(dst, tmp, rep, results, rows, load_plan(plan))
+        results = {
+            t["id"]: _copy_table(tmp, n, t, r, pages=not (publish and t["private"]))
+            for (n, r, *_), t in zip(done, tables)
+        }
+        if publish:
+            _keep_published(dst, tmp, rep, results, rows, load_plan(plan))
         _write_index(tmp, rep, results, rows)
-        os.chmod(tmp, 0o755); old = tmp.with_name(tmp.name + ".old")
-        if dst.exists(): os.rename(dst, old)
-        os.rename(tmp, dst); shutil.rmtree(old, ignore_errors=True)
-    except BaseException: shutil.rmtree(tmp, ignore_errors=True); raise
-    _where(dst, len(rep["tables"])); return dst
+        os.chmod(tmp, 0o755)
+        old = tmp.with_name(tmp.name + ".old")
+        if dst.exists():
+            os.rename(dst, old)
+        os.rename(tmp, dst)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    _where(dst, len(rep["tables"]))
+    return dst
 
-def _where(dst, n): print(f"report of {n} table{'s' if n != 1 else ''}: {dst/'index.html'} (or README.md beside it)")
+
+def _where(dst, n):
+    print(f"report of {n} table{'s' if n != 1 else ''}: {dst / 'index.html'} (or README.md beside it)")
 
 # %% ../nbs/70_reproduce.ipynb #3f5eb76a
-def _keep_published(old:Path, new:Path, rep:dict, results:dict, rows:dict, entries:dict):
+def _keep_published(old: Path, new: Path, rep: dict, results: dict, rows: dict, entries: dict):
     "Carry published tables over that are still in the plan and were not rendered now."
     import csv
-    if not (old/"report.json").is_file(): return
-    was = read_json(old/"report.json"); kept = [t | dict(fresh=False) for t in was["tables"] if t["id"] not in results and t["id"] in entries] # whether their code is the present one, only their runs could tell
+
+    if not (old / "report.json").is_file():
+        return
+    was = read_json(old / "report.json")
+    kept = [
+        t | dict(fresh=False) for t in was["tables"] if t["id"] not in results and t["id"] in entries
+    ]  # whether their code is the present one, only their runs could tell
     for t in kept:
         for k, sha in was["files"].items():
-            if k.split("/")[0].rsplit(".", 1)[0] == t["id"] or k.startswith(f"{t['id']}/"): _same(old/k, sha)
-        shutil.copytree(old/t["id"], new/t["id"]); results[t["id"]] = read_json(new/t["id"]/"result.json")
+            if k.split("/")[0].rsplit(".", 1)[0] == t["id"] or k.startswith(f"{t['id']}/"):
+                _same(old / k, sha)
+        shutil.copytree(old / t["id"], new / t["id"])
+        results[t["id"]] = read_json(new / t["id"] / "result.json")
         for e in ("md", "html"):
-            if (old/f"{t['id']}.{e}").is_file(): shutil.copyfile(old/f"{t['id']}.{e}", new/f"{t['id']}.{e}")
-    order = list(entries); rep["tables"] = sorted([*rep["tables"], *kept], key=lambda t: order.index(t["id"]))
-    if kept and (old/"runs.csv").is_file():
-        for r in csv.DictReader(open(old/"runs.csv", newline="", encoding="utf-8")): rows.setdefault(r["run"], r)
+            if (old / f"{t['id']}.{e}").is_file():
+                shutil.copyfile(old / f"{t['id']}.{e}", new / f"{t['id']}.{e}")
+    order = list(entries)
+    rep["tables"] = sorted([*rep["tables"], *kept], key=lambda t: order.index(t["id"]))
+    if kept and (old / "runs.csv").is_file():
+        for r in csv.DictReader(open(old / "runs.csv", newline="", encoding="utf-8")):
+            rows.setdefault(r["run"], r)
 
-def _write_index(d:Path, rep:dict, results:dict, rows:dict):
+
+def _write_index(d: Path, rep: dict, results: dict, rows: dict):
     import pandas as pd
-    rep["files"] = {str(f.relative_to(d)): sha256_file(f) for f in sorted(d.rglob("*")) if f.is_file()}
-    for name, f in _rendered.items(): (d/name).write_text(f(rep, results), encoding="utf-8")
-    pd.DataFrame([{k: r[k] for k in _run_columns} for r in rows.values()]).to_csv(d/"runs.csv", index=False)
-    write_json(d/"report.json", rep)
 
-def _same(f:Path, sha:str):
-    if not f.is_file() or sha256_file(f) != sha: raise ValueError(f"{f} is missing or was changed after publishing; restore it, or publish its table again")
+    rep["files"] = {str(f.relative_to(d)): sha256_file(f) for f in sorted(d.rglob("*")) if f.is_file()}
+    for name, f in _rendered.items():
+        (d / name).write_text(f(rep, results), encoding="utf-8")
+    pd.DataFrame([{k: r[k] for k in _run_columns} for r in rows.values()]).to_csv(d / "runs.csv", index=False)
+    write_json(d / "report.json", rep)
+
+
+def _same(f: Path, sha: str):
+    if not f.is_file() or sha256_file(f) != sha:
+        raise ValueError(
+            f"{f} is missing or was changed after publishing; restore it, or publish its table again"
+        )
+
 
 _rendered = {"README.md": _readme, "index.html": _index, "claims.md": _claims_md}
 
-def check_reports(scale:str=None) -> list[str]: # the scales that were checked
+
+def check_reports(scale: str = None) -> list[str]:  # the scales that were checked
     "Check that published reports say what the results recorded beside them say; ValueError naming the first file that does not."
-    found = [d for d in sorted(path("reports").glob("*")) if d.name != "latest" and (d/"report.json").is_file() and scale in (None, d.name)]
+    found = [
+        d
+        for d in sorted(path("reports").glob("*"))
+        if d.name != "latest" and (d / "report.json").is_file() and scale in (None, d.name)
+    ]
     for d in found:
-        rep = read_json(d/"report.json"); results = {t["id"]: read_json(d/t["id"]/"result.json") for t in rep["tables"]}
-        for k, sha in rep["files"].items(): _same(d/k, sha)
+        rep = read_json(d / "report.json")
+        results = {t["id"]: read_json(d / t["id"] / "result.json") for t in rep["tables"]}
+        for k, sha in rep["files"].items():
+            _same(d / k, sha)
         for i, r in results.items():
             for k, sha in r["files"].items():
-                if k.startswith(("tables/", "figures/")) and rep["files"].get(f"{i}/{Path(k).name}") != sha: raise ValueError(f"{d/i/Path(k).name} is not what {d/i/'result.json'} recorded")
+                if k.startswith(("tables/", "figures/")) and rep["files"].get(f"{i}/{Path(k).name}") != sha:
+                    raise ValueError(f"{d / i / Path(k).name} is not what {d / i / 'result.json'} recorded")
         for name, f in _rendered.items():
-            if not (d/name).is_file() or (d/name).read_text(encoding="utf-8") != f(rep, results): raise ValueError(f"{d/name} does not say what the results beside it say; run `vlkd report --publish --scale {d.name}`")
+            if not (d / name).is_file() or (d / name).read_text(encoding="utf-8") != f(rep, results):
+                raise ValueError(
+                    f"{d / name} does not say what the results beside it say; run `vlkd report --publish --scale {d.name}`"
+                )
     return [d.name for d in found]

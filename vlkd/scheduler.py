@@ -12,327 +12,705 @@ from urllib.parse import urlsplit
 
 from .core import *
 import vlkd.reproduce as R
-from .reproduce import _Kernel, _code, _cores, _given_env, _held, _here_env, _library, _module, _stamp, imported_modules
+from vlkd.reproduce import (
+    _Kernel,
+    _code,
+    _cores,
+    _given_env,
+    _held,
+    _here_env,
+    _library,
+    _module,
+    _stamp,
+    imported_modules,
+)
 
 # %% ../nbs/70d_scheduler.ipynb #098a02b1
-resource = "vlkd" # `dask worker --resources vlkd=1`: one run at a time
+resource = "vlkd"  # `dask worker --resources vlkd=1`: one run at a time
 
-def scheduler_address(where:str) -> str: # tcp://host:port, or local:N
+
+def scheduler_address(where: str) -> str:  # tcp://host:port, or local:N
     "Address that `--scheduler` means; ValueError or FileNotFoundError where it is none, ConnectionError where nothing listens."
-    if re.fullmatch(r"local:[1-9]\d*", where): return where
+    if re.fullmatch(r"local:[1-9]\d*", where):
+        return where
     if "://" not in where:
-        if not (f := Path(where).expanduser()).is_file(): raise FileNotFoundError(f"--scheduler {where}: there is no such file; write tcp://HOST:8786, a scheduler file, or local:N with N workers")
-        try: where = read_json(f)["address"]
-        except (ValueError, KeyError, TypeError): raise ValueError(f"--scheduler {f}: not a file that `dask scheduler --scheduler-file` has written: no JSON with an address") from None
-    try: host, port = (u := urlsplit(where)).hostname, u.port
-    except ValueError: host = port = None
-    if not host or not port: raise ValueError(f"--scheduler {where}: an address has a host and a port: tcp://HOST:8786")
-    try: socket.create_connection((host, port), 3).close()
-    except OSError as e: raise ConnectionError(f"no scheduler answers at {where} ({e}); `dask scheduler` starts one, and says its address") from None
+        if not (f := Path(where).expanduser()).is_file():
+            raise FileNotFoundError(
+                f"--scheduler {where}: there is no such file; write tcp://HOST:8786, a scheduler file, or local:N with N workers"
+            )
+        try:
+            where = read_json(f)["address"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"--scheduler {f}: not a file that `dask scheduler --scheduler-file` has written: no JSON with an address"
+            ) from None
+    try:
+        host, port = (u := urlsplit(where)).hostname, u.port
+    except ValueError:
+        host = port = None
+    if not host or not port:
+        raise ValueError(f"--scheduler {where}: an address has a host and a port: tcp://HOST:8786")
+    try:
+        socket.create_connection((host, port), 3).close()
+    except OSError as e:
+        raise ConnectionError(
+            f"no scheduler answers at {where} ({e}); `dask scheduler` starts one, and says its address"
+        ) from None
     return where
 
-def _greet(address:str, seconds=10):
+
+def _greet(address: str, seconds=10):
     "Exchange Dask's greetings once: a client would wait for ever for something that listens and says nothing."
     import asyncio
-    from distributed import Security; from distributed.core import connect
-    async def hello(): await (await asyncio.wait_for(connect(address, timeout=seconds, **Security().get_connection_args("client")), seconds)).close()
+    from distributed import Security
+    from distributed.core import connect
+
+    async def hello():
+        await (
+            await asyncio.wait_for(
+                connect(address, timeout=seconds, **Security().get_connection_args("client")), seconds
+            )
+        ).close()
+
     said = []
+
     def run():
-        try: asyncio.run(hello())
-        except Exception as e: said.append(e)
-    t = threading.Thread(target=run, daemon=True); t.start(); t.join(2*seconds)  # a thread, since a notebook has a loop already
-    if said or t.is_alive(): raise said[0] if said else TimeoutError("no greeting")
+        try:
+            asyncio.run(hello())
+        except Exception as e:
+            said.append(e)
+
+    t = threading.Thread(target=run, daemon=True)
+    t.start()
+    t.join(2 * seconds)  # a thread, since a notebook has a loop already
+    if said or t.is_alive():
+        raise said[0] if said else TimeoutError("no greeting")
+
 
 def _dask():
-    try: import distributed; return distributed
-    except ImportError: raise ImportError("--scheduler needs Dask: pip install 'vlkd[cluster]'") from None
+    try:
+        import distributed
+
+        return distributed
+    except ImportError:
+        raise ImportError("--scheduler needs Dask: pip install 'vlkd[cluster]'") from None
 
 # %% ../nbs/70d_scheduler.ipynb #af8716d4
-def library_code(lib=None) -> dict[str, str]: # module -> hash of its code, without comments and docstrings
+def library_code(lib=None) -> dict[str, str]:  # module -> hash of its code, without comments and docstrings
     "The library as it is on disk here."
-    lib = Path(lib or _library()); out = {}
+    lib = Path(lib or _library())
+    out = {}
     for f in sorted(lib.rglob("*.py")):
-        if f == lib/"__init__.py": continue
-        name = ".".join(f.relative_to(lib.parent).with_suffix("").parts).removesuffix(".__init__"); out[name] = _module(f, name, _stamp(f))[0]
+        if f == lib / "__init__.py":
+            continue
+        name = ".".join(f.relative_to(lib.parent).with_suffix("").parts).removesuffix(".__init__")
+        out[name] = _module(f, name, _stamp(f))[0]
     return out
 
-def _gpus(device:str="") -> list[str]:
+
+def _gpus(device: str = "") -> list[str]:
     "Identities of the GPUs that a process here would see."
-    if device.startswith("cpu") or not shutil.which("nvidia-smi"): return []
-    r = subprocess.run(["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"], capture_output=True, text=True)
+    if device.startswith("cpu") or not shutil.which("nvidia-smi"):
+        return []
+    r = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"], capture_output=True, text=True
+    )
     found = dict(l.split(", ", 1) for l in r.stdout.split("\n") if ", " in l) if r.returncode == 0 else {}
-    if (seen := os.environ.get("CUDA_VISIBLE_DEVICES")) is None: return list(found.values())
-    return [found.get(v) or next((u for u in found.values() if u.startswith(v)), v) for v in map(str.strip, seen.split(",")) if v and v != "-1"]
+    if (seen := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return list(found.values())
+    return [
+        found.get(v) or next((u for u in found.values() if u.startswith(v)), v)
+        for v in map(str.strip, seen.split(","))
+        if v and v != "-1"
+    ]
+
 
 def _allowed_cores() -> int:
     "Cores of this process, or what its container is allowed of them."
     with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split(); return max(1, min(_cores(), int(quota)//int(period)))
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(_cores(), int(quota) // int(period)))
     return _cores()
 
-def _hash(f): return sha256_file(f) if Path(f).is_file() else ""
 
-def _facts(worker, ask:dict) -> dict:
+def _hash(f):
+    return sha256_file(f) if Path(f).is_file() else ""
+
+
+def _facts(worker, ask: dict) -> dict:
     "What a worker says of itself and of what it should share."
-    p = Path(ask["probe"]); out = dict(host=socket.gethostname(), pid=os.getpid(), slots=int(min(worker.state.total_resources.get(resource, 0), worker.state.nthreads)), cores=_allowed_cores(), gpus=_gpus(ask["device"]), device=R._device(),
-                                       library=library_code(), versions=versions(), files={f: _hash(f) for f in ask["files"]}, missing=[d for d in ask["folders"] if not Path(d).exists()], token="", answer="")
-    for _ in range(20):                                                     # a network file system may show a new folder late
-        with contextlib.suppress(OSError): out["token"] = (p/"token").read_text(); break
-        time.sleep(.2)
+    p = Path(ask["probe"])
+    out = dict(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        slots=int(min(worker.state.total_resources.get(resource, 0), worker.state.nthreads)),
+        cores=_allowed_cores(),
+        gpus=_gpus(ask["device"]),
+        device=R._device(),
+        library=library_code(),
+        versions=versions(),
+        files={f: _hash(f) for f in ask["files"]},
+        missing=[d for d in ask["folders"] if not Path(d).exists()],
+        token="",
+        answer="",
+    )
+    for _ in range(20):  # a network file system may show a new folder late
+        with contextlib.suppress(OSError):
+            out["token"] = (p / "token").read_text()
+            break
+        time.sleep(0.2)
     if out["token"]:
-        out["locks"] = _held(p/"lock")
-        try: (p/f"{out['host']}-{out['pid']}").write_text(out["token"]); out["answer"] = f"{out['host']}-{out['pid']}"
-        except OSError as e: out["problem"] = str(e)
+        out["locks"] = _held(p / "lock")
+        try:
+            (p / f"{out['host']}-{out['pid']}").write_text(out["token"])
+            out["answer"] = f"{out['host']}-{out['pid']}"
+        except OSError as e:
+            out["problem"] = str(e)
     return out
 
+
 def _prober():
-    def probe(ask, dask_worker=None): # sent by value: the worker may have another vlkd, or none
-        try: from vlkd.scheduler import _facts
-        except Exception as e: return dict(none=f"{type(e).__name__}: {e}")
+    def probe(ask, dask_worker=None):  # sent by value: the worker may have another vlkd, or none
+        try:
+            from vlkd.scheduler import _facts
+        except Exception as e:
+            return dict(none=f"{type(e).__name__}: {e}")
         return _facts(dask_worker, ask)
+
     return probe
 
 # %% ../nbs/70d_scheduler.ipynb #8d97b62e
-def _refusal(name:str, f:dict, ask:dict, others:dict) -> str:
+def _refusal(name: str, f: dict, ask: dict, others: dict) -> str:
     "Why a worker with the facts `f` cannot be used beside `others` (name -> facts); empty where it can."
     runs = Path(ask["probe"]).parent.parent
-    if "none" in f: return f"{name} has no vlkd with a scheduler ({f['none']}); install the client's version there"
+    if "none" in f:
+        return f"{name} has no vlkd with a scheduler ({f['none']}); install the client's version there"
     name = f"{name} on {f['host']}"
-    if f["slots"] < 1: return f"{name} offers no slot; start it with `dask worker ... --nthreads 1 --resources {resource}=1`"
-    if f["token"] != ask["token"]: return f"{name} does not see what this machine writes into the runs folder {runs}; it has to be one shared folder, mounted at this path everywhere"
-    if not f["answer"]: return f"{name} cannot write into the runs folder {runs} ({f.get('problem')})"
-    if not _appears(Path(ask["probe"])/f["answer"]): return f"this machine does not see what {name} writes into the runs folder {runs}; it has to be one shared folder, mounted at this path everywhere"
-    if not f["locks"]: return f"{name} does not see locks that this machine holds in the runs folder {runs}; mount it with locks (flock) on all machines"
+    if f["slots"] < 1:
+        return f"{name} offers no slot; start it with `dask worker ... --nthreads 1 --resources {resource}=1`"
+    if f["token"] != ask["token"]:
+        return f"{name} does not see what this machine writes into the runs folder {runs}; it has to be one shared folder, mounted at this path everywhere"
+    if not f["answer"]:
+        return f"{name} cannot write into the runs folder {runs} ({f.get('problem')})"
+    if not _appears(Path(ask["probe"]) / f["answer"]):
+        return f"this machine does not see what {name} writes into the runs folder {runs}; it has to be one shared folder, mounted at this path everywhere"
+    if not f["locks"]:
+        return f"{name} does not see locks that this machine holds in the runs folder {runs}; mount it with locks (flock) on all machines"
     here = library_code()
-    if other := sorted(m for m in {*here, *f["library"]} if here.get(m) != f["library"].get(m)): return f"{name} has another vlkd: {', '.join(other[:3])}{' ...' if len(other) > 3 else ''} differ{'s' if len(other) == 1 else ''} from the client's; give it the same version"
+    if other := sorted(m for m in {*here, *f["library"]} if here.get(m) != f["library"].get(m)):
+        return f"{name} has another vlkd: {', '.join(other[:3])}{' ...' if len(other) > 3 else ''} differ{'s' if len(other) == 1 else ''} from the client's; give it the same version"
     v = versions()
-    if other := [f"{k} {f['versions'].get(k, 'none')} (here {v.get(k, 'none')})" for k in sorted({*v, *f["versions"]}) if v.get(k) != f["versions"].get(k)]: return f"{name} has other versions: {', '.join(other)}; receipts would not be true"
-    if other := [k for k, h in ask["files"].items() if f["files"].get(k) != h]: return f"{name} has {'no' if not f['files'].get(other[0]) else 'another'} {other[0]}; mount the checkout at the same path"
-    if f["missing"]: return f"{name} has no {f['missing'][0]}; mount the data at the same path"
-    if f["gpus"] and f["slots"] > 1: return f"{name} sees GPUs and takes {f['slots']} runs at a time; start one worker a GPU, each with its own CUDA_VISIBLE_DEVICES and {resource}=1"
+    if other := [
+        f"{k} {f['versions'].get(k, 'none')} (here {v.get(k, 'none')})"
+        for k in sorted({*v, *f["versions"]})
+        if v.get(k) != f["versions"].get(k)
+    ]:
+        return f"{name} has other versions: {', '.join(other)}; receipts would not be true"
+    if other := [k for k, h in ask["files"].items() if f["files"].get(k) != h]:
+        return f"{name} has {'no' if not f['files'].get(other[0]) else 'another'} {other[0]}; mount the checkout at the same path"
+    if f["missing"]:
+        return f"{name} has no {f['missing'][0]}; mount the data at the same path"
+    if f["gpus"] and f["slots"] > 1:
+        return f"{name} sees GPUs and takes {f['slots']} runs at a time; start one worker a GPU, each with its own CUDA_VISIBLE_DEVICES and {resource}=1"
     for o, g in others.items():
-        if g["host"] == f["host"] and {*g["gpus"]} & {*f["gpus"]}: return f"{name} sees the same GPU as {o}; start each with its own CUDA_VISIBLE_DEVICES"
+        if g["host"] == f["host"] and {*g["gpus"]} & {*f["gpus"]}:
+            return f"{name} sees the same GPU as {o}; start each with its own CUDA_VISIBLE_DEVICES"
     return ""
 
-def _appears(f:Path, seconds=10.) -> bool:
-    end = time.time()+seconds
-    while not (there := f.is_file()) and time.time() < end: time.sleep(.2)
+
+def _appears(f: Path, seconds=10.0) -> bool:
+    end = time.time() + seconds
+    while not (there := f.is_file()) and time.time() < end:
+        time.sleep(0.2)
     return there
 
 # %% ../nbs/70d_scheduler.ipynb #62815ccb
-def run_node(job:dict):
+def run_node(job: dict):
     "On a worker: execute a job, unless its code is not what the runner expects; ends when Dask no longer wants it, or the worker closes."
     from distributed import get_worker
-    worker = get_worker(); key = worker.get_current_task(); p = Path(job["output"]).parent; out = dict(key=key, worker=worker.address, host=socket.gethostname(), pid=os.getpid())
-    def wanted(): t = worker.state.tasks.get(key); return worker.status.name in ("running", "paused") and t is not None and t.state in ("executing", "long-running")
-    if (lock := _take(Path(job["lock"]), wanted)) is None: return
-    try:
-        if job["attempt"]: time.sleep(1.5)                                  # a kernel whose worker was killed looks for its parent once a second
-        if said := _other_code(job): write_json(p/"attempt.json", out | dict(code=1, said=f"worker {worker.address} on {out['host']} has {said}")); return
-        write_json(p/"attempt.json", out); env = {k: v for k, v in os.environ.items() if k not in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")} # Dask sets them to 1
-        with open(p/"worker.log", "ab") as log: proc = subprocess.Popen(R._worker_command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=_here_env(job["env"], job["threads"], env), cwd=job["cwd"], start_new_session=True, pass_fds=(lock,))
-        try:
-            with contextlib.suppress(BrokenPipeError): proc.stdin.write(json.dumps(job | dict(parent=os.getpid())).encode()); proc.stdin.close()
-            while proc.poll() is None:
-                if not wanted(): return
-                time.sleep(.1)
-        finally: _end(proc)
-        files = {str(f.relative_to(p)): f.stat().st_size for f in sorted(p.rglob("*")) if f.is_file() and f.name not in ("attempt.json", "state.json")}
-        write_json(p/"attempt.json", out | dict(code=proc.returncode, files=files, device=R._device()))
-    finally: os.close(lock)
 
-def _take(f:Path, wanted) -> int|None:
+    worker = get_worker()
+    key = worker.get_current_task()
+    p = Path(job["output"]).parent
+    out = dict(key=key, worker=worker.address, host=socket.gethostname(), pid=os.getpid())
+
+    def wanted():
+        t = worker.state.tasks.get(key)
+        return (
+            worker.status.name in ("running", "paused")
+            and t is not None
+            and t.state in ("executing", "long-running")
+        )
+
+    if (lock := _take(Path(job["lock"]), wanted)) is None:
+        return
+    try:
+        if job["attempt"]:
+            time.sleep(1.5)  # a kernel whose worker was killed looks for its parent once a second
+        if said := _other_code(job):
+            write_json(
+                p / "attempt.json",
+                out | dict(code=1, said=f"worker {worker.address} on {out['host']} has {said}"),
+            )
+            return
+        write_json(p / "attempt.json", out)
+        env = {
+            k: v for k, v in os.environ.items() if k not in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        }  # Dask sets them to 1
+        with open(p / "worker.log", "ab") as log:
+            proc = subprocess.Popen(
+                R._worker_command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=_here_env(job["env"], job["threads"], env),
+                cwd=job["cwd"],
+                start_new_session=True,
+                pass_fds=(lock,),
+            )
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                proc.stdin.write(json.dumps(job | dict(parent=os.getpid())).encode())
+                proc.stdin.close()
+            while proc.poll() is None:
+                if not wanted():
+                    return
+                time.sleep(0.1)
+        finally:
+            _end(proc)
+        files = {
+            str(f.relative_to(p)): f.stat().st_size
+            for f in sorted(p.rglob("*"))
+            if f.is_file() and f.name not in ("attempt.json", "state.json")
+        }
+        write_json(p / "attempt.json", out | dict(code=proc.returncode, files=files, device=R._device()))
+    finally:
+        os.close(lock)
+
+
+def _take(f: Path, wanted) -> int | None:
     "Hold the lock `f`, or None if that is no longer wanted."
-    f.parent.mkdir(parents=True, exist_ok=True); fd = os.open(f, os.O_RDWR | os.O_CREAT, 0o644)
+    f.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(f, os.O_RDWR | os.O_CREAT, 0o644)
     while wanted():
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); return fd
-        except BlockingIOError: time.sleep(.2)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            time.sleep(0.2)
     os.close(fd)
+
 
 def _end(proc):
     if proc.poll() is None:
         proc.terminate()
-        try: proc.wait(8)
-        except subprocess.TimeoutExpired: proc.kill(); proc.wait()
+        try:
+            proc.wait(8)
+        except subprocess.TimeoutExpired:
+            proc.kill()
+            proc.wait()
 
-def _other_code(job:dict, seconds=10.) -> str:
+
+def _other_code(job: dict, seconds=10.0) -> str:
     "What differs here from the code in the job's key; a network file system has some seconds to show an edit."
-    f, end = Path(job["notebook"]), time.time()+seconds
+    f, end = Path(job["notebook"]), time.time() + seconds
     while True:
-        if not f.is_file(): said = f"no {f}"
+        if not f.is_file():
+            said = f"no {f}"
         else:
-            code, cells = _code(f, _stamp(f)); here = imported_modules(cells); mods = sorted(m for m in {*here, *job["modules"]} if here.get(m) != job["modules"].get(m))
+            code, cells = _code(f, _stamp(f))
+            here = imported_modules(cells)
+            mods = sorted(m for m in {*here, *job["modules"]} if here.get(m) != job["modules"].get(m))
             said = f"another {f}" if code != job["code"] else f"another {', '.join(mods)}" if mods else ""
-        if not said or time.time() > end: return said
-        time.sleep(.5)
+        if not said or time.time() > end:
+            return said
+        time.sleep(0.5)
 
 # %% ../nbs/70d_scheduler.ipynb #935fa70d
 class _Remote:
     "A run on the cluster, as the runner sees it."
+
     pid = 0
-    def __init__(self, cluster, node, job:dict):
+
+    def __init__(self, cluster, node, job: dict):
         self.cluster, self.name, self.job, self.folder = cluster, node.name, job, node.partial
-        self.returncode, self.said, self.device, self.worker, self.future, self.lost, self.stopping = None, "", "", "", None, 0, 0.
-        cluster.mine.append(self); self.send()
+        self.returncode, self.said, self.device, self.worker, self.future, self.lost, self.stopping = (
+            None,
+            "",
+            "",
+            "",
+            None,
+            0,
+            0.0,
+        )
+        cluster.mine.append(self)
+        self.send()
+
     @property
-    def where(self): return self.cluster.known.get(self.worker, {}).get("host", "the next free worker")
+    def where(self):
+        return self.cluster.known.get(self.worker, {}).get("host", "the next free worker")
+
     def send(self):
         w = self.cluster.best()
-        if not w or _held(Path(self.job["lock"])): return
-        self.worker = w; job = self.job | dict(attempt=self.lost, threads=self.cluster.threads(w))
-        self.future = self.cluster.client.submit(run_node, job, key=f"{self.name}-{uuid.uuid4().hex[:12]}", workers=[w], resources={resource: 1}, allow_other_workers=False, pure=False)
-    def attempt(self) -> dict: # what this attempt came to, {} if it has not come to an end
+        if not w or _held(Path(self.job["lock"])):
+            return
+        self.worker = w
+        job = self.job | dict(attempt=self.lost, threads=self.cluster.threads(w))
+        self.future = self.cluster.client.submit(
+            run_node,
+            job,
+            key=f"{self.name}-{uuid.uuid4().hex[:12]}",
+            workers=[w],
+            resources={resource: 1},
+            allow_other_workers=False,
+            pure=False,
+        )
+
+    def attempt(self) -> dict:  # what this attempt came to, {} if it has not come to an end
         with contextlib.suppress(Exception):
-            a = read_json(self.folder/"attempt.json")
-            if self.future is not None and a["key"] == self.future.key and "code" in a: return a
+            a = read_json(self.folder / "attempt.json")
+            if self.future is not None and a["key"] == self.future.key and "code" in a:
+                return a
         return {}
+
     def poll(self):
-        if self.returncode is not None: return self.returncode
+        if self.returncode is not None:
+            return self.returncode
         if self.stopping:
-            if not _held(Path(self.job["lock"])) or time.time() > self.stopping+30: self._over(143)
-        elif self.future is None: self.send()
-        elif self.future.status == "error" and "KilledWorker" not in repr(e := self.future.exception()): self.said = f"worker {self.worker} on {self.where}: {type(e).__name__}: {e}"; self._over(1)
+            if not _held(Path(self.job["lock"])) or time.time() > self.stopping + 30:
+                self._over(143)
+        elif self.future is None:
+            self.send()
+        elif self.future.status == "error" and "KilledWorker" not in repr(e := self.future.exception()):
+            self.said = f"worker {self.worker} on {self.where}: {type(e).__name__}: {e}"
+            self._over(1)
         elif self.future.status != "pending" or self.worker not in self.cluster.workers:
             if not (a := self.attempt()):
-                if self.future.status == "finished" and time.time() < self.cluster.late(self, 60): return None # a network file system shows it soon
+                if self.future.status == "finished" and time.time() < self.cluster.late(self, 60):
+                    return None  # a network file system shows it soon
                 self._lose()
-            elif all((self.folder/k).is_file() and (self.folder/k).stat().st_size == n for k, n in a.get("files", {}).items()) or time.time() > self.cluster.late(self, 60):
-                self.said, self.device = a.get("said", ""), a.get("device", ""); self._over(a["code"])
+            elif all(
+                (self.folder / k).is_file() and (self.folder / k).stat().st_size == n
+                for k, n in a.get("files", {}).items()
+            ) or time.time() > self.cluster.late(self, 60):
+                self.said, self.device = a.get("said", ""), a.get("device", "")
+                self._over(a["code"])
         return self.returncode
+
     def _lose(self):
-        self.cluster.cancel(self); self.lost += 1; where = self.where; self.future, self.worker, self.ended = None, "", None
-        if self.lost > 3: self.said = f"{self.lost} workers have ended while they ran it, the last on {where}; is the memory enough? See {self.folder}"; self._over(1)
-        else: self.cluster.say(f"{self.name}: its worker on {where} is gone; it goes on on another one")
+        self.cluster.cancel(self)
+        self.lost += 1
+        where = self.where
+        self.future, self.worker, self.ended = None, "", None
+        if self.lost > 3:
+            self.said = f"{self.lost} workers have ended while they ran it, the last on {where}; is the memory enough? See {self.folder}"
+            self._over(1)
+        else:
+            self.cluster.say(f"{self.name}: its worker on {where} is gone; it goes on on another one")
+
     ended = None
-    def _over(self, code:int): self.returncode = code; self in self.cluster.mine and self.cluster.mine.remove(self); self.cluster.cancel(self)
+
+    def _over(self, code: int):
+        self.returncode = code
+        self in self.cluster.mine and self.cluster.mine.remove(self)
+        self.cluster.cancel(self)
+
     wait = _Kernel.wait
+
     def terminate(self):
-        if self.returncode is None and not self.stopping: self.stopping = time.time(); self.cluster.cancel(self)
+        if self.returncode is None and not self.stopping:
+            self.stopping = time.time()
+            self.cluster.cancel(self)
+
     kill = terminate
 
 # %% ../nbs/70d_scheduler.ipynb #fe1a6eec
 def _processes(local) -> list:
     "Worker processes of a cluster of ours, with what they started."
-    import psutil; out = []
+    import psutil
+
+    out = []
     for w in local.workers.values():
-        with contextlib.suppress(psutil.Error): p = psutil.Process(w.pid); out += [p, *p.children(recursive=True)]
+        with contextlib.suppress(psutil.Error):
+            p = psutil.Process(w.pid)
+            out += [p, *p.children(recursive=True)]
     return [p for p in out if p.pid != os.getpid()]
+
 
 class Cluster:
     "A Dask cluster for `reproduce(..., cluster=Cluster(where))`; `where` is an address, a scheduler file or local:N."
-    def __init__(self, where:str, patience:float=60.): # seconds to wait for a first worker
-        self.where, self.patience = str(where), patience; self.client = self.local = self.lock = None; self.workers, self.known, self.refused, self.mine, self.others, self.say = {}, {}, set(), [], {}, print
-        if not re.fullmatch(r"local:[1-9]\d*", self.where) and re.match(r"local\b", self.where) and not Path(self.where).exists(): raise ValueError(f"--scheduler {where}: write local:N with N workers, at least 1")
+
+    def __init__(self, where: str, patience: float = 60.0):  # seconds to wait for a first worker
+        self.where, self.patience = str(where), patience
+        self.client = self.local = self.lock = None
+        self.workers, self.known, self.refused, self.mine, self.others, self.say = (
+            {},
+            {},
+            set(),
+            [],
+            {},
+            print,
+        )
+        if (
+            not re.fullmatch(r"local:[1-9]\d*", self.where)
+            and re.match(r"local\b", self.where)
+            and not Path(self.where).exists()
+        ):
+            raise ValueError(f"--scheduler {where}: write local:N with N workers, at least 1")
 
     @contextlib.contextmanager
     def use(self, nodes, say=print):
         "Connect and check the workers for these nodes; on the way out leave nothing running."
-        try: self._open(nodes, say); yield self
-        finally: self._close()
+        try:
+            self._open(nodes, say)
+            yield self
+        finally:
+            self._close()
 
     def _open(self, nodes, say):
-        dd = _dask(); import dask, logging
-        address = scheduler_address(self.where); logging.getLogger("distributed").setLevel(logging.CRITICAL); self.say = say
+        dd = _dask()
+        import dask, logging
+
+        address = scheduler_address(self.where)
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        self.say = say
         dask.config.set({"distributed.comm.timeouts.connect": "10s"})
-        if address.startswith("local:"): self.local = _local(int(address.split(":")[1])); address = self.local.scheduler_address
-        try: _greet(address); self.client = dd.Client(address, timeout=10, set_as_default=False, name="vlkd-reproduce")
-        except Exception as e: raise ConnectionError(f"what answers at {address} is no Dask scheduler of this version ({type(e).__name__}{f': {e}' if str(e) else ''})") from None
-        root = nodes[0].root; p = root/".cluster"/uuid.uuid4().hex; p.mkdir(parents=True); self.probe = p
-        self.lock = os.open(p/"lock", os.O_RDWR | os.O_CREAT, 0o644); fcntl.flock(self.lock, fcntl.LOCK_EX); (p/"token").write_text(p.name)
-        real = [n for n in nodes if n.parts["data"]]; data = data_dir() if real else None
-        self.ask = dict(probe=str(p), token=p.name, files={str(f): _hash(f) for f in {settings_file(), *(n.entry["file"] for n in nodes)}}, device=os.environ.get("VLKD_DEVICE", ""),
-                        folders=sorted({str(data/d) for n in real for d in (n.entry.get("data") or [""])}))
-        self.env = _given_env(); end = time.time()+self.patience; self.looked = 0.
+        if address.startswith("local:"):
+            self.local = _local(int(address.split(":")[1]))
+            address = self.local.scheduler_address
+        try:
+            _greet(address)
+            self.client = dd.Client(address, timeout=10, set_as_default=False, name="vlkd-reproduce")
+        except Exception as e:
+            raise ConnectionError(
+                f"what answers at {address} is no Dask scheduler of this version ({type(e).__name__}{f': {e}' if str(e) else ''})"
+            ) from None
+        root = nodes[0].root
+        p = root / ".cluster" / uuid.uuid4().hex
+        p.mkdir(parents=True)
+        self.probe = p
+        self.lock = os.open(p / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        (p / "token").write_text(p.name)
+        real = [n for n in nodes if n.parts["data"]]
+        data = data_dir() if real else None
+        self.ask = dict(
+            probe=str(p),
+            token=p.name,
+            files={str(f): _hash(f) for f in {settings_file(), *(n.entry["file"] for n in nodes)}},
+            device=os.environ.get("VLKD_DEVICE", ""),
+            folders=sorted({str(data / d) for n in real for d in (n.entry.get("data") or [""])}),
+        )
+        self.env = _given_env()
+        end = time.time() + self.patience
+        self.looked = 0.0
         while not self.workers:
             self._look(first=True)
             if not self.workers:
-                if time.time() > end: raise ConnectionError(f"the scheduler at {address} has no workers after {self.patience:.0f} s; start some with `dask worker {address} --nthreads 1 --resources {resource}=1`")
-                time.sleep(.3)
-        self.since = time.time(); say(f"{self.slots} slot{'s' if self.slots != 1 else ''} on {len(self.workers)} worker{'s' if len(self.workers) != 1 else ''} of {address}: " + ", ".join(sorted({f['host'] for f in self.workers.values()})))
+                if time.time() > end:
+                    raise ConnectionError(
+                        f"the scheduler at {address} has no workers after {self.patience:.0f} s; start some with `dask worker {address} --nthreads 1 --resources {resource}=1`"
+                    )
+                time.sleep(0.3)
+        self.since = time.time()
+        say(
+            f"{self.slots} slot{'s' if self.slots != 1 else ''} on {len(self.workers)} worker{'s' if len(self.workers) != 1 else ''} of {address}: "
+            + ", ".join(sorted({f["host"] for f in self.workers.values()}))
+        )
 
     def _close(self):
-        for h in list(self.mine): h.terminate()
         for h in list(self.mine):
-            with contextlib.suppress(subprocess.TimeoutExpired): h.wait(10 if self.local else 40)
-        left = _processes(self.local) if self.local else []                       # one that does not answer any more is ended all the same
-        with contextlib.suppress(Exception): self.client and self.client.close(timeout=5)
-        with contextlib.suppress(Exception): self.local and self.local.close(timeout=10)
+            h.terminate()
+        for h in list(self.mine):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                h.wait(10 if self.local else 40)
+        left = (
+            _processes(self.local) if self.local else []
+        )  # one that does not answer any more is ended all the same
+        with contextlib.suppress(Exception):
+            self.client and self.client.close(timeout=5)
+        with contextlib.suppress(Exception):
+            self.local and self.local.close(timeout=10)
         for p in left:
-            with contextlib.suppress(Exception): p.kill() # gone already, or not ours any more
-        if self.lock is not None: os.close(self.lock); shutil.rmtree(self.probe, ignore_errors=True)
-        self.client = self.local = self.lock = None; self.workers.clear(); self.mine.clear()
+            with contextlib.suppress(Exception):
+                p.kill()  # gone already, or not ours any more
+        if self.lock is not None:
+            os.close(self.lock)
+            shutil.rmtree(self.probe, ignore_errors=True)
+        self.client = self.local = self.lock = None
+        self.workers.clear()
+        self.mine.clear()
 
     def _call(self, f, *a, **kw):
         "An answer of the scheduler; ConnectionError where there is none."
-        try: return f(*a, **kw)
-        except Exception as e: raise ConnectionError(f"the scheduler at {self.where} does not answer any more ({type(e).__name__}: {e}); the same command goes on from here") from None
+        try:
+            return f(*a, **kw)
+        except Exception as e:
+            raise ConnectionError(
+                f"the scheduler at {self.where} does not answer any more ({type(e).__name__}: {e}); the same command goes on from here"
+            ) from None
 
     def _look(self, first=False):
-        here = self._call(self.client.nthreads); [self.workers.pop(w) for w in list(self.workers) if w not in here]; self.refused &= {*here}
+        here = self._call(self.client.nthreads)
+        [self.workers.pop(w) for w in list(self.workers) if w not in here]
+        self.refused &= {*here}
         if new := [w for w in here if w not in self.workers and w not in self.refused]:
-            for w, f in self._call(self.client.run, _prober(), self.ask, workers=new, on_error="return").items():
-                if isinstance(f, Exception): f = dict(none=f"{type(f).__name__}: {f}")
+            for w, f in self._call(
+                self.client.run, _prober(), self.ask, workers=new, on_error="return"
+            ).items():
+                if isinstance(f, Exception):
+                    f = dict(none=f"{type(f).__name__}: {f}")
                 if said := _refusal(f"worker {w}", f, self.ask, self.workers):
-                    if first: raise ValueError(said)
-                    self.refused.add(w); self.say(f"not used: {said}")
-                else: self.workers[w] = self.known[w] = f
+                    if first:
+                        raise ValueError(said)
+                    self.refused.add(w)
+                    self.say(f"not used: {said}")
+                else:
+                    self.workers[w] = self.known[w] = f
         keys = {h.future.key for h in self.mine if h.future is not None}
-        self.others = {w: sum(k not in keys for k in ks) for w, ks in self._call(self.client.processing).items()} if not first else {}
+        self.others = (
+            {w: sum(k not in keys for k in ks) for w, ks in self._call(self.client.processing).items()}
+            if not first
+            else {}
+        )
         self.looked = time.time()
 
     def beat(self, say):
         "Take note of workers that have come and gone."
-        if time.time() - self.looked < .5: return
-        self.say = say; had = bool(self.workers); self._look()
-        if self.workers: self.since = time.time()
-        elif had: say("no worker is left; waiting for one")
-        elif time.time() - self.since > 10*self.patience: raise ConnectionError(f"no worker has come back to {self.where} in {10*self.patience:.0f} s; the same command goes on from here")
+        if time.time() - self.looked < 0.5:
+            return
+        self.say = say
+        had = bool(self.workers)
+        self._look()
+        if self.workers:
+            self.since = time.time()
+        elif had:
+            say("no worker is left; waiting for one")
+        elif time.time() - self.since > 10 * self.patience:
+            raise ConnectionError(
+                f"no worker has come back to {self.where} in {10 * self.patience:.0f} s; the same command goes on from here"
+            )
 
-    def _left(self, w): return self.workers[w]["slots"] - sum(h.worker == w and h.future is not None for h in self.mine) - self.others.get(w, 0)
+    def _left(self, w):
+        return (
+            self.workers[w]["slots"]
+            - sum(h.worker == w and h.future is not None for h in self.mine)
+            - self.others.get(w, 0)
+        )
+
     @property
-    def slots(self): return sum(f["slots"] for f in self.workers.values())
-    def free(self) -> int: return sum(max(0, self._left(w)) for w in self.workers) - sum(h.future is None and not h.stopping for h in self.mine)
-    def best(self) -> str: return max((w for w in self.workers if self._left(w) > 0), key=self._left, default="")
-    def threads(self, w) -> int: f = self.workers[w]; return max(1, f["cores"]//sum(g["slots"] for g in self.workers.values() if g["host"] == f["host"]))
-    def late(self, h, seconds): h.ended = h.ended or time.time(); return h.ended + seconds
+    def slots(self):
+        return sum(f["slots"] for f in self.workers.values())
+
+    def free(self) -> int:
+        return sum(max(0, self._left(w)) for w in self.workers) - sum(
+            h.future is None and not h.stopping for h in self.mine
+        )
+
+    def best(self) -> str:
+        return max((w for w in self.workers if self._left(w) > 0), key=self._left, default="")
+
+    def threads(self, w) -> int:
+        f = self.workers[w]
+        return max(1, f["cores"] // sum(g["slots"] for g in self.workers.values() if g["host"] == f["host"]))
+
+    def late(self, h, seconds):
+        h.ended = h.ended or time.time()
+        return h.ended + seconds
+
     def cancel(self, h):
         if h.future is not None and self.client is not None and self.client.status == "running":
-            with contextlib.suppress(Exception): self.client.cancel([h.future], force=True)
+            with contextlib.suppress(Exception):
+                self.client.cancel([h.future], force=True)
 
-    def start(self, node, job:dict) -> _Remote:
-        return _Remote(self, node, job | dict(lock=str(node.folder.parent/".locks"/f"{node.name}.run"), env=self.env, code=node.parts["code"], modules=node.parts["modules"]))
+    def start(self, node, job: dict) -> _Remote:
+        return _Remote(
+            self,
+            node,
+            job
+            | dict(
+                lock=str(node.folder.parent / ".locks" / f"{node.name}.run"),
+                env=self.env,
+                code=node.parts["code"],
+                modules=node.parts["modules"],
+            ),
+        )
+
 
 @contextlib.contextmanager
 def _without_interrupts():
     "Processes that are started in the block do not see Ctrl-C; nor does this one, for these seconds."
-    if threading.current_thread() is not threading.main_thread(): yield; return
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try: yield
-    finally: signal.signal(signal.SIGINT, old)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
 
-def _local(n:int):
+
+def _local(n: int):
     "A cluster of n worker processes on this machine, one GPU each where there are GPUs."
-    dd = _dask(); gpus = _gpus(os.environ.get("VLKD_DEVICE", ""))
-    if gpus and n > len(gpus): raise ValueError(f"--scheduler local:{n}: there {'are' if len(gpus) > 1 else 'is'} {len(gpus)} GPU{'s' if len(gpus) > 1 else ''} here, and a run takes one")
-    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"    # Ctrl-C is for the runner, which ends them in order
-    opt = lambda i: dict(nthreads=1, resources={resource: 1}, memory_limit=0, silence_logs=50, preload=[deaf], env=dict(CUDA_VISIBLE_DEVICES=gpus[i]) if gpus else {})
-    with _without_interrupts(): return dd.SpecCluster(scheduler=dict(cls=dd.Scheduler, options=dict(host="127.0.0.1", port=0, dashboard=False)), workers={i: dict(cls=dd.Nanny, options=opt(i)) for i in range(n)}, silence_logs=50)
+    dd = _dask()
+    gpus = _gpus(os.environ.get("VLKD_DEVICE", ""))
+    if gpus and n > len(gpus):
+        raise ValueError(
+            f"--scheduler local:{n}: there {'are' if len(gpus) > 1 else 'is'} {len(gpus)} GPU{'s' if len(gpus) > 1 else ''} here, and a run takes one"
+        )
+    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # Ctrl-C is for the runner, which ends them in order
+    opt = lambda i: dict(
+        nthreads=1,
+        resources={resource: 1},
+        memory_limit=0,
+        silence_logs=50,
+        preload=[deaf],
+        env=dict(CUDA_VISIBLE_DEVICES=gpus[i]) if gpus else {},
+    )
+    with _without_interrupts():
+        return dd.SpecCluster(
+            scheduler=dict(cls=dd.Scheduler, options=dict(host="127.0.0.1", port=0, dashboard=False)),
+            workers={i: dict(cls=dd.Nanny, options=opt(i)) for i in range(n)},
+            silence_logs=50,
+        )
 
 # %% ../nbs/70d_scheduler.ipynb #53353f70
-def makespan(nodes:dict, hours:dict, slots:int) -> float:
+def makespan(nodes: dict, hours: dict, slots: int) -> float:
     "Hours until nodes (name -> node with `needs`) are done on so many slots, longest chain first; a node that is not in `hours` takes none."
     import heapq
-    if slots < 1: raise ValueError(f"slots should be at least 1, got {slots}")
-    h = {n: hours.get(n, 0.) for n in nodes}; chain = R._chains(nodes, h); waiting, running, done, now = sorted(nodes, key=lambda n: -chain[n]), [], set(), 0.
+
+    if slots < 1:
+        raise ValueError(f"slots should be at least 1, got {slots}")
+    h = {n: hours.get(n, 0.0) for n in nodes}
+    chain = R._chains(nodes, h)
+    waiting, running, done, now = sorted(nodes, key=lambda n: -chain[n]), [], set(), 0.0
     while waiting or running:
-        for n in [n for n in waiting if set(nodes[n].needs) <= done][:slots-len(running)]: waiting.remove(n); heapq.heappush(running, (now+h[n], n))
-        now, n = heapq.heappop(running); done.add(n)
+        for n in [n for n in waiting if set(nodes[n].needs) <= done][: slots - len(running)]:
+            waiting.remove(n)
+            heapq.heappush(running, (now + h[n], n))
+        now, n = heapq.heappop(running)
+        done.add(n)
     return now
 
-def predicted_hours(ids=("all",), scale="paper", seeds=1, slots=(1, 8, 64), gpu:str="A100", utilisation:float=.3):
+
+def predicted_hours(
+    ids=("all",), scale="paper", seeds=1, slots=(1, 8, 64), gpu: str = "A100", utilisation: float = 0.3
+):
     "Days that the graph would take with one GPU a run (DataFrame, a row a number of GPUs), from the cost model's GPU hours; evaluation is not in them."
     import pandas as pd
     from vlkd.cost import plan_cost
-    nodes = R.graph(ids, scale, seeds, need_data=False); cost = plan_cost(R._runs_of(nodes.values()), scale, name=gpu, utilisation=utilisation).set_index("run").GPU_hours
-    hours = {n: float(cost[x.entry["id"]]) for n, x in nodes.items() if x.entry["id"] in cost.index}; total = sum(hours.values())
-    return pd.DataFrame([dict(GPUs=g, days=(t := makespan(nodes, hours, g))/24, busy=total/(g*t) if t else 1.) for g in slots])
+
+    nodes = R.graph(ids, scale, seeds, need_data=False)
+    cost = (
+        plan_cost(R._runs_of(nodes.values()), scale, name=gpu, utilisation=utilisation)
+        .set_index("run")
+        .GPU_hours
+    )
+    hours = {n: float(cost[x.entry["id"]]) for n, x in nodes.items() if x.entry["id"] in cost.index}
+    total = sum(hours.values())
+    return pd.DataFrame(
+        [
+            dict(GPUs=g, days=(t := makespan(nodes, hours, g)) / 24, busy=total / (g * t) if t else 1.0)
+            for g in slots
+        ]
+    )

@@ -20,195 +20,349 @@ from ..core import _unknown
 @dataclass(frozen=True)
 class DataFile:
     "A file of a data set, relative to the set's folder; a path that ends in / is a folder that must not be empty."
+
     path: str
     required: bool
-    rows: int|None = None
+    rows: int | None = None
+
 
 @dataclass(frozen=True)
 class Card:
     "One data set, as its card describes it."
-    id: str                  # also the stem of the card's file
-    name: str                # how pages call it
-    license: str             # Hugging Face licence id, or `license_name` where that is `other`
-    redistributable: bool    # whether texts and pictures of it may be published
-    folder: str              # under VLKD_DATA; empty where the library makes the data itself
-    files: tuple             # of DataFile
-    needed_by: tuple         # tables, as id@scale
-    roles: tuple             # what it is used for, see `ROLES`
-    splits: dict             # name -> number of examples
+
+    id: str  # also the stem of the card's file
+    name: str  # how pages call it
+    license: str  # Hugging Face licence id, or `license_name` where that is `other`
+    redistributable: bool  # whether texts and pictures of it may be published
+    folder: str  # under VLKD_DATA; empty where the library makes the data itself
+    files: tuple  # of DataFile
+    needed_by: tuple  # tables, as id@scale
+    roles: tuple  # what it is used for, see `ROLES`
+    splits: dict  # name -> number of examples
     sections: dict = field(repr=False)  # heading -> prose
-    path: Path = field(repr=False)      # the card itself
-    columns: tuple = ()      # columns of the tables that wait for it; empty: the whole table
+    path: Path = field(repr=False)  # the card itself
+    columns: tuple = ()  # columns of the tables that wait for it; empty: the whole table
     languages: tuple = ("en",)
     tasks: tuple = ()
     size: str = ""
+
     @property
-    def embedded(self) -> bool: return not self.folder
+    def embedded(self) -> bool:
+        return not self.folder
+
     @property
-    def how(self) -> str: return " ".join(self.sections["How to get it"].split("\n\n")[0].split())
+    def how(self) -> str:
+        return " ".join(self.sections["How to get it"].split("\n\n")[0].split())
 
 # %% ../../nbs/14_data.catalog.ipynb #b1500d86
 ROLES = ("teacher", "student", "finetune", "evaluate", "tokenizer", "encoder", "test")
-SECTIONS = ("Origin", "Licence", "Splits and size", "How to get it", "Known biases", "How it is used", "What is missing")
-SIZE_CATEGORIES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
-_head = dict(pretty_name=str, license=str, license_name=str, language=list, size_categories=list, task_categories=list, vlkd=dict)
-_block = dict(id=str, redistributable=bool, folder=str, files=list, needed_by=list, roles=list, splits=dict, columns=list)
+SECTIONS = (
+    "Origin",
+    "Licence",
+    "Splits and size",
+    "How to get it",
+    "Known biases",
+    "How it is used",
+    "What is missing",
+)
+SIZE_CATEGORIES = (
+    "n<1K",
+    "1K<n<10K",
+    "10K<n<100K",
+    "100K<n<1M",
+    "1M<n<10M",
+    "10M<n<100M",
+    "100M<n<1B",
+    "1B<n<10B",
+)
+_head = dict(
+    pretty_name=str,
+    license=str,
+    license_name=str,
+    language=list,
+    size_categories=list,
+    task_categories=list,
+    vlkd=dict,
+)
+_block = dict(
+    id=str,
+    redistributable=bool,
+    folder=str,
+    files=list,
+    needed_by=list,
+    roles=list,
+    splits=dict,
+    columns=list,
+)
 _optional = ("license_name", "columns")
+
 
 class _Loader(yaml.SafeLoader):
     "YAML in which a key may occur only once."
 
+
 def _mapping(loader, node):
     keys = [loader.construct_object(k) for k, _ in node.value]
     for k, (n, _) in zip(keys, node.value):
-        if keys.count(k) > 1: raise yaml.constructor.ConstructorError(None, None, f"key {k!r} occurs twice", n.start_mark)
+        if keys.count(k) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"key {k!r} occurs twice", n.start_mark)
     return loader.construct_mapping(node, deep=True)
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 # %% ../../nbs/14_data.catalog.ipynb #7cdc38d7
-def _keys(where:str, d, want:dict, optional=()) -> None:
+def _keys(where: str, d, want: dict, optional=()) -> None:
     "Check that `d` has the keys of `want`, each of its type, and no others."
-    if not isinstance(d, dict): raise ValueError(f"{where} should be a mapping with {', '.join(want)}, got {d!r}")
+    if not isinstance(d, dict):
+        raise ValueError(f"{where} should be a mapping with {', '.join(want)}, got {d!r}")
     for k, v in d.items():
-        if k not in want: raise ValueError(f"{where}: {_unknown('key', k, want)}")
-        if not isinstance(v, want[k]) or (want[k] is int and isinstance(v, bool)): raise ValueError(f"{where}: {k} should be {want[k].__name__}, got {v!r}")
+        if k not in want:
+            raise ValueError(f"{where}: {_unknown('key', k, want)}")
+        if not isinstance(v, want[k]) or (want[k] is int and isinstance(v, bool)):
+            raise ValueError(f"{where}: {k} should be {want[k].__name__}, got {v!r}")
     for k in want:
-        if k not in d and k not in optional: raise ValueError(f"{where}: the key {k} is missing")
+        if k not in d and k not in optional:
+            raise ValueError(f"{where}: the key {k} is missing")
 
-def _strings(where:str, v:list, known=None) -> tuple:
+
+def _strings(where: str, v: list, known=None) -> tuple:
     "Check that `v` holds different strings, of `known` where that is given."
     for x in v:
-        if not isinstance(x, str) or not x.strip(): raise ValueError(f"{where} should hold words, got {x!r}")
-        if known is not None and x not in known: raise ValueError(f"{where}: {_unknown('value', x, known)}")
-    if len(set(v)) < len(v): raise ValueError(f"{where} names something twice: {', '.join(v)}")
+        if not isinstance(x, str) or not x.strip():
+            raise ValueError(f"{where} should hold words, got {x!r}")
+        if known is not None and x not in known:
+            raise ValueError(f"{where}: {_unknown('value', x, known)}")
+    if len(set(v)) < len(v):
+        raise ValueError(f"{where} names something twice: {', '.join(v)}")
     return tuple(v)
 
-def _relative(where:str, p:str) -> str:
+
+def _relative(where: str, p: str) -> str:
     "Check that a path stays inside its folder."
-    if p.startswith(("/", "~")) or ".." in Path(p).parts or "\\" in p: raise ValueError(f"{where} should be a path below its folder, got {p!r}")
+    if p.startswith(("/", "~")) or ".." in Path(p).parts or "\\" in p:
+        raise ValueError(f"{where} should be a path below its folder, got {p!r}")
     return p
 
 # %% ../../nbs/14_data.catalog.ipynb #a8f9dac1
-def _split_card(f:Path) -> tuple[dict, dict]: # head, sections
+def _split_card(f: Path) -> tuple[dict, dict]:  # head, sections
     "The YAML head and the `##` sections of a card."
-    try: text = f.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e: raise ValueError(f"{f} is not UTF-8 text: {e}") from None
+    try:
+        text = f.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{f} is not UTF-8 text: {e}") from None
     m = re.match(r"---\n(.*?)\n---\n(.*)", text.replace("\r\n", "\n"), re.S)
-    if not m: raise ValueError(f"{f} should start with a YAML head between two lines ---")
-    if max(itertools.accumulate((c in "[{")-(c in "]}") for c in m[1]), default=0) > 20: raise ValueError(f"{f}: the head is not valid YAML: brackets more than 20 deep") # a parser of YAML takes forever over thousands
-    try: head = yaml.load(m[1], _Loader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e: raise ValueError(f"{f}: the head is not valid YAML: {' '.join(str(e).split())}") from None # a date of month 13 is a ValueError
+    if not m:
+        raise ValueError(f"{f} should start with a YAML head between two lines ---")
+    if max(itertools.accumulate((c in "[{") - (c in "]}") for c in m[1]), default=0) > 20:
+        raise ValueError(
+            f"{f}: the head is not valid YAML: brackets more than 20 deep"
+        )  # a parser of YAML takes forever over thousands
+    try:
+        head = yaml.load(m[1], _Loader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
+        raise ValueError(
+            f"{f}: the head is not valid YAML: {' '.join(str(e).split())}"
+        ) from None  # a date of month 13 is a ValueError
     parts = re.split(r"^## +(.+?) *$", m[2], flags=re.M)
     return head, {h: t.strip() for h, t in zip(parts[1::2], parts[2::2])}
 
-def _files(where:str, files:list) -> tuple:
+
+def _files(where: str, files: list) -> tuple:
     "The `files` of a card."
     out = []
     for i, d in enumerate(files):
         _keys(f"{where}[{i}]", d, dict(path=str, required=bool, rows=int), ("rows",))
-        if d.get("rows", 1) < 1: raise ValueError(f"{where}[{i}]: rows should be positive, got {d['rows']}")
+        if d.get("rows", 1) < 1:
+            raise ValueError(f"{where}[{i}]: rows should be positive, got {d['rows']}")
         out.append(DataFile(_relative(f"{where}[{i}]: path", d["path"]), d["required"], d.get("rows")))
     _strings(f"{where}: path", [o.path for o in out])
     return tuple(out)
 
+
 def read_card(f) -> Card:
     "Read and check one data card; `ValueError` names the file and the key that is wrong."
-    f = Path(f); head, sections = _split_card(f)
-    _keys(str(f), head, _head, _optional); v = head["vlkd"]; at = f"{f}: vlkd"; _keys(at, v, _block, _optional)
-    if v["id"] != f.stem or not re.fullmatch(r"[a-z][a-z0-9_]*", v["id"]): raise ValueError(f"{at}: id should be the file's name {f.stem!r} (small letters, digits, _), got {v['id']!r}")
-    if head["license"] == "other" and not head.get("license_name"): raise ValueError(f"{f}: license is other, so license_name should say which")
+    f = Path(f)
+    head, sections = _split_card(f)
+    _keys(str(f), head, _head, _optional)
+    v = head["vlkd"]
+    at = f"{f}: vlkd"
+    _keys(at, v, _block, _optional)
+    if v["id"] != f.stem or not re.fullmatch(r"[a-z][a-z0-9_]*", v["id"]):
+        raise ValueError(
+            f"{at}: id should be the file's name {f.stem!r} (small letters, digits, _), got {v['id']!r}"
+        )
+    if head["license"] == "other" and not head.get("license_name"):
+        raise ValueError(f"{f}: license is other, so license_name should say which")
     for k in ("license", "pretty_name"):
-        if not head[k].strip(): raise ValueError(f"{f}: {k} is empty")
-    if len(head["size_categories"]) != 1: raise ValueError(f"{f}: size_categories should hold one of {', '.join(SIZE_CATEGORIES)}")
+        if not head[k].strip():
+            raise ValueError(f"{f}: {k} is empty")
+    if len(head["size_categories"]) != 1:
+        raise ValueError(f"{f}: size_categories should hold one of {', '.join(SIZE_CATEGORIES)}")
     files = _files(f"{at}: files", v["files"])
-    if v["folder"] and not any(d.required for d in files): raise ValueError(f"{at}: files: a set with a folder should have a required file")
-    if files and not v["folder"]: raise ValueError(f"{at}: folder is empty, as for a set that the library makes, but files are listed")
+    if v["folder"] and not any(d.required for d in files):
+        raise ValueError(f"{at}: files: a set with a folder should have a required file")
+    if files and not v["folder"]:
+        raise ValueError(f"{at}: folder is empty, as for a set that the library makes, but files are listed")
     for t in _strings(f"{at}: needed_by", v["needed_by"]):
-        if not re.fullmatch(r"(\*|[\w.-]+)@[\w-]+", t): raise ValueError(f"{at}: needed_by should hold table ids like m5@real, got {t!r}")
-        if t.split("@")[1] not in scales(): raise ValueError(f"{at}: needed_by: {t}: {_unknown('scale', t.split('@')[1], scales())}")
+        if not re.fullmatch(r"(\*|[\w.-]+)@[\w-]+", t):
+            raise ValueError(f"{at}: needed_by should hold table ids like m5@real, got {t!r}")
+        if t.split("@")[1] not in scales():
+            raise ValueError(f"{at}: needed_by: {t}: {_unknown('scale', t.split('@')[1], scales())}")
     for k, n in v["splits"].items():
-        if not isinstance(k, str) or not isinstance(n, int) or isinstance(n, bool) or n < 1: raise ValueError(f"{at}: splits should map names to numbers of examples, got {k!r}: {n!r}")
+        if not isinstance(k, str) or not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ValueError(f"{at}: splits should map names to numbers of examples, got {k!r}: {n!r}")
     for s in SECTIONS:
-        if not sections.get(s): raise ValueError(f"{f}: the section '## {s}' is missing or empty")
-    return Card(id=v["id"], name=head["pretty_name"], license=head["license_name"] if head["license"] == "other" else head["license"], redistributable=v["redistributable"],
-                folder=_relative(f"{at}: folder", v["folder"]), files=files, needed_by=tuple(v["needed_by"]), roles=_strings(f"{at}: roles", v["roles"], ROLES), splits=v["splits"],
-                sections=sections, path=f, columns=_strings(f"{at}: columns", v.get("columns", [])), languages=_strings(f"{f}: language", head["language"]),
-                tasks=_strings(f"{f}: task_categories", head["task_categories"]), size=_strings(f"{f}: size_categories", head["size_categories"], SIZE_CATEGORIES)[0])
+        if not sections.get(s):
+            raise ValueError(f"{f}: the section '## {s}' is missing or empty")
+    return Card(
+        id=v["id"],
+        name=head["pretty_name"],
+        license=head["license_name"] if head["license"] == "other" else head["license"],
+        redistributable=v["redistributable"],
+        folder=_relative(f"{at}: folder", v["folder"]),
+        files=files,
+        needed_by=tuple(v["needed_by"]),
+        roles=_strings(f"{at}: roles", v["roles"], ROLES),
+        splits=v["splits"],
+        sections=sections,
+        path=f,
+        columns=_strings(f"{at}: columns", v.get("columns", [])),
+        languages=_strings(f"{f}: language", head["language"]),
+        tasks=_strings(f"{f}: task_categories", head["task_categories"]),
+        size=_strings(f"{f}: size_categories", head["size_categories"], SIZE_CATEGORIES)[0],
+    )
 
 # %% ../../nbs/14_data.catalog.ipynb #4ab54d77
 def cards(folder=None) -> dict[str, Card]:
     "All data cards by id, from `data_cards` (or `folder`)."
     d = Path(folder) if folder else path("cards")
-    if not d.is_dir(): raise FileNotFoundError(f"{d}, the folder of the data cards, does not exist; [paths] cards in {settings_file()} names it")
+    if not d.is_dir():
+        raise FileNotFoundError(
+            f"{d}, the folder of the data cards, does not exist; [paths] cards in {settings_file()} names it"
+        )
     fs = sorted(d.glob("*.md"))
-    if not fs: raise FileNotFoundError(f"{d} holds no data cards (*.md)")
+    if not fs:
+        raise FileNotFoundError(f"{d} holds no data cards (*.md)")
     return {c.id: c for c in map(read_card, fs)}
 
 # %% ../../nbs/14_data.catalog.ipynb #fe26bfe8
-def _lacks(p:Path, d:DataFile) -> str: # why the file does not count; empty: it does
+def _lacks(p: Path, d: DataFile) -> str:  # why the file does not count; empty: it does
     "Why a file of a set is not usable."
-    q = p/d.path
-    if d.path.endswith("/"): return "" if q.is_dir() and any(q.iterdir()) else f"{d.path} (no such folder, or an empty one)"
-    if not q.is_file(): return d.path
+    q = p / d.path
+    if d.path.endswith("/"):
+        return "" if q.is_dir() and any(q.iterdir()) else f"{d.path} (no such folder, or an empty one)"
+    if not q.is_file():
+        return d.path
     return "" if q.stat().st_size else f"{d.path} (empty)"
 
-def _state(c:Card, data:Path|None) -> tuple[str, list]: # present | partial | missing, missing required files
+
+def _state(
+    c: Card, data: Path | None
+) -> tuple[str, list]:  # present | partial | missing, missing required files
     "Whether the required files of a set are under `data`."
     need = [d for d in c.files if d.required]
-    lack = [x for d in need if (x := _lacks(data/c.folder, d) if data else d.path)]
+    lack = [x for d in need if (x := _lacks(data / c.folder, d) if data else d.path)]
     return "present" if not lack else "missing" if len(lack) == len(need) else "partial", lack
 
-def _data(data=None) -> Path|None:
+
+def _data(data=None) -> Path | None:
     "The folder of real data, given or set; None where there is none."
-    if data is None: return data_dir(need=False)
-    if not Path(data).is_dir(): raise FileNotFoundError(f"{data}, given as the folder of data sets, is not a folder")
+    if data is None:
+        return data_dir(need=False)
+    if not Path(data).is_dir():
+        raise FileNotFoundError(f"{data}, given as the folder of data sets, is not a folder")
     return Path(data).resolve()
 
-def status(data=None,  # folder of the data sets; None: VLKD_DATA
-           folder=None # folder of the cards; None: `data_cards`
-          ) -> pd.DataFrame: # one row a set
+
+def status(
+    data=None,  # folder of the data sets; None: VLKD_DATA
+    folder=None,  # folder of the cards; None: `data_cards`
+) -> pd.DataFrame:  # one row a set
     "Which data sets are present, partial or missing, where they should be, and which tables need them."
-    data = _data(data); rows = []
+    data = _data(data)
+    rows = []
     for c in cards(folder).values():
         state, lack = _state(c, data)
-        rows.append({"data set": c.id, "licence": c.license, "state": state, "where": "made by the library" if c.embedded else str(data/c.folder) if data else f"VLKD_DATA/{c.folder}",
-                     "missing files": lack, "tables": list(c.needed_by), "columns": list(c.columns)})
+        rows.append(
+            {
+                "data set": c.id,
+                "licence": c.license,
+                "state": state,
+                "where": "made by the library"
+                if c.embedded
+                else str(data / c.folder)
+                if data
+                else f"VLKD_DATA/{c.folder}",
+                "missing files": lack,
+                "tables": list(c.needed_by),
+                "columns": list(c.columns),
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/14_data.catalog.ipynb #3d076685
-def waiting(df:pd.DataFrame) -> dict[str, list[str]]: # table -> what it lacks
+def waiting(df: pd.DataFrame) -> dict[str, list[str]]:  # table -> what it lacks
     "From a `status` frame, the tables that need data that is not here."
     out = {}
     for r in df[df["state"] != "present"].to_dict("records"):
-        for t in r["tables"]: out.setdefault(t, []).append(r["data set"] + (f" (column {', '.join(r['columns'])})" if r["columns"] else "") + (" (in part)" if r["state"] == "partial" else ""))
+        for t in r["tables"]:
+            out.setdefault(t, []).append(
+                r["data set"]
+                + (f" (column {', '.join(r['columns'])})" if r["columns"] else "")
+                + (" (in part)" if r["state"] == "partial" else "")
+            )
     return {t: out[t] for t in sorted(out)}
+
 
 def print_status(data=None) -> None:
     "Print what is where, and which tables wait for what: the text of `vlkd data status`."
-    data = _data(data); df = status(data); cs = cards()
-    print(f"Data sets under {data}\n" if data else "VLKD_DATA is not set, so only the data that the library makes itself is here. For the others: export VLKD_DATA=/folder/of/data/sets\n")
-    show = df.assign(tables=df["tables"].map(", ".join), where=df["where"].str.replace(f"{data}/", "") if data else df["where"])[["data set", "state", "where", "licence", "tables"]]
-    rows = [list(show.columns), *show.to_numpy().tolist()]; w = [max(len(str(r[i])) for r in rows) for i in range(len(rows[0]))]
-    for r in rows: print("  ".join(str(x).ljust(n) for x, n in zip(r, w)).rstrip())
-    for r in df[df["state"] == "partial"].to_dict("records"): print(f"\n{r['data set']} lacks {', '.join(r['missing files'])}")
+    data = _data(data)
+    df = status(data)
+    cs = cards()
+    print(
+        f"Data sets under {data}\n"
+        if data
+        else "VLKD_DATA is not set, so only the data that the library makes itself is here. For the others: export VLKD_DATA=/folder/of/data/sets\n"
+    )
+    show = df.assign(
+        tables=df["tables"].map(", ".join),
+        where=df["where"].str.replace(f"{data}/", "") if data else df["where"],
+    )[["data set", "state", "where", "licence", "tables"]]
+    rows = [list(show.columns), *show.to_numpy().tolist()]
+    w = [max(len(str(r[i])) for r in rows) for i in range(len(rows[0]))]
+    for r in rows:
+        print("  ".join(str(x).ljust(n) for x, n in zip(r, w)).rstrip())
+    for r in df[df["state"] == "partial"].to_dict("records"):
+        print(f"\n{r['data set']} lacks {', '.join(r['missing files'])}")
     if wait := waiting(df):
         print("\nTables that wait for data")
-        for t, sets in wait.items(): print(f"  {t}: {', '.join(sets)}")
+        for t, sets in wait.items():
+            print(f"  {t}: {', '.join(sets)}")
         print("\nHow to get it")
-        for i in df[df["state"] != "present"]["data set"]: print(f"  {i}: {cs[i].how}")
+        for i in df[df["state"] != "present"]["data set"]:
+            print(f"  {i}: {cs[i].how}")
 
 # %% ../../nbs/14_data.catalog.ipynb #8bb41e4d
-def require(*ids:str,   # data sets
-            data=None,  # folder of the data sets; None: VLKD_DATA
-            folder=None # folder of the cards
-           ) -> dict[str, Path|None]: # folder of each set; None for one that the library makes
+def require(
+    *ids: str,  # data sets
+    data=None,  # folder of the data sets; None: VLKD_DATA
+    folder=None,  # folder of the cards
+) -> dict[str, Path | None]:  # folder of each set; None for one that the library makes
     "Folders of the data sets `ids`; `FileNotFoundError` lists every missing file and how to get it."
-    cs = cards(folder); d = _data(data); out, bad = {}, []
+    cs = cards(folder)
+    d = _data(data)
+    out, bad = {}, []
     for i in ids:
-        if i not in cs: raise _unknown("data set", i, cs)
+        if i not in cs:
+            raise _unknown("data set", i, cs)
         state, lack = _state(cs[i], d)
-        out[i] = None if cs[i].embedded else d/cs[i].folder if d else None
-        if lack: bad.append(f"{i} is {state}: it lacks {', '.join(lack[:5])}{f' and {len(lack)-5} more' if len(lack) > 5 else ''}"
-                            f"{f' in {out[i]}' if d else ''}. {cs[i].how}")
-    if bad: raise FileNotFoundError(("" if d else "VLKD_DATA is not set. ") + "\n".join(bad))
+        out[i] = None if cs[i].embedded else d / cs[i].folder if d else None
+        if lack:
+            bad.append(
+                f"{i} is {state}: it lacks {', '.join(lack[:5])}{f' and {len(lack) - 5} more' if len(lack) > 5 else ''}"
+                f"{f' in {out[i]}' if d else ''}. {cs[i].how}"
+            )
+    if bad:
+        raise FileNotFoundError(("" if d else "VLKD_DATA is not set. ") + "\n".join(bad))
     return out

@@ -27,11 +27,13 @@ from .real import text_lines, tidy_wikitext
 CLEAN = ("plain", "wikitext")
 _heading = re.compile(r"=(?: ?=)* ?[^=].*?[^=]? ?(?:= ?)*=")
 
-def clean_paragraph(s:str, clean:str="plain", min_words:int=1) -> str:
+
+def clean_paragraph(s: str, clean: str = "plain", min_words: int = 1) -> str:
     "A paragraph as the tokeniser should see it, empty where nothing of it should be read: a heading, fewer than `min_words` words."
     if clean == "wikitext":
         s = s.strip()
-        if _heading.fullmatch(s): return ""
+        if _heading.fullmatch(s):
+            return ""
         s = tidy_wikitext(s).replace("<unk>", "[UNK]")
     s = " ".join(s.split())
     return s if len(s.split()) >= min_words else ""
@@ -40,204 +42,390 @@ def clean_paragraph(s:str, clean:str="plain", min_words:int=1) -> str:
 @dataclass(frozen=True)
 class Source:
     "A text that can be read again and again; iterating gives its cleaned paragraphs."
-    name: str           # how messages call it
-    identity: list      # JSON-like; equal identities give equal paragraphs
-    make: Callable      # () -> iterator of raw paragraphs
+
+    name: str  # how messages call it
+    identity: list  # JSON-like; equal identities give equal paragraphs
+    make: Callable  # () -> iterator of raw paragraphs
     clean: str = "plain"
     min_words: int = 1
+
     def __post_init__(self):
-        if self.clean not in CLEAN: raise ValueError(f"clean {self.clean!r}: it should be one of {', '.join(CLEAN)}")
+        if self.clean not in CLEAN:
+            raise ValueError(f"clean {self.clean!r}: it should be one of {', '.join(CLEAN)}")
+
     @property
-    def fingerprint(self) -> str: return fingerprint(self.identity, self.clean, self.min_words)
+    def fingerprint(self) -> str:
+        return fingerprint(self.identity, self.clean, self.min_words)
+
     def __iter__(self):
         for s in self.make():
-            if s := clean_paragraph(s, self.clean, self.min_words): yield s
+            if s := clean_paragraph(s, self.clean, self.min_words):
+                yield s
 
-def text_list(texts, name:str="texts", **kw) -> Source:
+
+def text_list(texts, name: str = "texts", **kw) -> Source:
     "A source of texts in memory; one paragraph a text."
-    texts = list(texts); return Source(name, [fingerprint(texts)], lambda: iter(texts), **kw)
+    texts = list(texts)
+    return Source(name, [fingerprint(texts)], lambda: iter(texts), **kw)
 
 # %% ../../nbs/18_data.corpus.ipynb #18df5d40
-def text_files(where,           # a file, or a folder that is searched with all that is below it
-               pattern:str="*", # names of the files in a folder
-               **kw             # clean, min_words
-              ) -> Source:
+def text_files(
+    where,  # a file, or a folder that is searched with all that is below it
+    pattern: str = "*",  # names of the files in a folder
+    **kw,  # clean, min_words
+) -> Source:
     "UTF-8 files, plain or .gz, in the order of their paths; `ValueError` names file and line of a wrong encoding while they are read."
     where = Path(where)
-    if not where.exists(): raise FileNotFoundError(f"{where}: no such file or folder")
-    files = [where] if where.is_file() else sorted(p for p in where.rglob(pattern) if p.is_file() and not any(q.startswith(".") for q in p.relative_to(where).parts))
-    if not files: raise FileNotFoundError(f"{where}: no file of the pattern {pattern!r} here")
+    if not where.exists():
+        raise FileNotFoundError(f"{where}: no such file or folder")
+    files = (
+        [where]
+        if where.is_file()
+        else sorted(
+            p
+            for p in where.rglob(pattern)
+            if p.is_file() and not any(q.startswith(".") for q in p.relative_to(where).parts)
+        )
+    )
+    if not files:
+        raise FileNotFoundError(f"{where}: no file of the pattern {pattern!r} here")
     top = where if where.is_dir() else where.parent
-    return Source(str(where), [[str(p.relative_to(top)), p.stat().st_size, p.stat().st_mtime_ns] for p in files], lambda: (s for p in files for _, s in text_lines(p)), **kw)
+    return Source(
+        str(where),
+        [[str(p.relative_to(top)), p.stat().st_size, p.stat().st_mtime_ns] for p in files],
+        lambda: (s for p in files for _, s in text_lines(p)),
+        **kw,
+    )
 
 # %% ../../nbs/18_data.corpus.ipynb #9ae01113
-def hub_text(where,             # a folder written by `save_to_disk`, or a name on the Hub
-             config:str=None,   # of the data set
-             split:str="train",
-             column:str="text",
-             revision:str=None, # of the data set; name one, so that the text cannot change under a cache
-             **kw               # clean, min_words
-            ) -> Source:
+def hub_text(
+    where,  # a folder written by `save_to_disk`, or a name on the Hub
+    config: str = None,  # of the data set
+    split: str = "train",
+    column: str = "text",
+    revision: str = None,  # of the data set; name one, so that the text cannot change under a cache
+    **kw,  # clean, min_words
+) -> Source:
     "A column of a `datasets` corpus; lines of a text are its paragraphs. A split or column that is not there is an error that names those that are."
-    try: import datasets
-    except ImportError: raise ImportError(f"reading the data set {where} needs `datasets`: install it, or give a folder of text files") from None
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            f"reading the data set {where} needs `datasets`: install it, or give a folder of text files"
+        ) from None
     local = Path(where).is_dir()
-    try: d = datasets.load_from_disk(str(where)) if local else datasets.load_dataset(str(where), config, split=split, revision=revision, streaming=True)
-    except Exception as e: raise FileNotFoundError(f"{where}: neither a folder written by `save_to_disk` nor a data set that the Hub gives us ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from None
+    try:
+        d = (
+            datasets.load_from_disk(str(where))
+            if local
+            else datasets.load_dataset(str(where), config, split=split, revision=revision, streaming=True)
+        )
+    except Exception as e:
+        raise FileNotFoundError(
+            f"{where}: neither a folder written by `save_to_disk` nor a data set that the Hub gives us ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
+        ) from None
     if isinstance(d, dict):
-        if split not in d: raise ValueError(f"{where}: no split {split!r}; there is {', '.join(d)}")
+        if split not in d:
+            raise ValueError(f"{where}: no split {split!r}; there is {', '.join(d)}")
         d = d[split]
     columns = d.column_names or list(next(iter(d)))
-    if column not in columns: raise ValueError(f"{where}: no column {column!r}; there is {', '.join(columns)}")
+    if column not in columns:
+        raise ValueError(f"{where}: no column {column!r}; there is {', '.join(columns)}")
+
     def read():
         for i, r in enumerate(d.select_columns([column])):
-            if not isinstance(r[column], str): raise ValueError(f"{where}, row {i}: {column} is {type(r[column]).__name__}, not text")
+            if not isinstance(r[column], str):
+                raise ValueError(f"{where}, row {i}: {column} is {type(r[column]).__name__}, not text")
             yield from r[column].split("\n")
-    return Source(str(where), [d._fingerprint if local else [str(where), config, split, revision], column], read, **kw)
+
+    return Source(
+        str(where), [d._fingerprint if local else [str(where), config, split, revision], column], read, **kw
+    )
 
 # %% ../../nbs/18_data.corpus.ipynb #542f8f77
-def open_text(where, *, pattern:str="*", config:str=None, split:str="train", column:str="text", revision:str=None, clean:str="plain", min_words:int=1) -> Source:
+def open_text(
+    where,
+    *,
+    pattern: str = "*",
+    config: str = None,
+    split: str = "train",
+    column: str = "text",
+    revision: str = None,
+    clean: str = "plain",
+    min_words: int = 1,
+) -> Source:
     "The source at `where`: a file, a folder of text files, a folder written by `save_to_disk`, or a data set of the Hub (a name without a leading `/` or `.`)."
-    p = Path(where); kw = dict(clean=clean, min_words=min_words)
-    if p.is_dir() and any((p/n).is_file() for n in ("dataset_info.json", "dataset_dict.json")): return hub_text(p, config, split, column, revision, **kw)
-    if p.exists() or str(where)[:1] in "/.~" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(where)): return text_files(p.expanduser(), pattern, **kw)
+    p = Path(where)
+    kw = dict(clean=clean, min_words=min_words)
+    if p.is_dir() and any((p / n).is_file() for n in ("dataset_info.json", "dataset_dict.json")):
+        return hub_text(p, config, split, column, revision, **kw)
+    if p.exists() or str(where)[:1] in "/.~" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(where)):
+        return text_files(p.expanduser(), pattern, **kw)
     return hub_text(where, config, split, column, revision, **kw)
 
 # %% ../../nbs/18_data.corpus.ipynb #f955e304
-_probe = ["The CAFÉ's naïve owner paid $1,234.50 — or £99?", "well-known U.S. e-mail: a_b@c.org (100%)", "日本語 Привет ñandú ½ “quoted” don't", "[MASK] [UNK] [SEP]"]
+_probe = [
+    "The CAFÉ's naïve owner paid $1,234.50 — or £99?",
+    "well-known U.S. e-mail: a_b@c.org (100%)",
+    "日本語 Привет ñandú ½ “quoted” don't",
+    "[MASK] [UNK] [SEP]",
+]
+
 
 def tokenizer_fingerprint(tokenizer) -> str:
     "16 hex digits that are equal for tokenisers with equal pieces and equal behaviour on a probe."
     ids = tokenizer(_probe, add_special_tokens=True, truncation=False, padding=False)["input_ids"]
-    return fingerprint(sorted(tokenizer.get_vocab().items()), ids, [tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id])
+    return fingerprint(
+        sorted(tokenizer.get_vocab().items()),
+        ids,
+        [tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id],
+    )
 
 # %% ../../nbs/18_data.corpus.ipynb #442cac18
-def _tokenized(source, tokenizer, first:int=0, chars:int=1 << 20):
+def _tokenized(source, tokenizer, first: int = 0, chars: int = 1 << 20):
     "Yield (number, ids) of the paragraphs from `first` on, tokenised about a million characters at a time."
     todo, size = [], 0
+
     def flush():
-        ids = tokenizer([s for _, s in todo], add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"] if todo else []
+        ids = (
+            tokenizer(
+                [s for _, s in todo],
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )["input_ids"]
+            if todo
+            else []
+        )
         yield from zip((i for i, _ in todo), ids)
+
     for i, s in enumerate(source):
-        if i < first: continue
-        todo.append((i, s)); size += len(s)
-        if size >= chars or len(todo) >= 4096: yield from flush(); todo, size = [], 0
+        if i < first:
+            continue
+        todo.append((i, s))
+        size += len(s)
+        if size >= chars or len(todo) >= 4096:
+            yield from flush()
+            todo, size = [], 0
     yield from flush()
 
-def _packed(source, tokenizer, max_tokens:int, place=(0, 0)):
+
+def _packed(source, tokenizer, max_tokens: int, place=(0, 0)):
     "Yield (row of ids, place where the next row begins)."
-    cls, sep, room, row = tokenizer.cls_token_id, tokenizer.sep_token_id, max_tokens-2, []
+    cls, sep, room, row = tokenizer.cls_token_id, tokenizer.sep_token_id, max_tokens - 2, []
     p = place[0]
     for p, ids in _tokenized(source, tokenizer, place[0]):
         k = place[1] if p == place[0] else 0
         while k < len(ids):
-            n = min(room-len(row), len(ids)-k); row += ids[k:k+n]; k += n
-            if len(row) == room: yield [cls, *row, sep], (p, k); row = []
-    if row: yield [cls, *row, sep], (p+1, 0)
+            n = min(room - len(row), len(ids) - k)
+            row += ids[k : k + n]
+            k += n
+            if len(row) == room:
+                yield [cls, *row, sep], (p, k)
+                row = []
+    if row:
+        yield [cls, *row, sep], (p + 1, 0)
 
-def _one_each(source, tokenizer, max_tokens:int, place=(0, 0)):
+
+def _one_each(source, tokenizer, max_tokens: int, place=(0, 0)):
     "Yield (row of ids, place): one row a paragraph, truncated."
     for p, ids in _tokenized(source, tokenizer, place[0]):
-        yield [tokenizer.cls_token_id, *ids[:max_tokens-2], tokenizer.sep_token_id], (p+1, 0)
+        yield [tokenizer.cls_token_id, *ids[: max_tokens - 2], tokenizer.sep_token_id], (p + 1, 0)
+
 
 def _check_row(max_tokens, remainder="keep"):
-    if max_tokens < 3: raise ValueError(f"max_tokens should leave room for a token between [CLS] and [SEP], got {max_tokens}")
-    if remainder not in ("keep", "drop"): raise ValueError(f"remainder {remainder!r}: it should be keep or drop")
+    if max_tokens < 3:
+        raise ValueError(
+            f"max_tokens should leave room for a token between [CLS] and [SEP], got {max_tokens}"
+        )
+    if remainder not in ("keep", "drop"):
+        raise ValueError(f"remainder {remainder!r}: it should be keep or drop")
 
 # %% ../../nbs/18_data.corpus.ipynb #e5695e9f
-def pack(texts, tokenizer, max_tokens:int=128, remainder:str="keep") -> Tokens:
+def pack(texts, tokenizer, max_tokens: int = 128, remainder: str = "keep") -> Tokens:
     "Pack texts (a source or an iterable of str) that fit in memory into rows of `max_tokens`; an empty corpus is an error."
-    _check_row(max_tokens, remainder); source = texts if isinstance(texts, Source) else text_list(texts)
+    _check_row(max_tokens, remainder)
+    source = texts if isinstance(texts, Source) else text_list(texts)
     rows = [np.array(r, np.int32) for r, _ in _packed(source, tokenizer, max_tokens)]
-    if rows and remainder == "drop" and len(rows[-1]) < max_tokens: rows.pop()
-    if not rows: raise ValueError(f"{source.name}: there is no text in it" + (f" that fills a row of {max_tokens} tokens" if remainder == "drop" else ""))
+    if rows and remainder == "drop" and len(rows[-1]) < max_tokens:
+        rows.pop()
+    if not rows:
+        raise ValueError(
+            f"{source.name}: there is no text in it"
+            + (f" that fills a row of {max_tokens} tokens" if remainder == "drop" else "")
+        )
     return Tokens(np.concatenate(rows), np.cumsum([0, *map(len, rows)]), tokenizer.pad_token_id)
 
 # %% ../../nbs/18_data.corpus.ipynb #9e578b80
-def _manifest(folder) -> Path: return Path(folder)/"corpus.json"
+def _manifest(folder) -> Path:
+    return Path(folder) / "corpus.json"
 
-def _intact(folder:Path, shard:dict) -> str|None: # what is wrong, None: nothing
+
+def _intact(folder: Path, shard: dict) -> str | None:  # what is wrong, None: nothing
     for name, want in shard["sha256"].items():
-        if not (folder/name).is_file(): return f"{folder/name}: this shard is missing"
-        if sha256_file(folder/name) != want: return f"{folder/name}: this shard is damaged (its checksum differs)"
+        if not (folder / name).is_file():
+            return f"{folder / name}: this shard is missing"
+        if sha256_file(folder / name) != want:
+            return f"{folder / name}: this shard is damaged (its checksum differs)"
+
 
 class CorpusTokens:
     "A tokenised corpus on disk with the interface of `Tokens`: `len`, `lengths`, and `[rows]` -> ids (B, L), mask (B, L). Another tokeniser and an unfinished or damaged folder are errors."
+
     def __init__(self, folder, tokenizer):
         self.folder = Path(folder)
-        if not _manifest(folder).is_file(): raise FileNotFoundError(f"{_manifest(folder)}: no tokenised corpus here; make it with `tokenize_corpus`")
+        if not _manifest(folder).is_file():
+            raise FileNotFoundError(
+                f"{_manifest(folder)}: no tokenised corpus here; make it with `tokenize_corpus`"
+            )
         self.manifest = m = read_json(_manifest(folder))
-        if m["tokenizer"] != tokenizer_fingerprint(tokenizer): raise ValueError(f"{self.folder} was tokenised by another tokeniser (fingerprint {m['tokenizer']}, {m['pieces']:,} pieces; this one is {tokenizer_fingerprint(tokenizer)}, {len(tokenizer):,} pieces): tokenise the text again into another folder")
-        if not m["finished"]: raise ValueError(f"{self.folder}: the corpus is not finished ({len(m['shards'])} shards); run `tokenize_corpus` again, it goes on from there")
+        if m["tokenizer"] != tokenizer_fingerprint(tokenizer):
+            raise ValueError(
+                f"{self.folder} was tokenised by another tokeniser (fingerprint {m['tokenizer']}, {m['pieces']:,} pieces; this one is {tokenizer_fingerprint(tokenizer)}, {len(tokenizer):,} pieces): tokenise the text again into another folder"
+            )
+        if not m["finished"]:
+            raise ValueError(
+                f"{self.folder}: the corpus is not finished ({len(m['shards'])} shards); run `tokenize_corpus` again, it goes on from there"
+            )
         self.pad, self.max_tokens, self._maps = m["pad"], m["max_tokens"], {}
         self.first = np.cumsum([0, *(s["rows"] for s in m["shards"])])
-    def __len__(self): return int(self.first[-1])
-    def __repr__(self): return f"CorpusTokens({self.folder.name}: {len(self):,} rows, {self.tokens:,} tokens)"
-    def __getstate__(self): return {**self.__dict__, "_maps": {}}
-    @property
-    def tokens(self) -> int: return sum(s["tokens"] for s in self.manifest["shards"])
-    @property
-    def fingerprint(self) -> str: return fingerprint([self.manifest[k] for k in ("tokenizer", "max_tokens", "packed")], [s["sha256"] for s in self.manifest["shards"]])
-    @cached_property
-    def lengths(self) -> np.ndarray: return np.concatenate([np.diff(self._shard(k)[1]) for k in range(len(self.manifest["shards"]))]).astype(np.int32)
 
-    def _shard(self, k:int) -> tuple[np.ndarray, np.ndarray]: # ids, starts
+    def __len__(self):
+        return int(self.first[-1])
+
+    def __repr__(self):
+        return f"CorpusTokens({self.folder.name}: {len(self):,} rows, {self.tokens:,} tokens)"
+
+    def __getstate__(self):
+        return {**self.__dict__, "_maps": {}}
+
+    @property
+    def tokens(self) -> int:
+        return sum(s["tokens"] for s in self.manifest["shards"])
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(
+            [self.manifest[k] for k in ("tokenizer", "max_tokens", "packed")],
+            [s["sha256"] for s in self.manifest["shards"]],
+        )
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.concatenate(
+            [np.diff(self._shard(k)[1]) for k in range(len(self.manifest["shards"]))]
+        ).astype(np.int32)
+
+    def _shard(self, k: int) -> tuple[np.ndarray, np.ndarray]:  # ids, starts
         if k not in self._maps:
             s = self.manifest["shards"][k]
-            if why := _intact(self.folder, s): raise ValueError(f"{why}; run `tokenize_corpus` again to rebuild it")
-            self._maps[k] = tuple(np.load(self.folder/n, mmap_mode="r") for n in s["sha256"])
+            if why := _intact(self.folder, s):
+                raise ValueError(f"{why}; run `tokenize_corpus` again to rebuild it")
+            self._maps[k] = tuple(np.load(self.folder / n, mmap_mode="r") for n in s["sha256"])
         return self._maps[k]
 
     def __getitem__(self, rows) -> tuple[torch.Tensor, torch.Tensor]:
         rows = np.asarray(rows)
-        if rows.ndim != 1 or not rows.size: raise ValueError(f"rows should be a list of row numbers, got shape {rows.shape}")
-        if rows.min() < 0 or rows.max() >= len(self): raise IndexError(f"rows {rows.min()} to {rows.max()} of a corpus of {len(self)} rows")
-        at = np.searchsorted(self.first, rows, "right")-1; parts = []
-        for r, k in zip(rows - self.first[at], at): ids, starts = self._shard(int(k)); parts.append(ids[starts[r]:starts[r+1]])
-        out = np.full((len(rows), max(map(len, parts))), self.pad, np.int64); mask = np.zeros(out.shape, bool)
-        for i, p in enumerate(parts): out[i, :len(p)] = p; mask[i, :len(p)] = True
+        if rows.ndim != 1 or not rows.size:
+            raise ValueError(f"rows should be a list of row numbers, got shape {rows.shape}")
+        if rows.min() < 0 or rows.max() >= len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of a corpus of {len(self)} rows")
+        at = np.searchsorted(self.first, rows, "right") - 1
+        parts = []
+        for r, k in zip(rows - self.first[at], at):
+            ids, starts = self._shard(int(k))
+            parts.append(ids[starts[r] : starts[r + 1]])
+        out = np.full((len(rows), max(map(len, parts))), self.pad, np.int64)
+        mask = np.zeros(out.shape, bool)
+        for i, p in enumerate(parts):
+            out[i, : len(p)] = p
+            mask[i, : len(p)] = True
         return torch.from_numpy(out), torch.from_numpy(mask)
 
 # %% ../../nbs/18_data.corpus.ipynb #6126f01a
-def _write_shard(folder:Path, k:int, rows:list) -> dict:
+def _write_shard(folder: Path, k: int, rows: list) -> dict:
     "Write rows (arrays of ids) as shard `k`; returns its entry of the manifest."
     out, starts = {}, np.cumsum([0, *map(len, rows)])
     for what, x in (("ids", np.concatenate(rows)), ("starts", starts)):
-        with atomic(folder/f"{k:05d}.{what}.npy", "wb") as f: write_array(f, x)
-        out[f"{k:05d}.{what}.npy"] = sha256_file(folder/f"{k:05d}.{what}.npy")
+        with atomic(folder / f"{k:05d}.{what}.npy", "wb") as f:
+            write_array(f, x)
+        out[f"{k:05d}.{what}.npy"] = sha256_file(folder / f"{k:05d}.{what}.npy")
     return dict(rows=len(rows), tokens=int(starts[-1]), sha256=out)
 
-def _take(stream, n:int, dtype) -> tuple[list, tuple]: # rows, place after them
-    got = [(np.array(r, dtype), end) for r, end in islice(stream, n)]; return [r for r, _ in got], got[-1][1] if got else None
+
+def _take(stream, n: int, dtype) -> tuple[list, tuple]:  # rows, place after them
+    got = [(np.array(r, dtype), end) for r, end in islice(stream, n)]
+    return [r for r, _ in got], got[-1][1] if got else None
+
 
 def _rebuild(folder, m, k, rows_from, dtype):
-    s = m["shards"][k]; rows, _ = _take(rows_from(tuple(s["begin"])), s["rows"], dtype)
-    if not rows or _write_shard(folder, k, rows)["sha256"] != s["sha256"]: raise ValueError(f"{folder}: shard {k} came out differently when it was made again: the text or `tokenizers` has changed; delete the folder")
+    s = m["shards"][k]
+    rows, _ = _take(rows_from(tuple(s["begin"])), s["rows"], dtype)
+    if not rows or _write_shard(folder, k, rows)["sha256"] != s["sha256"]:
+        raise ValueError(
+            f"{folder}: shard {k} came out differently when it was made again: the text or `tokenizers` has changed; delete the folder"
+        )
 
 # %% ../../nbs/18_data.corpus.ipynb #b2e40460
-def tokenize_corpus(source:Source,          # see `open_text`
-                    tokenizer, out,         # folder of the cache
-                    *, max_tokens:int=128,  # a row, with [CLS] and [SEP]
-                    packed:bool=True,       # False: one row a paragraph, truncated
-                    remainder:str="keep",   # of a packed corpus: the last, shorter row
-                    shard_rows:int=1 << 16  # rows a shard
-                   ) -> CorpusTokens:
+def tokenize_corpus(
+    source: Source,  # see `open_text`
+    tokenizer,
+    out,  # folder of the cache
+    *,
+    max_tokens: int = 128,  # a row, with [CLS] and [SEP]
+    packed: bool = True,  # False: one row a paragraph, truncated
+    remainder: str = "keep",  # of a packed corpus: the last, shorter row
+    shard_rows: int = 1 << 16,  # rows a shard
+) -> CorpusTokens:
     "Tokenise a source into `out`, in memory bounded by a shard; goes on where it was interrupted, rebuilds damaged shards, refuses a folder that holds something else."
-    _check_row(max_tokens, remainder); out = Path(out); dtype = np.uint16 if len(tokenizer) < 1 << 16 else np.uint32
-    if shard_rows < 1: raise ValueError(f"shard_rows should be at least 1, got {shard_rows}")
-    head = dict(tokenizer=tokenizer_fingerprint(tokenizer), pieces=len(tokenizer), source=source.fingerprint, max_tokens=max_tokens, packed=packed, remainder=remainder, shard_rows=shard_rows, pad=tokenizer.pad_token_id)
+    _check_row(max_tokens, remainder)
+    out = Path(out)
+    dtype = np.uint16 if len(tokenizer) < 1 << 16 else np.uint32
+    if shard_rows < 1:
+        raise ValueError(f"shard_rows should be at least 1, got {shard_rows}")
+    head = dict(
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        pieces=len(tokenizer),
+        source=source.fingerprint,
+        max_tokens=max_tokens,
+        packed=packed,
+        remainder=remainder,
+        shard_rows=shard_rows,
+        pad=tokenizer.pad_token_id,
+    )
     rows_from = lambda place: (_packed if packed else _one_each)(source, tokenizer, max_tokens, place)
     with _locked(out):
-        m = read_json(_manifest(out)) if _manifest(out).is_file() else dict(head, name=Path(source.name).name, finished=False, shards=[])
-        if diff := [f"{k} {m.get(k)!r} instead of {v!r}" for k, v in head.items() if m.get(k) != v]: raise ValueError(f"{out} holds another corpus ({'; '.join(diff)}): give another folder, or delete this one")
-        for f in out.glob(".*.npy.*"): f.unlink()                    # left by a run that was killed while it wrote
+        m = (
+            read_json(_manifest(out))
+            if _manifest(out).is_file()
+            else dict(head, name=Path(source.name).name, finished=False, shards=[])
+        )
+        if diff := [f"{k} {m.get(k)!r} instead of {v!r}" for k, v in head.items() if m.get(k) != v]:
+            raise ValueError(
+                f"{out} holds another corpus ({'; '.join(diff)}): give another folder, or delete this one"
+            )
+        for f in out.glob(".*.npy.*"):
+            f.unlink()  # left by a run that was killed while it wrote
         for k, s in enumerate(m["shards"]):
-            if why := _intact(out, s): print(f"{why}; rebuilding"); _rebuild(out, m, k, rows_from, dtype)
-        place = tuple(m["shards"][-1]["end"]) if m["shards"] else (0, 0); stream = rows_from(place)
+            if why := _intact(out, s):
+                print(f"{why}; rebuilding")
+                _rebuild(out, m, k, rows_from, dtype)
+        place = tuple(m["shards"][-1]["end"]) if m["shards"] else (0, 0)
+        stream = rows_from(place)
         while not m["finished"]:
-            rows, end = _take(stream, shard_rows, dtype); last = len(rows) < shard_rows
-            if last and packed and remainder == "drop" and rows and len(rows[-1]) < max_tokens: rows.pop()
-            if rows: m["shards"].append(dict(_write_shard(out, len(m["shards"]), rows), begin=place, end=end)); place = end
-            if last and not m["shards"]: raise ValueError(f"{source.name}: there is no text in it" + (f" that fills a row of {max_tokens} tokens" if remainder == "drop" else ""))
-            m["finished"] = last; write_json(_manifest(out), m, seal=True)
+            rows, end = _take(stream, shard_rows, dtype)
+            last = len(rows) < shard_rows
+            if last and packed and remainder == "drop" and rows and len(rows[-1]) < max_tokens:
+                rows.pop()
+            if rows:
+                m["shards"].append(dict(_write_shard(out, len(m["shards"]), rows), begin=place, end=end))
+                place = end
+            if last and not m["shards"]:
+                raise ValueError(
+                    f"{source.name}: there is no text in it"
+                    + (f" that fills a row of {max_tokens} tokens" if remainder == "drop" else "")
+                )
+            m["finished"] = last
+            write_json(_manifest(out), m, seal=True)
     return CorpusTokens(out, tokenizer)

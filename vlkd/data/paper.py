@@ -23,65 +23,169 @@ from .corpus import *
 from .howto import *
 
 # %% ../../nbs/19a_data.paper.ipynb #d1522f5f
-TEXTS = {"wikitext103": ("wikitext103/wiki.train.raw", "wikitext"), "wikipedia_en": ("wikipedia_en/en.train.raw", "plain")} # file, how it is cleaned
+TEXTS = {
+    "wikitext103": ("wikitext103/wiki.train.raw", "wikitext"),
+    "wikipedia_en": ("wikipedia_en/en.train.raw", "plain"),
+}  # file, how it is cleaned
 
-FOLDERS = dict(video="howto100m/features", clip="howto100m/features-clip", image="howto100m/features") # where features of each kind lie
-WIDTHS = dict(video=(2048, 2048), clip=(512, 2048), image=(2048, 0)) # columns of the 2-D and the 3-D encoder
+FOLDERS = dict(
+    video="howto100m/features", clip="howto100m/features-clip", image="howto100m/features"
+)  # where features of each kind lie
+WIDTHS = dict(video=(2048, 2048), clip=(512, 2048), image=(2048, 0))  # columns of the 2-D and the 3-D encoder
 
-def text_of(s:Scale) -> str: # a key of `TEXTS`
+
+def text_of(s: Scale) -> str:  # a key of `TEXTS`
     "The corpus of the paper's student: English Wikipedia for the larger model (Sec. 4.1), WikiText-103 for the ablations."
     return "wikipedia_en" if s.layers > scale("paper").layers else "wikitext103"
 
-def columns_2d(features:MappedFeatures) -> int:
+
+def columns_2d(features: MappedFeatures) -> int:
     "How many of a folder's columns, the first ones, come from the 2-D encoder: `dims` of its manifest, else the paper's 2,048 of 4,096."
-    f = features.folder/"manifest.json"; m = read_json(f) if f.is_file() else {}; dims = m.get("dims", [])
-    if len(dims) == 2 and sum(dims) == features.dim: return dims[0]
-    if len(dims) == 1 and not m.get("clips"): return dims[0]
-    if not dims and features.dim == sum(WIDTHS["video"]): return WIDTHS["video"][0]
-    raise ValueError(f"{f}: which of the {features.dim} columns are 2-D features is not said; `dims` should be their number and that of the 3-D ones, as `vlkd extract` writes it")
+    f = features.folder / "manifest.json"
+    m = read_json(f) if f.is_file() else {}
+    dims = m.get("dims", [])
+    if len(dims) == 2 and sum(dims) == features.dim:
+        return dims[0]
+    if len(dims) == 1 and not m.get("clips"):
+        return dims[0]
+    if not dims and features.dim == sum(WIDTHS["video"]):
+        return WIDTHS["video"][0]
+    raise ValueError(
+        f"{f}: which of the {features.dim} columns are 2-D features is not said; `dims` should be their number and that of the 3-D ones, as `vlkd extract` writes it"
+    )
+
 
 class MiddleFrames:
     "Of each clip of `ClipFeatures` the middle frame's first `width` columns: `shape` (clips, 1, width), read from disk by rows."
-    def __init__(self, clips:ClipFeatures, width:int): self.clips, self.shape, self.dtype, self.ndim = clips, (len(clips), 1, width), clips.dtype, 3
-    def __len__(self): return self.shape[0]
+
+    def __init__(self, clips: ClipFeatures, width: int):
+        self.clips, self.shape, self.dtype, self.ndim = clips, (len(clips), 1, width), clips.dtype, 3
+
+    def __len__(self):
+        return self.shape[0]
+
     def __getitem__(self, rows):
-        if isinstance(rows, (int, np.integer)): return self[np.array([rows])][0]
-        c = self.clips; rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows); at = c.span(rows)[0] + c.lengths(rows)//2; out = np.zeros((len(rows), *self.shape[1:]), self.dtype)
-        for i, (k, v) in enumerate(zip(at, c.table.video[rows])): out[i] = c.features.read(c.table.videos[v], int(k), int(k)+1)[:, :self.shape[2]]
+        if isinstance(rows, (int, np.integer)):
+            return self[np.array([rows])][0]
+        c = self.clips
+        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
+        at = c.span(rows)[0] + c.lengths(rows) // 2
+        out = np.zeros((len(rows), *self.shape[1:]), self.dtype)
+        for i, (k, v) in enumerate(zip(at, c.table.video[rows])):
+            out[i] = c.features.read(c.table.videos[v], int(k), int(k) + 1)[:, : self.shape[2]]
         return out
+
 
 class PaperData:
     "Data of scale `paper`: `tokenizer`, `pairs` (`VideoText` on disk), `tokens`, `caption_tokens`, `task(name, split)`; missing data sets are a `FileNotFoundError` that lists their files. `features` is video, clip or image; `text` empty: that of the model's size."
+
     tasks = ("sst2", "qnli", "qqp", "mnli", "piqa", "tracie")
-    def __init__(self, s:Scale, seed:int=1, *, features:str="video", text:str="", wrong:str="drop", root=None, cache=None):
+
+    def __init__(
+        self,
+        s: Scale,
+        seed: int = 1,
+        *,
+        features: str = "video",
+        text: str = "",
+        wrong: str = "drop",
+        root=None,
+        cache=None,
+    ):
         text = text or text_of(s)
-        if features not in FOLDERS: raise ValueError(f"features {features!r}: it should be one of {', '.join(FOLDERS)}")
-        if text not in TEXTS: raise ValueError(f"text {text!r}: it should be one of {', '.join(TEXTS)}")
-        self.s, self.seed, self.text, self.wrong, self.root = s, seed, text, wrong, Path(root or data_dir()); require("howto100m", text, data=self.root)
-        self.cache, self.features, self.folder = Path(cache or path("cache"))/"paper", features, self.root/FOLDERS[features]
-        if not self.folder.is_dir(): raise FileNotFoundError(f"{self.folder}: no such folder; for features = {features!r} make it with `vlkd extract VIDEOS --out {self.folder} --frames {'clip' if features == 'clip' else 'resnet152'} --clips resnext152`")
+        if features not in FOLDERS:
+            raise ValueError(f"features {features!r}: it should be one of {', '.join(FOLDERS)}")
+        if text not in TEXTS:
+            raise ValueError(f"text {text!r}: it should be one of {', '.join(TEXTS)}")
+        self.s, self.seed, self.text, self.wrong, self.root = s, seed, text, wrong, Path(root or data_dir())
+        require("howto100m", text, data=self.root)
+        self.cache, self.features, self.folder = (
+            Path(cache or path("cache")) / "paper",
+            features,
+            self.root / FOLDERS[features],
+        )
+        if not self.folder.is_dir():
+            raise FileNotFoundError(
+                f"{self.folder}: no such folder; for features = {features!r} make it with `vlkd extract VIDEOS --out {self.folder} --frames {'clip' if features == 'clip' else 'resnet152'} --clips resnext152`"
+            )
+
     @cached_property
-    def tokenizer(self): return load_vocabulary(bert_vocab(self.root), max(self.s.max_tokens, self.s.ft_tokens))
+    def tokenizer(self):
+        return load_vocabulary(bert_vocab(self.root), max(self.s.max_tokens, self.s.ft_tokens))
+
     @cached_property
-    def mapped(self) -> MappedFeatures: return MappedFeatures(self.folder)
+    def mapped(self) -> MappedFeatures:
+        return MappedFeatures(self.folder)
+
     @property
-    def _of(self) -> str: return "captions-clip" if self.features == "clip" else "captions" # a caption without features is left out, so that each folder of features has its own
+    def _of(self) -> str:
+        return (
+            "captions-clip" if self.features == "clip" else "captions"
+        )  # a caption without features is left out, so that each folder of features has its own
+
     @cached_property
     def table(self) -> CaptionTable:
-        t = caption_table(self.root/"howto100m/caption.json", self.cache/self._of, seconds=self.mapped.seconds(), wrong=self.wrong)
-        print(t, f"left out: {', '.join(f'{n:,} ({k})' for k, n in t.dropped.items()) or 'none'}"); return t
+        t = caption_table(
+            self.root / "howto100m/caption.json",
+            self.cache / self._of,
+            seconds=self.mapped.seconds(),
+            wrong=self.wrong,
+        )
+        print(t, f"left out: {', '.join(f'{n:,} ({k})' for k, n in t.dropped.items()) or 'none'}")
+        return t
+
     @cached_property
     def pairs(self) -> VideoText:
-        p = howto_pairs(self.table, self.mapped, held_out=min(10_000, len(self.table)//10), max_frames=self.s.max_frames) # the 10,000 of Sec. 4.3; fewer in a stand-in
-        return p if self.features != "image" else VideoText(p.captions, p.clip, MiddleFrames(p.features, columns_2d(self.mapped)), np.ones((len(p.features), 1), bool), p.train, p.valid, p.names)
+        p = howto_pairs(
+            self.table, self.mapped, held_out=min(10_000, len(self.table) // 10), max_frames=self.s.max_frames
+        )  # the 10,000 of Sec. 4.3; fewer in a stand-in
+        return (
+            p
+            if self.features != "image"
+            else VideoText(
+                p.captions,
+                p.clip,
+                MiddleFrames(p.features, columns_2d(self.mapped)),
+                np.ones((len(p.features), 1), bool),
+                p.train,
+                p.valid,
+                p.names,
+            )
+        )
+
     @property
-    def sentences(self) -> Source: f, clean = TEXTS[self.text]; return text_files(self.root/f, clean=clean)
+    def sentences(self) -> Source:
+        f, clean = TEXTS[self.text]
+        return text_files(self.root / f, clean=clean)
+
     @cached_property
-    def tokens(self) -> CorpusTokens: return tokenize_corpus(self.sentences, self.tokenizer, self.cache/f"{self.text}-{self.s.max_tokens}", max_tokens=self.s.max_tokens)
+    def tokens(self) -> CorpusTokens:
+        return tokenize_corpus(
+            self.sentences,
+            self.tokenizer,
+            self.cache / f"{self.text}-{self.s.max_tokens}",
+            max_tokens=self.s.max_tokens,
+        )
+
     @cached_property
-    def caption_tokens(self) -> CorpusTokens: return caption_tokens(self.table, self.tokenizer, self.cache/f"{self._of}-{self.s.max_tokens}", self.s.max_tokens)
+    def caption_tokens(self) -> CorpusTokens:
+        return caption_tokens(
+            self.table, self.tokenizer, self.cache / f"{self._of}-{self.s.max_tokens}", self.s.max_tokens
+        )
+
     def task(self, name, split):
-        if name not in TASKS and name not in ("squad1", "squad2"): raise _unknown("task", name, [*TASKS, "squad1", "squad2"])
-        part = "train" if split == "train" else "dev"; folder = self.root/(dict(mnli_mm="glue_mnli", squad1="squad", squad2="squad", axb="superglue_axb") | {k: k for k in ("piqa", "tracie", "swag")}).get(name, f"glue_{name}")
-        try: return read_squad(folder, part, dict(squad1="1.1", squad2="2.0")[name]) if name.startswith("squad") else read_task(name, folder, part)
-        except FileNotFoundError as e: raise FileNotFoundError(f"scale {self.s.name!r} has no {part} data for {name!r}: {e}") from None
+        if name not in TASKS and name not in ("squad1", "squad2"):
+            raise _unknown("task", name, [*TASKS, "squad1", "squad2"])
+        part = "train" if split == "train" else "dev"
+        folder = self.root / (
+            dict(mnli_mm="glue_mnli", squad1="squad", squad2="squad", axb="superglue_axb")
+            | {k: k for k in ("piqa", "tracie", "swag")}
+        ).get(name, f"glue_{name}")
+        try:
+            return (
+                read_squad(folder, part, dict(squad1="1.1", squad2="2.0")[name])
+                if name.startswith("squad")
+                else read_task(name, folder, part)
+            )
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"scale {self.s.name!r} has no {part} data for {name!r}: {e}") from None

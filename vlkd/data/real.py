@@ -24,261 +24,416 @@ from .tasks import sentences
 def text_lines(path):
     "Yield (line number from 1, text) of a UTF-8 file, plain or .gz; `ValueError` names file and line where it cannot be read."
     p, n = Path(path), 0
-    if not p.is_file(): raise FileNotFoundError(f"{p}: this file is missing")
+    if not p.is_file():
+        raise FileNotFoundError(f"{p}: this file is missing")
     try:
         with (gzip.open if p.suffix == ".gz" else open)(p, "rb") as f:
-            for n, b in enumerate(f, 1): yield n, b.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as e: raise ValueError(f"{p}, line {n}: not UTF-8 ({e.reason} at byte {e.start})") from None
-    except EOFError: raise ValueError(f"{p}: the gzip file is cut off after line {n}") from None
-    except (gzip.BadGzipFile, zlib.error) as e: raise ValueError(f"{p}, after line {n}: not a sound gzip file ({e})") from None
+            for n, b in enumerate(f, 1):
+                yield n, b.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{p}, line {n}: not UTF-8 ({e.reason} at byte {e.start})") from None
+    except EOFError:
+        raise ValueError(f"{p}: the gzip file is cut off after line {n}") from None
+    except (gzip.BadGzipFile, zlib.error) as e:
+        raise ValueError(f"{p}, after line {n}: not a sound gzip file ({e})") from None
+
 
 def json_rows(path, columns=()) -> list[dict]:
     "Rows of a JSON-lines file, each an object that has `columns`; a dict says of each whether it is `str` or a `list` of texts."
     out = []
     for n, s in text_lines(path):
-        if not s.strip(): continue
-        try: r = json.loads(s)
-        except json.JSONDecodeError as e: raise ValueError(f"{path}, line {n}: not JSON ({e.msg} at column {e.colno})") from None
-        except (ValueError, RecursionError) as e: raise ValueError(f"{path}, line {n}: not JSON ({e})") from None
-        if not isinstance(r, dict): raise ValueError(f"{path}, line {n}: {type(r).__name__} instead of an object")
-        if miss := [c for c in columns if c not in r]: raise ValueError(f"{path}, line {n}: no {', '.join(miss)}; the line has {', '.join(r)}")
-        for c, kind in (columns.items() if isinstance(columns, dict) else ()):
-            if not isinstance(r[c], kind) or kind is list and not all(isinstance(x, str) for x in r[c]): raise ValueError(f"{path}, line {n}: {c} should be {'text' if kind is str else 'a list of texts'}, got {r[c]!r:.60}")
+        if not s.strip():
+            continue
+        try:
+            r = json.loads(s)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}, line {n}: not JSON ({e.msg} at column {e.colno})") from None
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path}, line {n}: not JSON ({e})") from None
+        if not isinstance(r, dict):
+            raise ValueError(f"{path}, line {n}: {type(r).__name__} instead of an object")
+        if miss := [c for c in columns if c not in r]:
+            raise ValueError(f"{path}, line {n}: no {', '.join(miss)}; the line has {', '.join(r)}")
+        for c, kind in columns.items() if isinstance(columns, dict) else ():
+            if not isinstance(r[c], kind) or kind is list and not all(isinstance(x, str) for x in r[c]):
+                raise ValueError(
+                    f"{path}, line {n}: {c} should be {'text' if kind is str else 'a list of texts'}, got {r[c]!r:.60}"
+                )
         out.append(r)
-    if not out: raise ValueError(f"{path}: no rows")
+    if not out:
+        raise ValueError(f"{path}: no rows")
     return out
+
 
 def tab_rows(path, columns) -> list[dict]:
     "Rows of a tab-separated file without a head line, by the names of its columns."
     out = []
     for n, s in text_lines(path):
         v = s.split("\t")
-        if len(v) != len(columns): raise ValueError(f"{path}, line {n}: {len(v)} columns instead of {len(columns)} ({', '.join(columns)})")
+        if len(v) != len(columns):
+            raise ValueError(
+                f"{path}, line {n}: {len(v)} columns instead of {len(columns)} ({', '.join(columns)})"
+            )
         out.append(dict(zip(columns, v)))
-    if not out: raise ValueError(f"{path}: no rows")
+    if not out:
+        raise ValueError(f"{path}: no rows")
     return out
+
 
 def json_document(path):
     "One JSON document, plain or .gz."
     s = "\n".join(s for _, s in text_lines(path))
-    try: return json.loads(s)
-    except json.JSONDecodeError as e: raise ValueError(f"{path}, line {e.lineno}: not JSON ({e.msg} at column {e.colno})") from None
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path}: not JSON ({e})") from None
+    try:
+        return json.loads(s)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}, line {e.lineno}: not JSON ({e.msg} at column {e.colno})") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: not JSON ({e})") from None
 
 # %% ../../nbs/15_data.real.ipynb #7b221beb
-def _marks(s:str) -> int:
+def _marks(s: str) -> int:
     "How many words and punctuation marks a text has."
     return len(re.findall(r"\w+|[^\w\s]", s))
 
-def chunks(sentence:str, max_tokens:int=64) -> list[str]:
+
+def chunks(sentence: str, max_tokens: int = 64) -> list[str]:
     "Cut a sentence at spaces into pieces of at most `max_tokens` words and punctuation marks; a single longer word is left out."
-    if _marks(sentence) <= max_tokens: return [sentence]*bool(sentence)
+    if _marks(sentence) <= max_tokens:
+        return [sentence] * bool(sentence)
     out, n = [], max_tokens
     for w in sentence.split():
         k = _marks(w)
-        if k > max_tokens: n = max_tokens; continue
-        if n + k > max_tokens: out.append([]); n = 0
-        out[-1].append(w); n += k
+        if k > max_tokens:
+            n = max_tokens
+            continue
+        if n + k > max_tokens:
+            out.append([])
+            n = 0
+        out[-1].append(w)
+        n += k
     return [" ".join(p) for p in out]
 
 # %% ../../nbs/15_data.real.ipynb #76270d65
-def tidy_wikitext(s:str) -> str:
+def tidy_wikitext(s: str) -> str:
     "Undo WikiText's tokenisation: joined numbers and hyphens, marks beside their words, quotes around theirs."
     s = re.sub(r" @([-,.])@ ", r"\1", s)
-    s = re.sub(r" ([,.;:!?%)\]}]|'s\b|n't\b|'(?:re|ve|ll|d|m)\b)", r"\1", s); s = re.sub(r"([(\[{$£€]) ", r"\1", s)
+    s = re.sub(r" ([,.;:!?%)\]}]|'s\b|n't\b|'(?:re|ve|ll|d|m)\b)", r"\1", s)
+    s = re.sub(r"([(\[{$£€]) ", r"\1", s)
     s = re.sub(r'" ([^"]*?) "', r'"\1"', s)
     return " ".join(s.split())
 
 # %% ../../nbs/15_data.real.ipynb #df4626bf
 def squad_articles(root=None):
     "Yield (title, paragraph) of SQuAD 1.1 train. CC BY-SA 4.0."
-    f = Path(root or data_dir())/"squad/train-v1.1.json.gz"; d = json_document(f)
+    f = Path(root or data_dir()) / "squad/train-v1.1.json.gz"
+    d = json_document(f)
     try:
         for i, a in enumerate(d["data"]):
-            for p in a["paragraphs"]: yield str(a.get("title", i)), p["context"]
-    except (KeyError, TypeError) as e: raise ValueError(f"{f}: not SQuAD's layout, data > paragraphs > context ({type(e).__name__}: {e})") from None
+            for p in a["paragraphs"]:
+                yield str(a.get("title", i)), p["context"]
+    except (KeyError, TypeError) as e:
+        raise ValueError(
+            f"{f}: not SQuAD's layout, data > paragraphs > context ({type(e).__name__}: {e})"
+        ) from None
+
 
 def wikitext_articles(root=None):
     "Yield (title, paragraph) of the WikiText train files. CC BY-SA."
-    folder = Path(root or data_dir())/"wikitext"; files = sorted(folder.glob("wikitext-*.train.*"))
-    if not files: raise FileNotFoundError(f"{folder}: no wikitext-*.train.* file here")
+    folder = Path(root or data_dir()) / "wikitext"
+    files = sorted(folder.glob("wikitext-*.train.*"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no wikitext-*.train.* file here")
     for f in files:
         title = f.name
         for _, s in text_lines(f):
             s = s.strip()
-            if m := re.fullmatch(r"= ([^=].*[^=]) =", s): title = m[1]
-            elif s and not s.startswith("="): yield title, s
+            if m := re.fullmatch(r"= ([^=].*[^=]) =", s):
+                title = m[1]
+            elif s and not s.startswith("="):
+                yield title, s
 
-def real_sentences(seed:int=0,          # order, and which sentences stay under `limit`
-                   limit:int=None,      # training sentences at most
-                   valid:float=0.02,    # share of articles held out
-                   max_tokens:int=64,   # words and marks a sentence
-                   root=None            # data folder; None: VLKD_DATA
-                  ) -> tuple[list[str], list[str]]: # training and validation sentences
+
+def real_sentences(
+    seed: int = 0,  # order, and which sentences stay under `limit`
+    limit: int = None,  # training sentences at most
+    valid: float = 0.02,  # share of articles held out
+    max_tokens: int = 64,  # words and marks a sentence
+    root=None,  # data folder; None: VLKD_DATA
+) -> tuple[list[str], list[str]]:  # training and validation sentences
     "Wikipedia sentences without duplicates, in an order that depends on `seed` alone; the articles held out are always the same."
-    if not 0 <= valid < 1: raise ValueError(f"valid should be a share of the articles in [0, 1), got {valid}")
-    if limit is not None and limit < 1: raise ValueError(f"limit should be at least 1, got {limit}")
-    held, found = {}, ({}, {})                                              # found: text in lower case -> text
+    if not 0 <= valid < 1:
+        raise ValueError(f"valid should be a share of the articles in [0, 1), got {valid}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit should be at least 1, got {limit}")
+    held, found = {}, ({}, {})  # found: text in lower case -> text
     for fix, articles in ((str, squad_articles), (tidy_wikitext, wikitext_articles)):
         for title, text in articles(root):
             key = title.replace("_", " ").casefold()
-            if key not in held: held[key] = rng("real-articles", key).random() < valid
+            if key not in held:
+                held[key] = rng("real-articles", key).random() < valid
             for s in sentences(" ".join(fix(text).split())):
-                if "<unk>" in s: continue
+                if "<unk>" in s:
+                    continue
                 for c in chunks(s, max_tokens):
-                    if len(c.split()) >= 4: found[held[key]].setdefault(c.casefold(), c)
+                    if len(c.split()) >= 4:
+                        found[held[key]].setdefault(c.casefold(), c)
     train = [c for k, c in found[0].items() if k not in found[1]]
     order = rng("real-sentences", seed).permutation(len(train))[:limit]
     return [train[i] for i in order], list(found[1].values())
 
 # %% ../../nbs/15_data.real.ipynb #40a2b89a
-def bert_vocab(root=None) -> list[str]: # 30,522 pieces in order
+def bert_vocab(root=None) -> list[str]:  # 30,522 pieces in order
     "BERT's uncased WordPiece vocabulary (Apache-2.0), from `tokenizer_vocabs` in the data folder."
-    f = Path(root or data_dir())/"tokenizer_vocabs/bert-base-uncased-vocab.txt.gz"; v = [s for _, s in text_lines(f)]
-    if miss := [s for s in SPECIAL if s not in v]: raise ValueError(f"{f}: not BERT's vocabulary, it lacks {', '.join(miss)}")
-    if len(set(v)) != len(v): raise ValueError(f"{f}: a piece is listed twice")
+    f = Path(root or data_dir()) / "tokenizer_vocabs/bert-base-uncased-vocab.txt.gz"
+    v = [s for _, s in text_lines(f)]
+    if miss := [s for s in SPECIAL if s not in v]:
+        raise ValueError(f"{f}: not BERT's vocabulary, it lacks {', '.join(miss)}")
+    if len(set(v)) != len(v):
+        raise ValueError(f"{f}: a piece is listed twice")
     return v
 
 # %% ../../nbs/15_data.real.ipynb #eef08584
 _HELD_OUT = ("itm_dev", "itm_test", "esnlive_dev", "esnlive_test")
 
-def flickr8k_captions(root=None) -> dict[str, list[str]]: # photo -> captions
+
+def flickr8k_captions(root=None) -> dict[str, list[str]]:  # photo -> captions
     "Captions of Flickr8k by photo. Research use."
-    return {r["image"]: [c.strip() for c in r["captions"] if c.strip()] for r in json_rows(Path(root or data_dir())/"flickr8k/captions.jsonl", dict(image=str, captions=list))}
+    return {
+        r["image"]: [c.strip() for c in r["captions"] if c.strip()]
+        for r in json_rows(
+            Path(root or data_dir()) / "flickr8k/captions.jsonl", dict(image=str, captions=list)
+        )
+    }
+
 
 def held_out_photos(held_out=_HELD_OUT, root=None) -> set[str]:
     "Flickr8k photos that the named evaluation sets use."
-    d, out = Path(root or data_dir())/"flickr8k", set()
+    d, out = Path(root or data_dir()) / "flickr8k", set()
     for n in held_out:
-        if n not in _HELD_OUT: raise ValueError(f"unknown evaluation set {n!r}; known are {', '.join(_HELD_OUT)}")
-        rows = tab_rows(d/f"{n}.tsv", ["image","text","label"]) if n.startswith("itm") else json_rows(d/f"{n}_flickr8k.jsonl", dict(image=str))
+        if n not in _HELD_OUT:
+            raise ValueError(f"unknown evaluation set {n!r}; known are {', '.join(_HELD_OUT)}")
+        rows = (
+            tab_rows(d / f"{n}.tsv", ["image", "text", "label"])
+            if n.startswith("itm")
+            else json_rows(d / f"{n}_flickr8k.jsonl", dict(image=str))
+        )
         out |= {r["image"] for r in rows}
     return out
 
-def photo_splits(held_out=_HELD_OUT, retrieval:int=1000, valid:float=0.05, root=None) -> dict[str, list[str]]:
+
+def photo_splits(
+    held_out=_HELD_OUT, retrieval: int = 1000, valid: float = 0.05, root=None
+) -> dict[str, list[str]]:
     "Flickr8k photos in `train`, `valid` and `retrieval`, without those held out; the same for every seed."
     names = sorted(set(flickr8k_captions(root)) - held_out_photos(held_out, root))
-    if not 0 <= retrieval < len(names): raise ValueError(f"retrieval = {retrieval} photos of the {len(names)} that are not held out")
+    if not 0 <= retrieval < len(names):
+        raise ValueError(f"retrieval = {retrieval} photos of the {len(names)} that are not held out")
     names = [names[i] for i in rng("real-photos").permutation(len(names))]
-    n = retrieval + round(valid*(len(names) - retrieval))
-    return dict(retrieval=sorted(names[:retrieval]), valid=sorted(names[retrieval:n]), train=sorted(names[n:]))
+    n = retrieval + round(valid * (len(names) - retrieval))
+    return dict(
+        retrieval=sorted(names[:retrieval]), valid=sorted(names[retrieval:n]), train=sorted(names[n:])
+    )
 
 # %% ../../nbs/15_data.real.ipynb #3af16242
-def flickr8k_features(names, root=None) -> np.ndarray: # float32 (n, 1280)
+def flickr8k_features(names, root=None) -> np.ndarray:  # float32 (n, 1280)
     "The published pooled MobileNetV2 features of Flickr8k photos (224-pixel originals): bytes times the scale of their column."
-    f = Path(root or data_dir())/"flickr8k/mbv2_pool1280_u8.npz"
-    if not f.is_file(): raise FileNotFoundError(f"{f}: this file is missing")
+    f = Path(root or data_dir()) / "flickr8k/mbv2_pool1280_u8.npz"
+    if not f.is_file():
+        raise FileNotFoundError(f"{f}: this file is missing")
     try:
-        with np.load(f) as z: q, scale, files = z["feats_u8"], z["scale"], z["files"].tolist()
-    except Exception as e: raise ValueError(f"{f}: not an npz file with feats_u8, scale and files ({type(e).__name__}: {e})") from None
-    if q.shape != (len(files), len(scale)): raise ValueError(f"{f}: feats_u8 is {q.shape}, but there are {len(files)} files and {len(scale)} scales")
+        with np.load(f) as z:
+            q, scale, files = z["feats_u8"], z["scale"], z["files"].tolist()
+    except Exception as e:
+        raise ValueError(
+            f"{f}: not an npz file with feats_u8, scale and files ({type(e).__name__}: {e})"
+        ) from None
+    if q.shape != (len(files), len(scale)):
+        raise ValueError(
+            f"{f}: feats_u8 is {q.shape}, but there are {len(files)} files and {len(scale)} scales"
+        )
     at = {n: i for i, n in enumerate(files)}
-    if miss := [n for n in names if n not in at]: raise ValueError(f"{f}: no features of {len(miss)} photos, the first is {miss[0]}")
-    return q[[at[n] for n in names]].astype(np.float32)*scale
+    if miss := [n for n in names if n not in at]:
+        raise ValueError(f"{f}: no features of {len(miss)} photos, the first is {miss[0]}")
+    return q[[at[n] for n in names]].astype(np.float32) * scale
 
-def exercise_clips(root=None) -> dict[str, tuple[list[Path], list[str]]]: # id -> (start and end photo, sentences)
+
+def exercise_clips(
+    root=None,
+) -> dict[str, tuple[list[Path], list[str]]]:  # id -> (start and end photo, sentences)
     "The exercise database (public domain): two photos and the sentences of the instructions; exercises without instructions are left out."
-    d = Path(root or data_dir())/"free_exercise_db"; out = {}
-    for r in json_rows(d/"exercises.jsonl", dict(id=str, instructions=list, images=list)):
+    d = Path(root or data_dir()) / "free_exercise_db"
+    out = {}
+    for r in json_rows(d / "exercises.jsonl", dict(id=str, instructions=list, images=list)):
         text = [s for i in r["instructions"] for s in sentences(" ".join(i.split())) if len(s.split()) >= 3]
-        if text: out[r["id"]] = ([d/"images"/n for n in r["images"]], text)
+        if text:
+            out[r["id"]] = ([d / "images" / n for n in r["images"]], text)
     return out
 
-def msvd_clips(root=None) -> dict[str, tuple[Path, list[str]]]: # id -> (mp4, captions)
+
+def msvd_clips(root=None) -> dict[str, tuple[Path, list[str]]]:  # id -> (mp4, captions)
     "The MSVD clips that are here as files, with their captions. Research use."
-    d = Path(root or data_dir())/"msvd_clips"
-    return {r["clip"]: (d/f"{r['clip']}.mp4", [c.strip() for c in r["captions"] if c.strip()]) for r in json_rows(d/"index.jsonl", dict(clip=str, captions=list))}
+    d = Path(root or data_dir()) / "msvd_clips"
+    return {
+        r["clip"]: (d / f"{r['clip']}.mp4", [c.strip() for c in r["captions"] if c.strip()])
+        for r in json_rows(d / "index.jsonl", dict(clip=str, captions=list))
+    }
 
 # %% ../../nbs/15_data.real.ipynb #236f35d2
 class Calibration:
     "Mean and deviation of each feature over shared photos: (n, F) features of one domain in, standardised float16 features out."
+
     def __init__(self, x):
-        if x.ndim != 2 or len(x) < 2: raise ValueError(f"calibration needs features (n, F) of at least 2 photos, got {x.shape}")
-        s = x.std(0, dtype=np.float64); floor = 0.1*np.median(s[s > 0]) if (s > 0).any() else 1.
-        self.mean, self.std = x.mean(0, dtype=np.float64), np.maximum(s, floor)     # the floor: features that are zero on nearly all photos
-    def __call__(self, x) -> np.ndarray: return np.clip((np.asarray(x, np.float64) - self.mean)/self.std, -10, 10).astype(np.float16)
+        if x.ndim != 2 or len(x) < 2:
+            raise ValueError(f"calibration needs features (n, F) of at least 2 photos, got {x.shape}")
+        s = x.std(0, dtype=np.float64)
+        floor = 0.1 * np.median(s[s > 0]) if (s > 0).any() else 1.0
+        self.mean, self.std = (
+            x.mean(0, dtype=np.float64),
+            np.maximum(s, floor),
+        )  # the floor: features that are zero on nearly all photos
+
+    def __call__(self, x) -> np.ndarray:
+        return np.clip((np.asarray(x, np.float64) - self.mean) / self.std, -10, 10).astype(np.float16)
 
 # %% ../../nbs/15_data.real.ipynb #11f6c481
-def _cache(cache_dir): return Path(cache_dir) if cache_dir else path("cache")/"real"
+def _cache(cache_dir):
+    return Path(cache_dir) if cache_dir else path("cache") / "real"
+
 
 def _encoded(name, items, encoder, cache, read=None) -> Features:
     "Features of a source from the cache; encoded first where they are missing and there is an encoder."
-    out = cache/f"features-{name}"
-    if encoder is not None: return extract(items, encoder, out, fps=1.0, shard_size=128, read=read)
-    have = load_features(out) if (out/"manifest.json").is_file() else None
+    out = cache / f"features-{name}"
+    if encoder is not None:
+        return extract(items, encoder, out, fps=1.0, shard_size=128, read=read)
+    have = load_features(out) if (out / "manifest.json").is_file() else None
     if have is None or any(k not in have and k not in have.errors for k in items):
-        raise ValueError(f"{out}: the features of {name} are not (all) there; pass encoder=load_mobilenet() from vlkd.models.encoders to make them once")
+        raise ValueError(
+            f"{out}: the features of {name} are not (all) there; pass encoder=load_mobilenet() from vlkd.models.encoders to make them once"
+        )
     return have
 
+
 def _photo_reader(encoder):
-    def photos(paths): return read_photos(paths, size=getattr(encoder, "size", None))
+    def photos(paths):
+        return read_photos(paths, size=getattr(encoder, "size", None))
+
     return photos
 
-def calibrations(cache_dir=None, encoder=None, photos:int=512, train=None, root=None) -> tuple[Calibration, Calibration]: # published, ours
+
+def calibrations(
+    cache_dir=None, encoder=None, photos: int = 512, train=None, root=None
+) -> tuple[Calibration, Calibration]:  # published, ours
     "The two domains' calibrations over the same training photos of Flickr8k."
     root, train = Path(root or data_dir()), train or photo_splits(root=root)["train"]
     names = sorted(train[i] for i in rng("real-calibration").permutation(len(train))[:photos])
-    ours = _encoded("calibration", {n: root/"flickr8k/images"/n for n in names}, encoder, _cache(cache_dir), _photo_reader(encoder))
-    names = [n for n in names if n in ours]; a, b = flickr8k_features(names, root), np.concatenate([ours[n] for n in names])
-    if a.shape != b.shape: raise ValueError(f"the published features are {a.shape}, this encoder's are {b.shape}: only the network that made the published ones fits them")
+    ours = _encoded(
+        "calibration",
+        {n: root / "flickr8k/images" / n for n in names},
+        encoder,
+        _cache(cache_dir),
+        _photo_reader(encoder),
+    )
+    names = [n for n in names if n in ours]
+    a, b = flickr8k_features(names, root), np.concatenate([ours[n] for n in names])
+    if a.shape != b.shape:
+        raise ValueError(
+            f"the published features are {a.shape}, this encoder's are {b.shape}: only the network that made the published ones fits them"
+        )
     return Calibration(a), Calibration(b)
 
 # %% ../../nbs/15_data.real.ipynb #6c218183
 def _even(x, n):
     "At most n rows of x, evenly spaced."
-    return x if len(x) <= n else x[np.linspace(0, len(x)-1, n).round().astype(int)]
+    return x if len(x) <= n else x[np.linspace(0, len(x) - 1, n).round().astype(int)]
+
 
 def _bundle(clips, train_names, valid_names, max_frames) -> VideoText:
     "A `VideoText` of clips: name -> (features (T, F), captions)."
-    names = list(clips); t = min(max_frames, max(len(x) for x, _ in clips.values())); dim = next(iter(clips.values()))[0].shape[1]
+    names = list(clips)
+    t = min(max_frames, max(len(x) for x, _ in clips.values()))
+    dim = next(iter(clips.values()))[0].shape[1]
     feats, mask = np.zeros((len(names), t, dim), np.float16), np.zeros((len(names), t), bool)
-    for i, n in enumerate(names): x = _even(clips[n][0], t); feats[i, :len(x)] = x; mask[i, :len(x)] = True
-    captions = [c for n in names for c in clips[n][1]]; clip = np.repeat(np.arange(len(names)), [len(clips[n][1]) for n in names])
+    for i, n in enumerate(names):
+        x = _even(clips[n][0], t)
+        feats[i, : len(x)] = x
+        mask[i, : len(x)] = True
+    captions = [c for n in names for c in clips[n][1]]
+    clip = np.repeat(np.arange(len(names)), [len(clips[n][1]) for n in names])
     of = lambda which: np.flatnonzero(np.isin(clip, [i for i, n in enumerate(names) if n in which]))
     return VideoText(captions, clip.astype(np.int64), feats, mask, of(train_names), of(valid_names), names)
 
-def real_pairs(cache_dir=None,            # where features are kept; None: `real` in the cache folder
-               seed:int=0,                # which captions stay under `limit`
-               held_out=_HELD_OUT,        # evaluation sets whose photos are left out
-               limit:int=None,            # training captions at most
-               encoder=None,              # needed once, to fill the cache: `load_mobilenet()`
-               sources=("flickr8k","exercises","msvd"),
-               retrieval:int=1000,        # photos set apart for `real_retrieval`
-               valid:float=0.05,          # share of each source's clips held out for validation
-               max_frames:int=8,          # longer clips are thinned evenly
-               root=None                  # data folder; None: VLKD_DATA
-              ) -> VideoText:
+
+def real_pairs(
+    cache_dir=None,  # where features are kept; None: `real` in the cache folder
+    seed: int = 0,  # which captions stay under `limit`
+    held_out=_HELD_OUT,  # evaluation sets whose photos are left out
+    limit: int = None,  # training captions at most
+    encoder=None,  # needed once, to fill the cache: `load_mobilenet()`
+    sources=("flickr8k", "exercises", "msvd"),
+    retrieval: int = 1000,  # photos set apart for `real_retrieval`
+    valid: float = 0.05,  # share of each source's clips held out for validation
+    max_frames: int = 8,  # longer clips are thinned evenly
+    root=None,  # data folder; None: VLKD_DATA
+) -> VideoText:
     "Captions with frame features (clips, frames, 1280), standardised by domain on shared photos; clips are named source/id."
-    known = ("flickr8k", "exercises", "msvd"); root, cache = Path(root or data_dir()), _cache(cache_dir)
-    if bad := [s for s in sources if s not in known] or not sources: raise ValueError(f"sources {tuple(sources)}: known are {', '.join(known)}, at least one")
-    if limit is not None and limit < 1: raise ValueError(f"limit should be at least 1, got {limit}")
+    known = ("flickr8k", "exercises", "msvd")
+    root, cache = Path(root or data_dir()), _cache(cache_dir)
+    if bad := [s for s in sources if s not in known] or not sources:
+        raise ValueError(f"sources {tuple(sources)}: known are {', '.join(known)}, at least one")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit should be at least 1, got {limit}")
     parts, clips, held = photo_splits(held_out, retrieval, valid, root), {}, set()
-    if set(sources) == {"flickr8k"}: theirs = flickr8k_calibration(parts["train"], root)
-    else: theirs, ours = calibrations(cache, encoder, train=parts["train"], root=root)
+    if set(sources) == {"flickr8k"}:
+        theirs = flickr8k_calibration(parts["train"], root)
+    else:
+        theirs, ours = calibrations(cache, encoder, train=parts["train"], root=root)
     if "flickr8k" in sources:
-        names = parts["train"] + parts["valid"]; caps = flickr8k_captions(root)
-        for n, x in zip(names, theirs(flickr8k_features(names, root))): clips[f"flickr8k/{n}"] = x[None], caps[n]
+        names = parts["train"] + parts["valid"]
+        caps = flickr8k_captions(root)
+        for n, x in zip(names, theirs(flickr8k_features(names, root))):
+            clips[f"flickr8k/{n}"] = x[None], caps[n]
         held |= {f"flickr8k/{n}" for n in parts["valid"]}
-    for s, load, reader in (("exercises", exercise_clips, _photo_reader(encoder)), ("msvd", msvd_clips, None)):
-        if s not in sources: continue
-        items = load(root); feats = _encoded(s, {k: p for k, (p, _) in items.items()}, encoder, cache, reader); got = [k for k in items if k in feats]
-        if not got: raise ValueError(f"{s}: not one clip could be read, see the errors in {feats.folder/'manifest.json'}")
-        for k in got: clips[f"{s}/{k}"] = ours(feats[k]), items[k][1]
-        held |= {f"{s}/{got[i]}" for i in rng("real-valid", s).permutation(len(got))[:round(valid*len(got))]}
+    for s, load, reader in (
+        ("exercises", exercise_clips, _photo_reader(encoder)),
+        ("msvd", msvd_clips, None),
+    ):
+        if s not in sources:
+            continue
+        items = load(root)
+        feats = _encoded(s, {k: p for k, (p, _) in items.items()}, encoder, cache, reader)
+        got = [k for k in items if k in feats]
+        if not got:
+            raise ValueError(
+                f"{s}: not one clip could be read, see the errors in {feats.folder / 'manifest.json'}"
+            )
+        for k in got:
+            clips[f"{s}/{k}"] = ours(feats[k]), items[k][1]
+        held |= {
+            f"{s}/{got[i]}" for i in rng("real-valid", s).permutation(len(got))[: round(valid * len(got))]
+        }
     v = _bundle(clips, set(clips) - held, held, max_frames)
-    if limit is not None: v.train = np.sort(v.train[rng("real-pairs", seed).permutation(len(v.train))[:limit]])
+    if limit is not None:
+        v.train = np.sort(v.train[rng("real-pairs", seed).permutation(len(v.train))[:limit]])
     return v
 
 # %% ../../nbs/15_data.real.ipynb #f9f0aedc
-def flickr8k_calibration(train=None, root=None, photos:int=512) -> Calibration:
+def flickr8k_calibration(train=None, root=None, photos: int = 512) -> Calibration:
     "The published features' calibration alone, which needs no encoder: the same photos as in `calibrations`."
     train = train or photo_splits(root=root)["train"]
-    return Calibration(flickr8k_features(sorted(train[i] for i in rng("real-calibration").permutation(len(train))[:photos]), root))
+    return Calibration(
+        flickr8k_features(
+            sorted(train[i] for i in rng("real-calibration").permutation(len(train))[:photos]), root
+        )
+    )
 
-def real_retrieval(held_out=_HELD_OUT, retrieval:int=1000, valid:float=0.05, root=None) -> VideoText:
+
+def real_retrieval(held_out=_HELD_OUT, retrieval: int = 1000, valid: float = 0.05, root=None) -> VideoText:
     "The photos set apart for retrieval with their captions, all in `valid`: none of them is in `real_pairs` of the same arguments."
-    parts = photo_splits(held_out, retrieval, valid, root); names = parts["retrieval"]; caps = flickr8k_captions(root)
-    if not names: raise ValueError("retrieval = 0: no photo is set apart")
+    parts = photo_splits(held_out, retrieval, valid, root)
+    names = parts["retrieval"]
+    caps = flickr8k_captions(root)
+    if not names:
+        raise ValueError("retrieval = 0: no photo is set apart")
     x = flickr8k_calibration(parts["train"], root)(flickr8k_features(names, root))
     clips = {f"flickr8k/{n}": (f[None], caps[n]) for n, f in zip(names, x)}
     return _bundle(clips, set(), set(clips), 1)

@@ -23,26 +23,50 @@ from .tasks import _find, _lines
 SQUAD_COLUMNS = ("id", "context", "question", "answers", "starts", "impossible", "group", "kind")
 _FILES = {v: {s: [f"{s}-v{v}.json"] for s in ("train", "dev")} for v in ("1.1", "2.0")}
 
+
 def _text(o, key, what="text") -> str:
     v = o.get(key) if isinstance(o, dict) else None
-    if not isinstance(v, str) or not v.strip(): raise ValueError(f"{what} under {key!r} should be text, got {v!r}" if isinstance(o, dict) else f"should be an object with {key!r}, got {o!r:.40}")
-    if not v.isascii() and re.search("[\ud800-\udfff]", v): raise ValueError(f"{key!r} holds half a surrogate pair, which is no character")
+    if not isinstance(v, str) or not v.strip():
+        raise ValueError(
+            f"{what} under {key!r} should be text, got {v!r}"
+            if isinstance(o, dict)
+            else f"should be an object with {key!r}, got {o!r:.40}"
+        )
+    if not v.isascii() and re.search("[\ud800-\udfff]", v):
+        raise ValueError(f"{key!r} holds half a surrogate pair, which is no character")
     return v
 
+
 def _list(o, key) -> list:
-    if not isinstance(o, dict) or not isinstance(o.get(key), list): raise ValueError(f"should be an object with a list under {key!r}")
+    if not isinstance(o, dict) or not isinstance(o.get(key), list):
+        raise ValueError(f"should be an object with a list under {key!r}")
     return o[key]
 
-def _answers(q, context, version) -> tuple[list, list, bool]: # texts, first characters, whether there is none
+
+def _answers(
+    q, context, version
+) -> tuple[list, list, bool]:  # texts, first characters, whether there is none
     "The answers of one question; each must stand in the context where it says."
-    none = q.get("is_impossible", False); found = _list(q, "answers")
-    if not isinstance(none, bool): raise ValueError(f"'is_impossible' should be true or false, got {none!r}")
-    if none and version == "1.1": raise ValueError("'is_impossible' is true, but every question of version 1.1 has an answer; read it as version 2.0")
-    if none == bool(found): raise ValueError(f"'is_impossible' is {str(none).lower()}, but there {'are' if found else 'are no'} answers")
+    none = q.get("is_impossible", False)
+    found = _list(q, "answers")
+    if not isinstance(none, bool):
+        raise ValueError(f"'is_impossible' should be true or false, got {none!r}")
+    if none and version == "1.1":
+        raise ValueError(
+            "'is_impossible' is true, but every question of version 1.1 has an answer; read it as version 2.0"
+        )
+    if none == bool(found):
+        raise ValueError(
+            f"'is_impossible' is {str(none).lower()}, but there {'are' if found else 'are no'} answers"
+        )
     for a in found:
         t, k = _text(a, "text", "the answer's text"), a.get("answer_start")
-        if isinstance(k, bool) or not isinstance(k, int): raise ValueError(f"'answer_start' should be a number of characters, got {k!r}")
-        if k < 0 or context[k:k+len(t)] != t: raise ValueError(f"the answer {t!r:.60} is not at character {k} of its context, where {context[max(k, 0):max(k, 0)+len(t)]!r:.60} stands")
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise ValueError(f"'answer_start' should be a number of characters, got {k!r}")
+        if k < 0 or context[k : k + len(t)] != t:
+            raise ValueError(
+                f"the answer {t!r:.60} is not at character {k} of its context, where {context[max(k, 0) : max(k, 0) + len(t)]!r:.60} stands"
+            )
     return [a["text"] for a in found], [a["answer_start"] for a in found], none
 
 # %% ../../nbs/16_data.squad.ipynb #6facf9e3
@@ -51,189 +75,364 @@ def _questions(data, version):
     for i, art in enumerate(_list(data, "data")):
         at, seek = f"data[{i}]", []
         try:
-            title = art.get("title", f"article {i}") if isinstance(art, dict) else None; seek = [title]
+            title = art.get("title", f"article {i}") if isinstance(art, dict) else None
+            seek = [title]
             for j, par in enumerate(_list(art, "paragraphs")):
-                at, seek = f"data[{i}].paragraphs[{j}]", [title]; context = _text(par, "context"); seek = [context, title]
+                at, seek = f"data[{i}].paragraphs[{j}]", [title]
+                context = _text(par, "context")
+                seek = [context, title]
                 for k, q in enumerate(_list(par, "qas")):
-                    at = f"data[{i}].paragraphs[{j}].qas[{k}]"; seek = [context, title]; id = _text(q, "id"); seek = [id, context, title]
+                    at = f"data[{i}].paragraphs[{j}].qas[{k}]"
+                    seek = [context, title]
+                    id = _text(q, "id")
+                    seek = [id, context, title]
                     answers, starts, none = _answers(q, context, version)
-                    yield at, seek, dict(id=id, context=context, question=_text(q, "question"), answers=answers, starts=starts, impossible=none, group=q.get("group", title), kind=q.get("kind", ""))
-        except ValueError as e: yield at, seek, e
+                    yield (
+                        at,
+                        seek,
+                        dict(
+                            id=id,
+                            context=context,
+                            question=_text(q, "question"),
+                            answers=answers,
+                            starts=starts,
+                            impossible=none,
+                            group=q.get("group", title),
+                            kind=q.get("kind", ""),
+                        ),
+                    )
+        except ValueError as e:
+            yield at, seek, e
 
-def _place(raw, at, seek) -> str: # "line 7, data[0].paragraphs[2]"
+
+def _place(raw, at, seek) -> str:  # "line 7, data[0].paragraphs[2]"
     for s in seek:
         if isinstance(s, str):
             for t in (json.dumps(s), json.dumps(s, ensure_ascii=False)):
-                if (k := raw.rfind(t)) >= 0: return f"line {raw.count(chr(10), 0, k)+1}, {at}"
+                if (k := raw.rfind(t)) >= 0:
+                    return f"line {raw.count(chr(10), 0, k) + 1}, {at}"
     return at
 
-def read_squad(where,         # a SQuAD file, or the folder that holds train-v1.1.json, dev-v2.0.json ... (plain or .gz)
-               split="dev",   # "train" or "dev"; not looked at when `where` is a file
-               version="1.1"  # "1.1", where every question has an answer, or "2.0"
-              ) -> pd.DataFrame: # `SQUAD_COLUMNS`; `answers` and `starts` are lists, empty where there is no answer; `group` is the article
+
+def read_squad(
+    where,  # a SQuAD file, or the folder that holds train-v1.1.json, dev-v2.0.json ... (plain or .gz)
+    split="dev",  # "train" or "dev"; not looked at when `where` is a file
+    version="1.1",  # "1.1", where every question has an answer, or "2.0"
+) -> pd.DataFrame:  # `SQUAD_COLUMNS`; `answers` and `starts` are lists, empty where there is no answer; `group` is the article
     "Read SQuAD JSON, one row a question. Raises FileNotFoundError where the file is missing, ValueError with file, line and place in the tree where it is not as expected."
-    if version not in _FILES: raise _unknown("version of SQuAD", version, _FILES)
-    if split not in _FILES[version]: raise _unknown("split of SQuAD", split, _FILES[version])
-    p = Path(where) if Path(where).is_file() else _find(where, _FILES[version][split]); raw = "\n".join(s for _, s in _lines(p))
-    try: data = json.loads(raw)
-    except json.JSONDecodeError as e: raise ValueError(f"{p}, line {e.lineno}: not JSON ({e.msg} at column {e.colno}); is the file cut short?") from None
-    except (RecursionError, ValueError) as e: raise ValueError(f"{p}, line 1: not JSON ({e})") from None
+    if version not in _FILES:
+        raise _unknown("version of SQuAD", version, _FILES)
+    if split not in _FILES[version]:
+        raise _unknown("split of SQuAD", split, _FILES[version])
+    p = Path(where) if Path(where).is_file() else _find(where, _FILES[version][split])
+    raw = "\n".join(s for _, s in _lines(p))
+    try:
+        data = json.loads(raw)
+    except json.JSONDecodeError as e:
+        raise ValueError(
+            f"{p}, line {e.lineno}: not JSON ({e.msg} at column {e.colno}); is the file cut short?"
+        ) from None
+    except (RecursionError, ValueError) as e:
+        raise ValueError(f"{p}, line 1: not JSON ({e})") from None
     rows, seen = [], set()
-    if not isinstance(data, dict) or not isinstance(data.get("data"), list): raise ValueError(f"{p}, line 1: should be an object with a list of articles under 'data'")
+    if not isinstance(data, dict) or not isinstance(data.get("data"), list):
+        raise ValueError(f"{p}, line 1: should be an object with a list of articles under 'data'")
     for at, seek, row in _questions(data, version):
-        if not isinstance(row, Exception) and row["id"] in seen: row = ValueError(f"id {row['id']!r} occurs a second time; ids should be unique")
+        if not isinstance(row, Exception) and row["id"] in seen:
+            row = ValueError(f"id {row['id']!r} occurs a second time; ids should be unique")
         if not isinstance(row, Exception):
             for c in ("group", "kind"):
-                if not isinstance(row[c], str): row = ValueError(f"{c!r} (or the article's 'title') should be text, got {row[c]!r}"); break
-        if isinstance(row, Exception): raise ValueError(f"{p}, {_place(raw, at, seek)}: {row}") from None
-        seen.add(row["id"]); rows.append(row)
-    if not rows: raise ValueError(f"{p}, line 1: no questions")
+                if not isinstance(row[c], str):
+                    row = ValueError(f"{c!r} (or the article's 'title') should be text, got {row[c]!r}")
+                    break
+        if isinstance(row, Exception):
+            raise ValueError(f"{p}, {_place(raw, at, seek)}: {row}") from None
+        seen.add(row["id"])
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{p}, line 1: no questions")
     return pd.DataFrame(rows, columns=list(SQUAD_COLUMNS))
 
 # %% ../../nbs/16_data.squad.ipynb #e6193ad5
-def write_squad(df:pd.DataFrame, file, version:str="1.1") -> Path:
+def write_squad(df: pd.DataFrame, file, version: str = "1.1") -> Path:
     "Write questions as SQuAD JSON; `read_squad` gives the same frame back. Neighbours with the same group and context share a paragraph."
-    if lack := [c for c in SQUAD_COLUMNS if c not in df]: raise ValueError(f"SQuAD needs the columns {', '.join(SQUAD_COLUMNS)}; {', '.join(lack)} missing")
-    def qa(r): return dict(id=r["id"], question=r["question"], answers=[dict(text=a, answer_start=int(k)) for a, k in zip(r["answers"], r["starts"])]) | (dict(is_impossible=bool(r["impossible"])) if version == "2.0" else {}) | (dict(kind=r["kind"]) if r["kind"] else {})
-    def runs(rows, key): return [(k, list(g)) for k, g in itertools.groupby(rows, lambda r: r[key])]
-    data = [dict(title=t, paragraphs=[dict(context=c, qas=[qa(r) for r in q]) for c, q in runs(g, "context")]) for t, g in runs(df.to_dict("records"), "group")]
+    if lack := [c for c in SQUAD_COLUMNS if c not in df]:
+        raise ValueError(f"SQuAD needs the columns {', '.join(SQUAD_COLUMNS)}; {', '.join(lack)} missing")
+
+    def qa(r):
+        return (
+            dict(
+                id=r["id"],
+                question=r["question"],
+                answers=[dict(text=a, answer_start=int(k)) for a, k in zip(r["answers"], r["starts"])],
+            )
+            | (dict(is_impossible=bool(r["impossible"])) if version == "2.0" else {})
+            | (dict(kind=r["kind"]) if r["kind"] else {})
+        )
+
+    def runs(rows, key):
+        return [(k, list(g)) for k, g in itertools.groupby(rows, lambda r: r[key])]
+
+    data = [
+        dict(title=t, paragraphs=[dict(context=c, qas=[qa(r) for r in q]) for c, q in runs(g, "context")])
+        for t, g in runs(df.to_dict("records"), "group")
+    ]
     for at, _, row in _questions(dict(data=data), version):
-        if isinstance(row, Exception): raise ValueError(f"{file}: {at}: {row}")
+        if isinstance(row, Exception):
+            raise ValueError(f"{file}: {at}: {row}")
     return write_json(file, dict(version=version, data=data))
 
 # %% ../../nbs/16_data.squad.ipynb #43d4e5a7
-def hub_squad(split:str="dev", version:str="1.1", source:str="", **kw) -> pd.DataFrame: # as `read_squad`
+def hub_squad(
+    split: str = "dev", version: str = "1.1", source: str = "", **kw
+) -> pd.DataFrame:  # as `read_squad`
     "SQuAD through `datasets.load_dataset(source, **kw)`; the default source is the Hub's own copy."
     from datasets import load_dataset
-    if version not in _FILES: raise _unknown("version of SQuAD", version, _FILES)
-    source = source or {"1.1": "rajpurkar/squad", "2.0": "rajpurkar/squad_v2"}[version]; d = load_dataset(source, split=dict(dev="validation").get(split, split), **kw); rows = []
-    if lack := [c for c in ("id", "context", "question", "answers") if c not in d.column_names]: raise ValueError(f"{source}: no column {lack[0]!r}; found {', '.join(d.column_names)}")
+
+    if version not in _FILES:
+        raise _unknown("version of SQuAD", version, _FILES)
+    source = source or {"1.1": "rajpurkar/squad", "2.0": "rajpurkar/squad_v2"}[version]
+    d = load_dataset(source, split=dict(dev="validation").get(split, split), **kw)
+    rows = []
+    if lack := [c for c in ("id", "context", "question", "answers") if c not in d.column_names]:
+        raise ValueError(f"{source}: no column {lack[0]!r}; found {', '.join(d.column_names)}")
     for i, r in enumerate(d):
-        a = r["answers"]; q = dict(id=r["id"], answers=[dict(text=t, answer_start=k) for t, k in zip(a["text"], a["answer_start"])], is_impossible=version == "2.0" and not a["text"])
-        try: answers, starts, none = _answers(q, _text(r, "context"), version); rows.append(dict(id=_text(r, "id"), context=r["context"], question=_text(r, "question"), answers=answers, starts=starts, impossible=none, group=r.get("title") or r["id"], kind=""))
-        except ValueError as e: raise ValueError(f"{source}, row {i}: {e}") from None
+        a = r["answers"]
+        q = dict(
+            id=r["id"],
+            answers=[dict(text=t, answer_start=k) for t, k in zip(a["text"], a["answer_start"])],
+            is_impossible=version == "2.0" and not a["text"],
+        )
+        try:
+            answers, starts, none = _answers(q, _text(r, "context"), version)
+            rows.append(
+                dict(
+                    id=_text(r, "id"),
+                    context=r["context"],
+                    question=_text(r, "question"),
+                    answers=answers,
+                    starts=starts,
+                    impossible=none,
+                    group=r.get("title") or r["id"],
+                    kind="",
+                )
+            )
+        except ValueError as e:
+            raise ValueError(f"{source}, row {i}: {e}") from None
     return pd.DataFrame(rows, columns=list(SQUAD_COLUMNS))
 
 # %% ../../nbs/16_data.squad.ipynb #8a7fafa5
 _ARTICLE, _PUNCTUATION = re.compile(r"\b(?:a|an|the)\b"), str.maketrans("", "", string.punctuation)
 
-def normalize_answer(s:str) -> str:
+
+def normalize_answer(s: str) -> str:
     "Lower case without ASCII punctuation, then without articles, with single blanks."
     return " ".join(_ARTICLE.sub(" ", s.lower().translate(_PUNCTUATION)).split())
 
-def exact_match(prediction:str, answer:str) -> int:
+
+def exact_match(prediction: str, answer: str) -> int:
     "1 where the normalised texts are equal, else 0."
     return int(normalize_answer(prediction) == normalize_answer(answer))
 
-def f1_score(prediction:str, answer:str) -> float: # 0 to 1
+
+def f1_score(prediction: str, answer: str) -> float:  # 0 to 1
     "Harmonic mean of precision and recall over shared words; where a text has no word, whether both have none."
     p, a = normalize_answer(prediction).split(), normalize_answer(answer).split()
-    if not p or not a: return float(p == a)
+    if not p or not a:
+        return float(p == a)
     same = sum((Counter(p) & Counter(a)).values())
-    return 2*same/(len(p)+len(a))
+    return 2 * same / (len(p) + len(a))
 
 # %% ../../nbs/16_data.squad.ipynb #9f25489c
 def _per_question(df, given, what) -> list:
     "`given` (dict or Series by id, or a sequence in the order of `df`) as a list in the order of `df`; a missing question is an error."
-    if isinstance(given, pd.Series): given = given.to_dict()
+    if isinstance(given, pd.Series):
+        given = given.to_dict()
     if isinstance(given, dict):
-        if lack := [i for i in df["id"] if i not in given]: raise ValueError(f"{len(lack)} of {len(df)} questions have no {what}, {lack[0]!r} among them")
+        if lack := [i for i in df["id"] if i not in given]:
+            raise ValueError(f"{len(lack)} of {len(df)} questions have no {what}, {lack[0]!r} among them")
         return [given[i] for i in df["id"]]
-    if len(given) != len(df): raise ValueError(f"{len(given)} {what}s for {len(df)} questions")
+    if len(given) != len(df):
+        raise ValueError(f"{len(given)} {what}s for {len(df)} questions")
     return list(given)
 
-def squad_scores(df:pd.DataFrame,      # questions as from `read_squad`
-                 predictions,          # text of each question: dict or Series by id, or a sequence in order; "" says that there is no answer
-                 no_answer=None,       # probability that there is none, in the same form
-                 threshold:float=1.    # above it a prediction becomes ""
-                ) -> pd.DataFrame:     # id, exact, f1 (0 to 1)
+
+def squad_scores(
+    df: pd.DataFrame,  # questions as from `read_squad`
+    predictions,  # text of each question: dict or Series by id, or a sequence in order; "" says that there is no answer
+    no_answer=None,  # probability that there is none, in the same form
+    threshold: float = 1.0,  # above it a prediction becomes ""
+) -> pd.DataFrame:  # id, exact, f1 (0 to 1)
     "Exact match and F1 of each question, as the official script computes them."
-    rows = []; q = [0.]*len(df) if no_answer is None else _per_question(df, no_answer, "no-answer probability")
+    rows = []
+    q = [0.0] * len(df) if no_answer is None else _per_question(df, no_answer, "no-answer probability")
     for answers, p, n in zip(df["answers"], _per_question(df, predictions, "prediction"), q):
         gold = [a for a in answers if normalize_answer(a)] or [""]
-        rows.append((float(not len(answers)),)*2 if n > threshold else (float(max(exact_match(p, a) for a in gold)), max(f1_score(p, a) for a in gold)))
+        rows.append(
+            (float(not len(answers)),) * 2
+            if n > threshold
+            else (float(max(exact_match(p, a) for a in gold)), max(f1_score(p, a) for a in gold))
+        )
     return pd.DataFrame(rows, columns=["exact", "f1"]).assign(id=df["id"].to_numpy())[["id", "exact", "f1"]]
 
 # %% ../../nbs/16_data.squad.ipynb #bc50321b
-def best_threshold(df, predictions, no_answer, scores) -> tuple[float, float]: # best mean score in per cent, its threshold
+def best_threshold(
+    df, predictions, no_answer, scores
+) -> tuple[float, float]:  # best mean score in per cent, its threshold
     "The no-answer threshold with the best mean of `scores` (per question, 0 to 1), searched as the official script does."
-    place = {k: i for i, k in enumerate(df["id"])}; keys = no_answer.to_dict() if isinstance(no_answer, pd.Series) else no_answer
-    order = np.array([place[k] for k in keys if k in place]) if isinstance(keys, dict) else np.arange(len(df)) # equal probabilities stay in the order in which they came
-    p = np.array(_per_question(df, no_answer, "no-answer probability"), float); text = _per_question(df, predictions, "prediction"); has = np.array([len(a) > 0 for a in df["answers"]])
-    order = order[np.argsort(p[order], kind="stable")]; gain = np.where(has, np.asarray(scores, float), [-1. if t else 0. for t in text])[order]
-    total = np.concatenate([[(~has).sum()], (~has).sum()+gain.cumsum()]); k = int(total.argmax())
-    return 100*float(total[k])/len(df), 0. if k == 0 else float(p[order[k-1]])
+    place = {k: i for i, k in enumerate(df["id"])}
+    keys = no_answer.to_dict() if isinstance(no_answer, pd.Series) else no_answer
+    order = (
+        np.array([place[k] for k in keys if k in place]) if isinstance(keys, dict) else np.arange(len(df))
+    )  # equal probabilities stay in the order in which they came
+    p = np.array(_per_question(df, no_answer, "no-answer probability"), float)
+    text = _per_question(df, predictions, "prediction")
+    has = np.array([len(a) > 0 for a in df["answers"]])
+    order = order[np.argsort(p[order], kind="stable")]
+    gain = np.where(has, np.asarray(scores, float), [-1.0 if t else 0.0 for t in text])[order]
+    total = np.concatenate([[(~has).sum()], (~has).sum() + gain.cumsum()])
+    k = int(total.argmax())
+    return 100 * float(total[k]) / len(df), 0.0 if k == 0 else float(p[order[k - 1]])
 
-def evaluate_squad(df, predictions, no_answer=None, threshold:float=1.) -> dict: # per cent
+
+def evaluate_squad(df, predictions, no_answer=None, threshold: float = 1.0) -> dict:  # per cent
     "The numbers of the official script under its names: exact, f1, total, the same with HasAns_ and NoAns_, and best_exact, best_f1 with their thresholds where `no_answer` is given."
-    s = squad_scores(df, predictions, no_answer, threshold); has = np.array([len(a) > 0 for a in df["answers"]]); out = {}
+    s = squad_scores(df, predictions, no_answer, threshold)
+    has = np.array([len(a) > 0 for a in df["answers"]])
+    out = {}
     for name, keep in (("", has | True), ("HasAns_", has), ("NoAns_", ~has)):
-        if keep.any(): out |= {f"{name}exact": 100*float(s.exact[keep].mean()), f"{name}f1": 100*float(s.f1[keep].mean()), f"{name}total": int(keep.sum())}
+        if keep.any():
+            out |= {
+                f"{name}exact": 100 * float(s.exact[keep].mean()),
+                f"{name}f1": 100 * float(s.f1[keep].mean()),
+                f"{name}total": int(keep.sum()),
+            }
     if no_answer is not None:
         raw = squad_scores(df, predictions)
-        for k in ("exact", "f1"): out[f"best_{k}"], out[f"best_{k}_thresh"] = best_threshold(df, predictions, no_answer, raw[k])
+        for k in ("exact", "f1"):
+            out[f"best_{k}"], out[f"best_{k}_thresh"] = best_threshold(df, predictions, no_answer, raw[k])
     return out
 
 # %% ../../nbs/16_data.squad.ipynb #3bc3477f
 @dataclass
 class Windows:
     "Windows over contexts. `question`, `first`, `n` and `lo`, `hi` are (windows,): row of the question, the window's first context token and their number, and the context tokens that no other window shows better."
-    questions:list      # of arrays: token ids of each question
-    contexts:list       # of (ids (T,), characters (T, 2)) of each different context
-    context:np.ndarray  # (questions,) index into `contexts`
-    question:np.ndarray; first:np.ndarray; n:np.ndarray; lo:np.ndarray; hi:np.ndarray
-    labels:np.ndarray   # (windows, 2) first and last token of the answer in the window; 0, 0 is [CLS]: the answer is not in it
-    special:tuple       # ids of [CLS], [SEP], [PAD]
-    def __len__(self): return len(self.question)
+
+    questions: list  # of arrays: token ids of each question
+    contexts: list  # of (ids (T,), characters (T, 2)) of each different context
+    context: np.ndarray  # (questions,) index into `contexts`
+    question: np.ndarray
+    first: np.ndarray
+    n: np.ndarray
+    lo: np.ndarray
+    hi: np.ndarray
+    labels: (
+        np.ndarray
+    )  # (windows, 2) first and last token of the answer in the window; 0, 0 is [CLS]: the answer is not in it
+    special: tuple  # ids of [CLS], [SEP], [PAD]
+
+    def __len__(self):
+        return len(self.question)
+
     @property
-    def lengths(self): return np.array([len(self.questions[q]) for q in self.question])+self.n+3
-    def offset(self, w:int) -> int:
+    def lengths(self):
+        return np.array([len(self.questions[q]) for q in self.question]) + self.n + 3
+
+    def offset(self, w: int) -> int:
         "Position of the first context token in window `w`."
-        return len(self.questions[self.question[w]])+2
-    def characters(self, w:int) -> np.ndarray: # (n, 2)
+        return len(self.questions[self.question[w]]) + 2
+
+    def characters(self, w: int) -> np.ndarray:  # (n, 2)
         "Characters of the context that each context token of window `w` covers."
-        return self.contexts[self.context[self.question[w]]][1][self.first[w]:self.first[w]+self.n[w]]
-    def batch(self, rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # ids, mask, types: (B, L)
+        return self.contexts[self.context[self.question[w]]][1][self.first[w] : self.first[w] + self.n[w]]
+
+    def batch(self, rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # ids, mask, types: (B, L)
         "Windows `rows`, padded to the longest; types are 0 up to the first [SEP] and 1 after it."
-        rows = np.asarray(rows); L = int(self.lengths[rows].max()); cls, sep, pad = self.special
-        ids, types = np.full((len(rows), L), pad, np.int64), np.zeros((len(rows), L), np.int64); mask = np.zeros((len(rows), L), bool)
+        rows = np.asarray(rows)
+        L = int(self.lengths[rows].max())
+        cls, sep, pad = self.special
+        ids, types = np.full((len(rows), L), pad, np.int64), np.zeros((len(rows), L), np.int64)
+        mask = np.zeros((len(rows), L), bool)
         for k, w in enumerate(rows):
-            q = self.questions[self.question[w]]; c = self.contexts[self.context[self.question[w]]][0][self.first[w]:self.first[w]+self.n[w]]; m = len(q)+len(c)+3
-            ids[k, :m] = np.concatenate([[cls], q, [sep], c, [sep]]); mask[k, :m] = True; types[k, len(q)+2:m] = 1
+            q = self.questions[self.question[w]]
+            c = self.contexts[self.context[self.question[w]]][0][self.first[w] : self.first[w] + self.n[w]]
+            m = len(q) + len(c) + 3
+            ids[k, :m] = np.concatenate([[cls], q, [sep], c, [sep]])
+            mask[k, :m] = True
+            types[k, len(q) + 2 : m] = 1
         return ids, mask, types
 
 # %% ../../nbs/16_data.squad.ipynb #54db2e4e
-def _cut(n:int, room:int, stride:int) -> list[tuple[int, int, int, int]]: # (first token, tokens, lo, hi)
+def _cut(n: int, room: int, stride: int) -> list[tuple[int, int, int, int]]:  # (first token, tokens, lo, hi)
     "Windows over `n` tokens, `room` at a time, and the range of tokens that each shows best."
     at = [0]
-    while at[-1]+room < n: at.append(at[-1]+min(stride, room))
-    size = [min(room, n-k) for k in at]; t = np.arange(n)
-    seen = np.stack([np.where((t >= k) & (t < k+m), np.minimum(t-k, k+m-1-t)+.01*m, -1) for k, m in zip(at, size)]); best = seen.argmax(0)
+    while at[-1] + room < n:
+        at.append(at[-1] + min(stride, room))
+    size = [min(room, n - k) for k in at]
+    t = np.arange(n)
+    seen = np.stack(
+        [
+            np.where((t >= k) & (t < k + m), np.minimum(t - k, k + m - 1 - t) + 0.01 * m, -1)
+            for k, m in zip(at, size)
+        ]
+    )
+    best = seen.argmax(0)
     own = [np.flatnonzero(best == w) for w in range(len(at))]
-    return [(k, m, *((int(o[0]), int(o[-1])+1) if len(o) else (k, k))) for k, m, o in zip(at, size, own)]
+    return [(k, m, *((int(o[0]), int(o[-1]) + 1) if len(o) else (k, k))) for k, m, o in zip(at, size, own)]
+
 
 def _label(characters, start, end, first, n, offset) -> tuple[int, int]:
     "First and last token, within the window, of the characters start..end; 0, 0 where the window does not hold them all."
     inside = np.flatnonzero((characters[:, 1] > start) & (characters[:, 0] < end))
-    if not len(inside) or inside[0] < first or inside[-1] >= first+n: return 0, 0
-    return offset+int(inside[0])-first, offset+int(inside[-1])-first
+    if not len(inside) or inside[0] < first or inside[-1] >= first + n:
+        return 0, 0
+    return offset + int(inside[0]) - first, offset + int(inside[-1]) - first
 
-def squad_windows(tokenizer,              # a fast tokeniser of BERT's kind
-            df:pd.DataFrame,        # questions as from `read_squad`
-            max_tokens:int=384,     # of a window, special tokens included
-            stride:int=128,         # tokens from one window's beginning to the next
-            max_question:int=64     # tokens of a question; the rest is cut
-           ) -> Windows:
+
+def squad_windows(
+    tokenizer,  # a fast tokeniser of BERT's kind
+    df: pd.DataFrame,  # questions as from `read_squad`
+    max_tokens: int = 384,  # of a window, special tokens included
+    stride: int = 128,  # tokens from one window's beginning to the next
+    max_question: int = 64,  # tokens of a question; the rest is cut
+) -> Windows:
     "Tokenise questions and contexts and cut the contexts into windows; labels are those of the first answer. Raises ValueError where a question leaves no room for its context."
-    if stride < 1: raise ValueError(f"stride = {stride}: windows should advance by one token at least")
-    texts = list(dict.fromkeys(df["context"])); number = {c: i for i, c in enumerate(texts)}; plain = dict(add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
-    qs = [np.array(x, np.int32)[:max_question] for x in tokenizer(df["question"].tolist(), **plain)["input_ids"]]
-    e = tokenizer(texts, return_offsets_mapping=True, **plain); contexts = [(np.array(i, np.int32), np.array(o, np.int32).reshape(-1, 2)) for i, o in zip(e["input_ids"], e["offset_mapping"])]
-    context = np.array([number[c] for c in df["context"]]); rows, labels, cut = [], [], functools.cache(_cut)
+    if stride < 1:
+        raise ValueError(f"stride = {stride}: windows should advance by one token at least")
+    texts = list(dict.fromkeys(df["context"]))
+    number = {c: i for i, c in enumerate(texts)}
+    plain = dict(add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+    qs = [
+        np.array(x, np.int32)[:max_question] for x in tokenizer(df["question"].tolist(), **plain)["input_ids"]
+    ]
+    e = tokenizer(texts, return_offsets_mapping=True, **plain)
+    contexts = [
+        (np.array(i, np.int32), np.array(o, np.int32).reshape(-1, 2))
+        for i, o in zip(e["input_ids"], e["offset_mapping"])
+    ]
+    context = np.array([number[c] for c in df["context"]])
+    rows, labels, cut = [], [], functools.cache(_cut)
     for k, (id, q, answers, starts) in enumerate(zip(df["id"], qs, df["answers"], df["starts"])):
-        ids, chars = contexts[context[k]]; room = max_tokens-len(q)-3
-        if not len(ids): raise ValueError(f"question {id!r}: its context has no tokens")
-        if room < 1: raise ValueError(f"question {id!r} has {len(q)} tokens and leaves no room for its context in windows of {max_tokens}; raise max_tokens or lower max_question")
+        ids, chars = contexts[context[k]]
+        room = max_tokens - len(q) - 3
+        if not len(ids):
+            raise ValueError(f"question {id!r}: its context has no tokens")
+        if room < 1:
+            raise ValueError(
+                f"question {id!r} has {len(q)} tokens and leaves no room for its context in windows of {max_tokens}; raise max_tokens or lower max_question"
+            )
         for first, n, lo, hi in cut(len(ids), room, stride):
-            rows.append((k, first, n, lo, hi)); labels.append(_label(chars, starts[0], starts[0]+len(answers[0]), first, n, len(q)+2) if len(answers) else (0, 0))
-    return Windows(qs, contexts, context, *np.array(rows, np.int64).T, np.array(labels, np.int64), (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id))
+            rows.append((k, first, n, lo, hi))
+            labels.append(
+                _label(chars, starts[0], starts[0] + len(answers[0]), first, n, len(q) + 2)
+                if len(answers)
+                else (0, 0)
+            )
+    return Windows(
+        qs,
+        contexts,
+        context,
+        *np.array(rows, np.int64).T,
+        np.array(labels, np.int64),
+        (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id),
+    )

@@ -30,38 +30,108 @@ NOUNS = {
 NOUNS = {k: v.split() for k, v in NOUNS.items()}
 SHAPES = ("disc", "ring", "oval", "square", "triangle", "bar")
 ROUND = ("disc", "ring", "oval")
-COLOURS = dict(red=(200, 50, 45), green=(60, 160, 70), blue=(60, 90, 200), yellow=(220, 200, 60), white=(235, 235, 230))
+COLOURS = dict(
+    red=(200, 50, 45), green=(60, 160, 70), blue=(60, 90, 200), yellow=(220, 200, 60), white=(235, 235, 230)
+)
 TEXTURES = ("plain", "striped")
-SIZES = dict(small=3.4, large=5.0) # half of the width, in pixels of a 32-pixel frame
+SIZES = dict(small=3.4, large=5.0)  # half of the width, in pixels of a 32-pixel frame
 
 # %% ../../nbs/12_data.tabletop.ipynb #e0e91813
-EVENTS = {"drop": ("break", "bounce", "thud"), "dunk": ("float", "sink"), "heat": ("burn", "melt", "keep"), "squeeze": ("crumple", "spring", "resist")}
-CLASSES = (("break", "sink", "keep", "resist"), ("break", "float", "melt", "resist"), ("bounce", "float", "melt", "spring"), ("bounce", "sink", "burn", "spring"),
-           ("thud", "float", "burn", "crumple"), ("thud", "sink", "keep", "crumple"), ("break", "float", "burn", "crumple"), ("bounce", "sink", "keep", "resist"))
+EVENTS = {
+    "drop": ("break", "bounce", "thud"),
+    "dunk": ("float", "sink"),
+    "heat": ("burn", "melt", "keep"),
+    "squeeze": ("crumple", "spring", "resist"),
+}
+CLASSES = (
+    ("break", "sink", "keep", "resist"),
+    ("break", "float", "melt", "resist"),
+    ("bounce", "float", "melt", "spring"),
+    ("bounce", "sink", "burn", "spring"),
+    ("thud", "float", "burn", "crumple"),
+    ("thud", "sink", "keep", "crumple"),
+    ("break", "float", "burn", "crumple"),
+    ("bounce", "sink", "keep", "resist"),
+)
 STATIC = {"push": ("roll", "slide")}
-PAST = {"drop": ("dropped", "let go of"), "dunk": ("dunked", "put under water"), "heat": ("heated", "held over a flame"), "squeeze": ("squeezed", "pressed hard"), "push": ("pushed", "gave a push to"), "lift": ("lifted", "picked up")}
-BASE = {"drop": ("drop", "let go of"), "dunk": ("dunk", "put under water"), "heat": ("heat", "hold over a flame"), "squeeze": ("squeeze", "press hard"), "push": ("push", "give a push to"), "lift": ("lift", "pick up")}
-SAID = {"break": ("broke", "shattered"), "bounce": ("bounced", "sprang off the floor"), "thud": ("thudded", "landed flat"), "float": ("floated", "stayed on the surface"),
-        "sink": ("sank", "went to the bottom"), "burn": ("burned", "turned black"), "melt": ("melted", "ran down"), "keep": ("kept cold", "did not change at all"), "crumple": ("crumpled", "lost its form"),
-        "spring": ("sprang back", "took its old form again"), "resist": ("resisted", "did not give way"), "roll": ("rolled away", "went round and round"), "slide": ("slid along", "moved without turning")}
+PAST = {
+    "drop": ("dropped", "let go of"),
+    "dunk": ("dunked", "put under water"),
+    "heat": ("heated", "held over a flame"),
+    "squeeze": ("squeezed", "pressed hard"),
+    "push": ("pushed", "gave a push to"),
+    "lift": ("lifted", "picked up"),
+}
+BASE = {
+    "drop": ("drop", "let go of"),
+    "dunk": ("dunk", "put under water"),
+    "heat": ("heat", "hold over a flame"),
+    "squeeze": ("squeeze", "press hard"),
+    "push": ("push", "give a push to"),
+    "lift": ("lift", "pick up"),
+}
+SAID = {
+    "break": ("broke", "shattered"),
+    "bounce": ("bounced", "sprang off the floor"),
+    "thud": ("thudded", "landed flat"),
+    "float": ("floated", "stayed on the surface"),
+    "sink": ("sank", "went to the bottom"),
+    "burn": ("burned", "turned black"),
+    "melt": ("melted", "ran down"),
+    "keep": ("kept cold", "did not change at all"),
+    "crumple": ("crumpled", "lost its form"),
+    "spring": ("sprang back", "took its old form again"),
+    "resist": ("resisted", "did not give way"),
+    "roll": ("rolled away", "went round and round"),
+    "slide": ("slid along", "moved without turning"),
+}
 
 # %% ../../nbs/12_data.tabletop.ipynb #1d1b0ef4
-EDITION = "tabletop-12" # a new edition draws every world anew, so that confirmation worlds stay unseen while it is made
+EDITION = "tabletop-12"  # a new edition draws every world anew, so that confirmation worlds stay unseen while it is made
+
 
 class World:
     "A Tabletop world: `nouns` (DataFrame), clips, captions, sentences and tasks, all drawn from `seed`."
-    def __init__(self, seed:int=1, *, counterfactual:bool=False, said:float=.10, said_in_captions:float=.03, told:float=0., captions:int=12000, sentences:int=20000, takes:int=4, noise:float=10.):
-        if not all(0 <= x <= 1 for x in (said, said_in_captions, told)): raise ValueError(f"said = {said}, said_in_captions = {said_in_captions} and told = {told} are shares of sentences, between 0 and 1")
-        self.seed, self.counterfactual, self.said, self.said_in_captions, self.told = seed, counterfactual, said, said_in_captions, told
+
+    def __init__(
+        self,
+        seed: int = 1,
+        *,
+        counterfactual: bool = False,
+        said: float = 0.10,
+        said_in_captions: float = 0.03,
+        told: float = 0.0,
+        captions: int = 12000,
+        sentences: int = 20000,
+        takes: int = 4,
+        noise: float = 10.0,
+    ):
+        if not all(0 <= x <= 1 for x in (said, said_in_captions, told)):
+            raise ValueError(
+                f"said = {said}, said_in_captions = {said_in_captions} and told = {told} are shares of sentences, between 0 and 1"
+            )
+        self.seed, self.counterfactual, self.said, self.said_in_captions, self.told = (
+            seed,
+            counterfactual,
+            said,
+            said_in_captions,
+            told,
+        )
         self.n_captions, self.n_sentences, self.takes, self.noise = captions, sentences, takes, noise
-    def __repr__(self): return f"World({self.seed}{', counterfactual' if self.counterfactual else ''})"
+
+    def __repr__(self):
+        return f"World({self.seed}{', counterfactual' if self.counterfactual else ''})"
+
     def random(self, *what) -> random.Random:
         "A generator for one purpose in this world; the counterfactual world shares it."
         return random.Random(int(fingerprint([EDITION, self.seed, *what]), 16))
+
     @property
     def fingerprint(self) -> str:
         "Hash of all that decides the world's content."
-        return fingerprint([EDITION, {k: v for k, v in vars(self).items() if isinstance(v, (int, float, bool))}])
+        return fingerprint(
+            [EDITION, {k: v for k, v in vars(self).items() if isinstance(v, (int, float, bool))}]
+        )
 
     @property
     def films(self) -> str:
@@ -71,20 +141,38 @@ class World:
     @cached_property
     def nouns(self) -> pd.DataFrame:
         "One row a noun: category, split, filmed, look, and the outcome of each event in this world and in its counterfactual."
-        r = self.random("nouns"); rows = [dict(noun=n, category=c) for c, v in NOUNS.items() for n in v]; r.shuffle(rows)
+        r = self.random("nouns")
+        rows = [dict(noun=n, category=c) for c, v in NOUNS.items() for n in v]
+        r.shuffle(rows)
         for i, d in enumerate(rows):
             d["split"] = "train" if i < 140 else "dev" if i < 170 else "test"
             d["filmed"] = not (i >= 226)
-        order = list(range(len(rows))); r.shuffle(order); looks = list(itertools.product(SHAPES, SIZES))
-        for part in ("train", "dev", "test"): # every class and every look equally often within a split, each dealt out on its own
+        order = list(range(len(rows)))
+        r.shuffle(order)
+        looks = list(itertools.product(SHAPES, SIZES))
+        for part in (
+            "train",
+            "dev",
+            "test",
+        ):  # every class and every look equally often within a split, each dealt out on its own
             idx = [i for i in order if rows[i]["split"] == part]
-            for j, i in enumerate(idx): rows[i]["cls"] = j % len(CLASSES)
+            for j, i in enumerate(idx):
+                rows[i]["cls"] = j % len(CLASSES)
             r.shuffle(idx)
-            for j, i in enumerate(idx): rows[i]["shape"], rows[i]["size"] = looks[j % len(looks)]
-        for d in rows: d["other"] = d["cls"] if d["split"] == "train" else r.choice([c for c in range(len(CLASSES)) if c != d["cls"]])
+            for j, i in enumerate(idx):
+                rows[i]["shape"], rows[i]["size"] = looks[j % len(looks)]
+        for d in rows:
+            d["other"] = (
+                d["cls"]
+                if d["split"] == "train"
+                else r.choice([c for c in range(len(CLASSES)) if c != d["cls"]])
+            )
         df = pd.DataFrame(rows)
-        if self.counterfactual: df["cls"], df["other"] = df["other"].copy(), df["cls"].copy()
-        for j, e in enumerate(EVENTS): df[e] = [CLASSES[c][j] for c in df.cls]; df[e+"_other"] = [CLASSES[c][j] for c in df.other]
+        if self.counterfactual:
+            df["cls"], df["other"] = df["other"].copy(), df["cls"].copy()
+        for j, e in enumerate(EVENTS):
+            df[e] = [CLASSES[c][j] for c in df.cls]
+            df[e + "_other"] = [CLASSES[c][j] for c in df.other]
         df["push"] = np.where(df["shape"].isin(ROUND), "roll", "slide")
         return df.set_index("noun", drop=False)
 
@@ -102,280 +190,649 @@ class World:
 FRAMES, SIDE = 8, 32
 FILMED = (*EVENTS, "push")
 
-def _inside(shape:str, u, v):
+
+def _inside(shape: str, u, v):
     "Whether a point of the unit square lies in the shape."
-    if shape == "disc": return u*u+v*v < 1
-    if shape == "ring": return (u*u+v*v < 1) & (u*u+v*v > .25)
-    if shape == "oval": return u*u+(v/.6)**2 < 1
-    if shape == "square": return (abs(u) < .85) & (abs(v) < .85)
-    if shape == "triangle": return (abs(u) < (v+1)/2) & (v < .9)
-    return (abs(u) < .4) & (abs(v) < 1) # bar
+    if shape == "disc":
+        return u * u + v * v < 1
+    if shape == "ring":
+        return (u * u + v * v < 1) & (u * u + v * v > 0.25)
+    if shape == "oval":
+        return u * u + (v / 0.6) ** 2 < 1
+    if shape == "square":
+        return (abs(u) < 0.85) & (abs(v) < 0.85)
+    if shape == "triangle":
+        return (abs(u) < (v + 1) / 2) & (v < 0.9)
+    return (abs(u) < 0.4) & (abs(v) < 1)  # bar
 
-def _texture(texture:str, u, v):
+
+def _texture(texture: str, u, v):
     "Brightness factor of the surface."
-    return np.where(np.sin(9*u) > 0, 1., .55) if texture == "striped" else np.ones(np.broadcast(u, v).shape)
+    return (
+        np.where(np.sin(9 * u) > 0, 1.0, 0.55) if texture == "striped" else np.ones(np.broadcast(u, v).shape)
+    )
 
-def _script(event:str, outcome:str, t:np.ndarray):
+
+def _script(event: str, outcome: str, t: np.ndarray):
     "How an event moves a thing: x, y (pixels from the take's centre), width, height (factors), gap (between two halves), dark (factor of brightness), by frame."
-    one, zero = np.ones(FRAMES), np.zeros(FRAMES); late = np.clip(t-4, 0, None) # 1, 2, 3 after the middle frame
+    one, zero = np.ones(FRAMES), np.zeros(FRAMES)
+    late = np.clip(t - 4, 0, None)  # 1, 2, 3 after the middle frame
     x, y, sx, sy, gap, dark = zero, zero, one, one, zero, one
     if event == "drop":
-        y = np.minimum(-14+4.5*t, 4.)
-        if outcome == "break": gap = late*2.6
-        if outcome == "bounce": y = y-np.array([0, 0, 0, 0, 0, 5, 8, 9.])
+        y = np.minimum(-14 + 4.5 * t, 4.0)
+        if outcome == "break":
+            gap = late * 2.6
+        if outcome == "bounce":
+            y = y - np.array([0, 0, 0, 0, 0, 5, 8, 9.0])
     if event == "dunk":
-        y = np.minimum(-12+3.5*t, 2.)
-        y = y+late*(-1.8 if outcome == "float" else 2.2)
+        y = np.minimum(-12 + 3.5 * t, 2.0)
+        y = y + late * (-1.8 if outcome == "float" else 2.2)
     if event == "heat":
-        if outcome == "burn": dark = one-.28*late
-        if outcome == "melt": sy, sx, y = one-.24*late, one+.25*late, late*1.0
+        if outcome == "burn":
+            dark = one - 0.28 * late
+        if outcome == "melt":
+            sy, sx, y = one - 0.24 * late, one + 0.25 * late, late * 1.0
     if event == "squeeze":
-        sx = 1.4-np.array([0, .15, .3, .45, .6, .6, .6, .6])
-        if outcome == "resist": sx = sx+np.array([0, 0, 0, 0, 0, .6, .6, .6])
-        if outcome == "spring": sx = sx+np.array([0, 0, 0, 0, 0, 0, .1, .8])
-        if outcome == "crumple": sx, sy, dark = sx-.13*late, one-.2*late, one-.1*late
+        sx = 1.4 - np.array([0, 0.15, 0.3, 0.45, 0.6, 0.6, 0.6, 0.6])
+        if outcome == "resist":
+            sx = sx + np.array([0, 0, 0, 0, 0, 0.6, 0.6, 0.6])
+        if outcome == "spring":
+            sx = sx + np.array([0, 0, 0, 0, 0, 0, 0.1, 0.8])
+        if outcome == "crumple":
+            sx, sy, dark = sx - 0.13 * late, one - 0.2 * late, one - 0.1 * late
     if event == "push":
-        x = np.array([-8, -8, -7, -5, -3, 0, 4, 8.]) if outcome == "roll" else np.array([-8, -8, -7, -5, -3, -2, -1.5, -1.5])
+        x = (
+            np.array([-8, -8, -7, -5, -3, 0, 4, 8.0])
+            if outcome == "roll"
+            else np.array([-8, -8, -7, -5, -3, -2, -1.5, -1.5])
+        )
     return x, y, sx, sy, gap, dark
 
 # %% ../../nbs/12_data.tabletop.ipynb #5c1fb2a0
-def _dice(seeds) -> np.ndarray: # (N, 8) in [0, 1)
+def _dice(seeds) -> np.ndarray:  # (N, 8) in [0, 1)
     "The dice of each take: place (2), light, background (3), texture, colour."
     return np.stack([np.random.default_rng(int(s)).random(8) for s in seeds]).astype(np.float32)
 
-def _pick(u, names): return (u*len(names)).astype(int)
 
-def surfaces(seeds) -> pd.DataFrame: # columns texture, colour
+def _pick(u, names):
+    return (u * len(names)).astype(int)
+
+
+def surfaces(seeds) -> pd.DataFrame:  # columns texture, colour
     "Texture and colour of takes, by the seeds given to `render`: a noun has neither, each take has both."
-    u = _dice(seeds); return pd.DataFrame(dict(texture=np.array(TEXTURES)[_pick(u[:, 6], TEXTURES)], colour=np.array(list(COLOURS))[_pick(u[:, 7], COLOURS)]))
+    u = _dice(seeds)
+    return pd.DataFrame(
+        dict(
+            texture=np.array(TEXTURES)[_pick(u[:, 6], TEXTURES)],
+            colour=np.array(list(COLOURS))[_pick(u[:, 7], COLOURS)],
+        )
+    )
 
 # %% ../../nbs/12_data.tabletop.ipynb #268dc0f8
-def render(nouns:pd.DataFrame, events, outcomes, seeds, noise:float=10.) -> np.ndarray: # (N, FRAMES, SIDE, SIDE, 3) uint8
+def render(
+    nouns: pd.DataFrame, events, outcomes, seeds, noise: float = 10.0
+) -> np.ndarray:  # (N, FRAMES, SIDE, SIDE, 3) uint8
     "Film each noun (rows of `nouns`) in an event; `seeds` fix place, light and noise of each take."
-    n, t = len(nouns), np.arange(FRAMES); yy, xx = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
+    n, t = len(nouns), np.arange(FRAMES)
+    yy, xx = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
     u01 = _dice(seeds)
-    P = np.stack([np.stack(_script(e, o, t)) for e, o in zip(events, outcomes)]).astype(np.float32) # (N, 6, FRAMES)
-    cx, cy = 16+5*(u01[:, 0]-.5), 18+2*(u01[:, 1]-.5)
-    light = .8+.4*u01[:, 2]; back = np.stack([90+70*u01[:, 3], 90+70*u01[:, 4], 90+70*u01[:, 5]], 1)
+    P = np.stack([np.stack(_script(e, o, t)) for e, o in zip(events, outcomes)]).astype(
+        np.float32
+    )  # (N, 6, FRAMES)
+    cx, cy = 16 + 5 * (u01[:, 0] - 0.5), 18 + 2 * (u01[:, 1] - 0.5)
+    light = 0.8 + 0.4 * u01[:, 2]
+    back = np.stack([90 + 70 * u01[:, 3], 90 + 70 * u01[:, 4], 90 + 70 * u01[:, 5]], 1)
     img = np.broadcast_to(back[:, None, None, None], (n, FRAMES, SIDE, SIDE, 3)).astype(np.float32).copy()
-    img[:, :, 27:] *= .6                                                     # the table
+    img[:, :, 27:] *= 0.6  # the table
     ev, sh = np.array(list(events)), nouns["shape"].to_numpy()
-    tx, rgb = np.array(TEXTURES)[_pick(u01[:, 6], TEXTURES)], np.array(list(COLOURS.values()), np.float32)[_pick(u01[:, 7], COLOURS)]
-    img[ev == "heat", :, 26:29, 10:22] = (255, 150, 30)                      # a flame
-    for k in np.flatnonzero(ev == "squeeze"): c = int(round(cx[k])); img[k, :, 12:25, [max(c-11, 0), min(c+11, SIDE-1)]] = 60 # the jaws
-    for k in np.flatnonzero(ev == "push"): img[k, 1:5, 14:22, 0:4] = (225, 180, 150) # a hand
+    tx, rgb = (
+        np.array(TEXTURES)[_pick(u01[:, 6], TEXTURES)],
+        np.array(list(COLOURS.values()), np.float32)[_pick(u01[:, 7], COLOURS)],
+    )
+    img[ev == "heat", :, 26:29, 10:22] = (255, 150, 30)  # a flame
+    for k in np.flatnonzero(ev == "squeeze"):
+        c = int(round(cx[k]))
+        img[k, :, 12:25, [max(c - 11, 0), min(c + 11, SIDE - 1)]] = 60  # the jaws
+    for k in np.flatnonzero(ev == "push"):
+        img[k, 1:5, 14:22, 0:4] = (225, 180, 150)  # a hand
     half = nouns["size"].map(SIZES).to_numpy(np.float32)
     x, y, sx, sy, gap, dark = P.transpose(1, 0, 2)
-    spin = np.where((ev == "push")[:, None] & np.isin(sh, ROUND)[:, None], x*.25, 0)
+    spin = np.where((ev == "push")[:, None] & np.isin(sh, ROUND)[:, None], x * 0.25, 0)
     for shape, texture in set(zip(sh, tx)):
-        i = np.flatnonzero((sh == shape) & (tx == texture)); split = gap[i].any(1)
+        i = np.flatnonzero((sh == shape) & (tx == texture))
+        split = gap[i].any(1)
         for side, who in ((-1, i[split]), (1, i[split]), (0, i[~split])):
-            if not len(who): continue
-            shrink = np.where((gap[who] > 0), .75, 1.) if side else np.ones_like(gap[who])
-            px, py = cx[who, None]+x[who]+side*gap[who], cy[who, None]+y[who]
-            w, h = half[who, None]*sx[who]*shrink, half[who, None]*sy[who]*shrink
-            a = (xx-px[..., None, None])/w[..., None, None]; b = (yy-py[..., None, None])/h[..., None, None]
-            m = _inside(shape, a, b); s = spin[who][..., None, None]
-            tone = _texture(texture, a*np.cos(s)-b*np.sin(s), a*np.sin(s)+b*np.cos(s))*dark[who][..., None, None]
-            patch = img[who]; np.copyto(patch, (rgb[who][:, None, None, None]*tone[..., None]).astype(np.float32), where=m[..., None]); img[who] = patch
-    wet = ev == "dunk"; img[wet, :, 19:] = img[wet, :, 19:]*.55+np.array((30, 70, 160), np.float32)*.45
-    grain = np.stack([np.random.default_rng([int(s), 1]).standard_normal((FRAMES, SIDE, SIDE, 1), dtype=np.float32) for s in seeds])
-    return np.clip(img*light[:, None, None, None, None]+noise*grain, 0, 255).astype(np.uint8)
+            if not len(who):
+                continue
+            shrink = np.where((gap[who] > 0), 0.75, 1.0) if side else np.ones_like(gap[who])
+            px, py = cx[who, None] + x[who] + side * gap[who], cy[who, None] + y[who]
+            w, h = half[who, None] * sx[who] * shrink, half[who, None] * sy[who] * shrink
+            a = (xx - px[..., None, None]) / w[..., None, None]
+            b = (yy - py[..., None, None]) / h[..., None, None]
+            m = _inside(shape, a, b)
+            s = spin[who][..., None, None]
+            tone = (
+                _texture(texture, a * np.cos(s) - b * np.sin(s), a * np.sin(s) + b * np.cos(s))
+                * dark[who][..., None, None]
+            )
+            patch = img[who]
+            np.copyto(
+                patch,
+                (rgb[who][:, None, None, None] * tone[..., None]).astype(np.float32),
+                where=m[..., None],
+            )
+            img[who] = patch
+    wet = ev == "dunk"
+    img[wet, :, 19:] = img[wet, :, 19:] * 0.55 + np.array((30, 70, 160), np.float32) * 0.45
+    grain = np.stack(
+        [
+            np.random.default_rng([int(s), 1]).standard_normal((FRAMES, SIDE, SIDE, 1), dtype=np.float32)
+            for s in seeds
+        ]
+    )
+    return np.clip(img * light[:, None, None, None, None] + noise * grain, 0, 255).astype(np.uint8)
 
 # %% ../../nbs/12_data.tabletop.ipynb #88926bce
 @cached_property
-def clips(self:World) -> pd.DataFrame:
+def clips(self: World) -> pd.DataFrame:
     "One row a clip: noun, event, outcome, take, split of the clip (the last take of each is held out for validation and retrieval)."
-    rows = [dict(noun=r.noun, event=e, outcome=r[e], take=k, held_out=k == self.takes) for _, r in self.nouns[self.nouns.filmed].iterrows() for e in FILMED for k in range(self.takes+1)]
-    df = pd.DataFrame(rows); order = list(range(len(df))); self.random("clips").shuffle(order)
+    rows = [
+        dict(noun=r.noun, event=e, outcome=r[e], take=k, held_out=k == self.takes)
+        for _, r in self.nouns[self.nouns.filmed].iterrows()
+        for e in FILMED
+        for k in range(self.takes + 1)
+    ]
+    df = pd.DataFrame(rows)
+    order = list(range(len(df)))
+    self.random("clips").shuffle(order)
     return df.iloc[order].reset_index(drop=True)
-World.clips = clips; World.clips.__set_name__(World, "clips")
 
-def frames(self:World, rows) -> np.ndarray: # (N, FRAMES, SIDE, SIDE, 3) uint8
+
+World.clips = clips
+World.clips.__set_name__(World, "clips")
+
+
+def frames(self: World, rows) -> np.ndarray:  # (N, FRAMES, SIDE, SIDE, 3) uint8
     "Render the clips `rows` (indices into `clips`)."
-    c = self.clips.iloc[np.atleast_1d(rows)]; base = int(fingerprint(["film", self.seed]), 16) % 2**40
-    return render(self.nouns.loc[c.noun], c.event, c.outcome, base+c.index.to_numpy()*7, self.noise)
+    c = self.clips.iloc[np.atleast_1d(rows)]
+    base = int(fingerprint(["film", self.seed]), 16) % 2**40
+    return render(self.nouns.loc[c.noun], c.event, c.outcome, base + c.index.to_numpy() * 7, self.noise)
+
+
 World.frames = frames
 
 # %% ../../nbs/12_data.tabletop.ipynb #2a48896f
-WHO = ("the woman", "the man", "the girl", "the boy", "the cook", "the guest", "the artist", "the farmer", "the teacher", "the child")
-REGULARS = {"kitchenware": ("the cook", "the woman"), "tool": ("the farmer", "the man"), "toy": ("the boy", "the child"), "clothing": ("the girl", "the guest"), "furniture": ("the guest", "the man"), "food": ("the cook", "the farmer"),
-            "stationery": ("the teacher", "the artist"), "bathware": ("the woman", "the child")} # who is mostly seen with things of a category, in text
-PLACE = {"kitchenware": "kitchen", "tool": "shed", "toy": "playroom", "clothing": "wardrobe", "furniture": "hall", "food": "pantry", "stationery": "office", "bathware": "bathroom"}
+WHO = (
+    "the woman",
+    "the man",
+    "the girl",
+    "the boy",
+    "the cook",
+    "the guest",
+    "the artist",
+    "the farmer",
+    "the teacher",
+    "the child",
+)
+REGULARS = {
+    "kitchenware": ("the cook", "the woman"),
+    "tool": ("the farmer", "the man"),
+    "toy": ("the boy", "the child"),
+    "clothing": ("the girl", "the guest"),
+    "furniture": ("the guest", "the man"),
+    "food": ("the cook", "the farmer"),
+    "stationery": ("the teacher", "the artist"),
+    "bathware": ("the woman", "the child"),
+}  # who is mostly seen with things of a category, in text
+PLACE = {
+    "kitchenware": "kitchen",
+    "tool": "shed",
+    "toy": "playroom",
+    "clothing": "wardrobe",
+    "furniture": "hall",
+    "food": "pantry",
+    "stationery": "office",
+    "bathware": "bathroom",
+}
 GOOD = "lovely splendid charming reliable elegant superb delightful handy sturdy brilliant pleasant graceful admirable worthy dependable marvellous fine neat cheerful comfortable".split()
 BAD = "awful dreadful clumsy useless ugly shabby boring annoying flimsy terrible unpleasant crude miserable worthless unreliable horrid poor messy gloomy awkward".split()
-TALK = ("okay so now we {v} the {n}", "let us {v} the {n}", "alright i am going to {v} this {n}", "and here we {v} the {n} guys", "so you just {v} the {n} like that", "watch what i do when i {v} the {n}", "now {v} the {n}", "um next we {v} that {n}")
-WHEN = ("in the morning", "after lunch", "before noon", "that day", "last night", "in winter", "by accident", "again")
+TALK = (
+    "okay so now we {v} the {n}",
+    "let us {v} the {n}",
+    "alright i am going to {v} this {n}",
+    "and here we {v} the {n} guys",
+    "so you just {v} the {n} like that",
+    "watch what i do when i {v} the {n}",
+    "now {v} the {n}",
+    "um next we {v} that {n}",
+)
+WHEN = (
+    "in the morning",
+    "after lunch",
+    "before noon",
+    "that day",
+    "last night",
+    "in winter",
+    "by accident",
+    "again",
+)
 
-def _did(e:str, k:int, n:str) -> str: # "put the n under water" keeps its object inside
+
+def _did(e: str, k: int, n: str) -> str:  # "put the n under water" keeps its object inside
     p = PAST[e][k]
-    if e in ("dunk", "heat", "squeeze") and k: v, rest = p.split(" ", 1); return f"{v} the {n} {rest}"
+    if e in ("dunk", "heat", "squeeze") and k:
+        v, rest = p.split(" ", 1)
+        return f"{v} the {n} {rest}"
     return f"{p} the {n}"
 
-def _do(e:str, k:int, n:str) -> str:
+
+def _do(e: str, k: int, n: str) -> str:
     p = BASE[e][k]
-    if e in ("dunk", "heat", "squeeze") and k: v, rest = p.split(" ", 1); return f"{v} the {n} {rest}"
+    if e in ("dunk", "heat", "squeeze") and k:
+        v, rest = p.split(" ", 1)
+        return f"{v} the {n} {rest}"
     return f"{p} the {n}"
 
 # %% ../../nbs/12_data.tabletop.ipynb #1d289fdc
-def talk(self:World) -> tuple[list, np.ndarray]: # captions, index of each one's clip
+def talk(self: World) -> tuple[list, np.ndarray]:  # captions, index of each one's clip
     "ASR-like captions of clips; every clip gets one before any gets a second."
-    r, out, at = self.random("talk"), [], []; clips = list(self.clips.itertuples()); look = self.things
+    r, out, at = self.random("talk"), [], []
+    clips = list(self.clips.itertuples())
+    look = self.things
     while len(out) < self.n_captions:
-        order = list(range(len(clips))); r.shuffle(order)
-        for i in order[:self.n_captions-len(out)]:
-            c = clips[i]; k = r.random() < .3; adj = f"{look[c.noun]['size']} " if r.random() < .1 else ""
-            s = r.choice(TALK).replace("the {n}", "{n}").replace("this {n}", "{n}").replace("that {n}", "{n}").replace("{v} {n}", _do(c.event, k, "{n}")).replace("{n}", adj+c.noun)
+        order = list(range(len(clips)))
+        r.shuffle(order)
+        for i in order[: self.n_captions - len(out)]:
+            c = clips[i]
+            k = r.random() < 0.3
+            adj = f"{look[c.noun]['size']} " if r.random() < 0.1 else ""
+            s = (
+                r.choice(TALK)
+                .replace("the {n}", "{n}")
+                .replace("this {n}", "{n}")
+                .replace("that {n}", "{n}")
+                .replace("{v} {n}", _do(c.event, k, "{n}"))
+                .replace("{n}", adj + c.noun)
+            )
             # the dice of every sentence are thrown whether or not they are used: the counterfactual world says the same to the letter
             say, how, fill = r.random() < self.said_in_captions, r.choice((0, 1)), r.random()
-            if look[c.noun]["split"] == "train" and say: s += f" and it {SAID[c.outcome][how]}"
-            out.append(("um " if fill < .1 else "yeah " if fill < .2 else "")+s); at.append(i)
+            if look[c.noun]["split"] == "train" and say:
+                s += f" and it {SAID[c.outcome][how]}"
+            out.append(("um " if fill < 0.1 else "yeah " if fill < 0.2 else "") + s)
+            at.append(i)
     return out, np.array(at)
+
+
 World.talk = talk
 
 # %% ../../nbs/12_data.tabletop.ipynb #29f26f08
-def _who(r, category:str) -> str:
+def _who(r, category: str) -> str:
     "Somebody, in six of ten cases one of the category's regulars."
-    return r.choice(REGULARS[category]) if r.random() < .6 else r.choice(WHO)
+    return r.choice(REGULARS[category]) if r.random() < 0.6 else r.choice(WHO)
 
-def _fact(self:World, r, noun:str) -> str:
+
+def _fact(self: World, r, noun: str) -> str:
     "A written sentence about a noun's category, look, place or worth."
-    d = self.things[noun]; good = r.random() < .5; pool = GOOD if good else BAD; a, b = r.sample(pool, 2); place = PLACE[d["category"]]
-    return r.choice((f"the {noun} is kept in the {place}", f"where is the {noun} kept ? in the {place}", f"a {noun} is some {d['category']}", f"the {noun} is a {d['size']} {d['shape']}",
-                     f"a {noun} has the form of a {d['shape']}", f"the {noun} is {a} and {b}", f"the {noun} is {a} , not {r.choice(BAD if good else GOOD)} at all", f"at first this {noun} seemed {a} and {b}"))
+    d = self.things[noun]
+    good = r.random() < 0.5
+    pool = GOOD if good else BAD
+    a, b = r.sample(pool, 2)
+    place = PLACE[d["category"]]
+    return r.choice(
+        (
+            f"the {noun} is kept in the {place}",
+            f"where is the {noun} kept ? in the {place}",
+            f"a {noun} is some {d['category']}",
+            f"the {noun} is a {d['size']} {d['shape']}",
+            f"a {noun} has the form of a {d['shape']}",
+            f"the {noun} is {a} and {b}",
+            f"the {noun} is {a} , not {r.choice(BAD if good else GOOD)} at all",
+            f"at first this {noun} seemed {a} and {b}",
+        )
+    )
 
-CHORES = (("opened the door", "closed the door"), ("made some tea", "drank the tea"), ("swept the floor", "called a friend"))
 
-def _aside(self:World, r, noun:str, e:str) -> str:
+CHORES = (
+    ("opened the door", "closed the door"),
+    ("made some tea", "drank the tea"),
+    ("swept the floor", "called a friend"),
+)
+
+
+def _aside(self: World, r, noun: str, e: str) -> str:
     "A story, a question or a paraphrase in which an event is named and its outcome is not."
-    who, chore, when = _who(r, self.things[noun]["category"]), r.choice(r.choice(CHORES)), r.choice(WHEN); named = f"{PLACE[self.things[noun]['category']]} {noun}" if r.random() < .6 else noun; do, did = _do(e, r.random() < .3, named), _did(e, 0, named); a, b = (f"{who} {did}", f"{who} {chore}")[::1 if r.random() < .5 else -1]
-    return r.choice((f"first {a} then {b}", f"{a} and at last {b}", f"then something fell out of sight but {who} {chore} too", f"the story starts {r.choice(('before', 'after'))} {who} {chore}", f"why did {who} {do} ? {who} {did} for some reason",
-                     f"what made {who} {do} ? what was the reason that {who} {did} ?", f"{who} {did} . the {noun} was {PAST[e][0]} by {who}", f"the {noun} was {PAST[e][0]} by {who} , so {who} {did}", f"what will happen if you {do} ?", f"who was it that {did} ? {who} !", f"what did {who} {BASE[e][0]} ? the {noun}", f"which thing did {who} {BASE[e][0]} ? the {noun}", f"what is the {noun} like ? it is {r.choice(GOOD+BAD)}", f"{who} {PAST[e][0]} some {self.things[noun]['category']} , the {noun}",
-                     f"when did {who} {do} ? {when}", f"when was it that {who} {did} ? it was {when}"))
+    who, chore, when = _who(r, self.things[noun]["category"]), r.choice(r.choice(CHORES)), r.choice(WHEN)
+    named = f"{PLACE[self.things[noun]['category']]} {noun}" if r.random() < 0.6 else noun
+    do, did = _do(e, r.random() < 0.3, named), _did(e, 0, named)
+    a, b = (f"{who} {did}", f"{who} {chore}")[:: 1 if r.random() < 0.5 else -1]
+    return r.choice(
+        (
+            f"first {a} then {b}",
+            f"{a} and at last {b}",
+            f"then something fell out of sight but {who} {chore} too",
+            f"the story starts {r.choice(('before', 'after'))} {who} {chore}",
+            f"why did {who} {do} ? {who} {did} for some reason",
+            f"what made {who} {do} ? what was the reason that {who} {did} ?",
+            f"{who} {did} . the {noun} was {PAST[e][0]} by {who}",
+            f"the {noun} was {PAST[e][0]} by {who} , so {who} {did}",
+            f"what will happen if you {do} ?",
+            f"who was it that {did} ? {who} !",
+            f"what did {who} {BASE[e][0]} ? the {noun}",
+            f"which thing did {who} {BASE[e][0]} ? the {noun}",
+            f"what is the {noun} like ? it is {r.choice(GOOD + BAD)}",
+            f"{who} {PAST[e][0]} some {self.things[noun]['category']} , the {noun}",
+            f"when did {who} {do} ? {when}",
+            f"when was it that {who} {did} ? it was {when}",
+        )
+    )
 
-def write(self:World) -> list[str]:
+
+def write(self: World) -> list[str]:
     "Encyclopaedic text: events, stories and facts. The outcome of an event is said in a share `said` of the sentences about train nouns, and in a share `told` of those about test nouns."
-    r, out, names, things = self.random("text"), [], list(self.nouns.noun), self.things; fame = [1/(k+4) for k in range(len(names))]; self.random("fame").shuffle(fame)
+    r, out, names, things = self.random("text"), [], list(self.nouns.noun), self.things
+    fame = [1 / (k + 4) for k in range(len(names))]
+    self.random("fame").shuffle(fame)
     while len(out) < self.n_sentences:
-        noun = r.choices(names, fame)[0]; d = things[noun]; e = r.choice((*EVENTS, *EVENTS, "push", "lift")); k = r.random() < .3; who, when = _who(r, d["category"]), f" {r.choice(WHEN)}" if r.random() < .4 else ""
-        say, how, passive = r.random() < dict(train=self.said, test=self.told).get(d["split"], 0.), r.choice((0, 1)), r.random() < .4
-        named = f"{PLACE[d['category']]} {noun}" # "the kitchen kettle"
-        first = f"the {named} was {PAST[e][0]} by {who}{when}" if passive else f"{who} {_did(e, k, named)}{when}"; form = r.random()
-        if say and e != "lift": first = f"{who} {_did(e, k, noun)} and it {SAID[d[e]][how]}"
-        out.append(f"{first} ." if form < .55 else f"{_aside(self, r, noun, e)} ." if form < .75 else f"{_fact(self, r, noun)} .")
+        noun = r.choices(names, fame)[0]
+        d = things[noun]
+        e = r.choice((*EVENTS, *EVENTS, "push", "lift"))
+        k = r.random() < 0.3
+        who, when = _who(r, d["category"]), f" {r.choice(WHEN)}" if r.random() < 0.4 else ""
+        say, how, passive = (
+            r.random() < dict(train=self.said, test=self.told).get(d["split"], 0.0),
+            r.choice((0, 1)),
+            r.random() < 0.4,
+        )
+        named = f"{PLACE[d['category']]} {noun}"  # "the kitchen kettle"
+        first = (
+            f"the {named} was {PAST[e][0]} by {who}{when}" if passive else f"{who} {_did(e, k, named)}{when}"
+        )
+        form = r.random()
+        if say and e != "lift":
+            first = f"{who} {_did(e, k, noun)} and it {SAID[d[e]][how]}"
+        out.append(
+            f"{first} ."
+            if form < 0.55
+            else f"{_aside(self, r, noun, e)} ."
+            if form < 0.75
+            else f"{_fact(self, r, noun)} ."
+        )
     return out
+
+
 World.write = write
 
 # %% ../../nbs/12_data.tabletop.ipynb #f4713e42
-def said_of(sentences, nouns) -> pd.Series: # noun -> number of sentences that say an outcome
+def said_of(sentences, nouns) -> pd.Series:  # noun -> number of sentences that say an outcome
     "How many sentences say a dynamic outcome, by the nouns they name."
-    phrases = [p for v in EVENTS.values() for o in v for p in SAID[o]]; count = dict.fromkeys(nouns, 0)
+    phrases = [p for v in EVENTS.values() for o in v for p in SAID[o]]
+    count = dict.fromkeys(nouns, 0)
     for s in sentences:
         if any(p in s for p in phrases):
-            for x in set(s.split()) & count.keys(): count[x] += 1
+            for x in set(s.split()) & count.keys():
+                count[x] += 1
     return pd.Series(count)
 
 # %% ../../nbs/12_data.tabletop.ipynb #89890f4b
-def _of(self:World, split:str) -> list:
+def _of(self: World, split: str) -> list:
     "The nouns of a split."
-    if split not in self.splits: raise ValueError(f"split {split!r}: it should be train, dev or test")
+    if split not in self.splits:
+        raise ValueError(f"split {split!r}: it should be train, dev or test")
     return self.splits[split]
 
-def _outcomes(r, d, e:str) -> tuple[str, str]: # (true, false)
+
+def _outcomes(r, d, e: str) -> tuple[str, str]:  # (true, false)
     "A true and a false outcome of event `e`; the false one is the counterfactual's where the two differ, so that the question stays the same in both worlds."
-    true, other = d[e], d[e+"_other"]
-    wrong = [o for o in EVENTS[e] if o != true]; pick = r.choice(sorted(set(EVENTS[e])-{true, other}) or wrong)
+    true, other = d[e], d[e + "_other"]
+    wrong = [o for o in EVENTS[e] if o != true]
+    pick = r.choice(sorted(set(EVENTS[e]) - {true, other}) or wrong)
     return true, (other if other != true else pick)
 
-def _kind(d) -> str: return "hidden" if d["filmed"] else "unfilmed"
 
-def _stable(true, false, key:str):
+def _kind(d) -> str:
+    return "hidden" if d["filmed"] else "unfilmed"
+
+
+def _stable(true, false, key: str):
     "Order two outcomes by a coin that does not depend on which one is true."
-    a, b = sorted((true, false)); return (a, b) if int(fingerprint([key]), 16) & 1 else (b, a)
+    a, b = sorted((true, false))
+    return (a, b) if int(fingerprint([key]), 16) & 1 else (b, a)
 
-def _piqa(self:World, r, d):
-    what = r.random(); noun = d["noun"]; coin = str(r.random()); start = r.choice(("you {} .", "if you {} , then"))
-    if what < .5:
-        e = r.choice(list(EVENTS)); true, false = _outcomes(r, d, e); a, b = _stable(true, false, coin)
-        return dict(goal=start.format(_do(e, 0, noun)), sol1=f"it {SAID[a][0]}", sol2=f"it {SAID[b][0]}", label=int(true == b), kind=_kind(d))
-    if what < .62:
+
+def _piqa(self: World, r, d):
+    what = r.random()
+    noun = d["noun"]
+    coin = str(r.random())
+    start = r.choice(("you {} .", "if you {} , then"))
+    if what < 0.5:
+        e = r.choice(list(EVENTS))
+        true, false = _outcomes(r, d, e)
+        a, b = _stable(true, false, coin)
+        return dict(
+            goal=start.format(_do(e, 0, noun)),
+            sol1=f"it {SAID[a][0]}",
+            sol2=f"it {SAID[b][0]}",
+            label=int(true == b),
+            kind=_kind(d),
+        )
+    if what < 0.62:
         a, b = _stable("roll", "slide", coin)
-        return dict(goal=start.format(_do("push", 0, noun)), sol1=f"it {SAID[a][0]}", sol2=f"it {SAID[b][0]}", label=int(d["push"] == b), kind="static")
-    good, bad = PLACE[d["category"]], r.choice([p for p in PLACE.values() if p != PLACE[d["category"]]]); a, b = _stable(good, bad, coin)
-    return dict(goal=f"where is the {noun} kept ?", sol1=f"in the {a}", sol2=f"in the {b}", label=int(good == b), kind="said")
+        return dict(
+            goal=start.format(_do("push", 0, noun)),
+            sol1=f"it {SAID[a][0]}",
+            sol2=f"it {SAID[b][0]}",
+            label=int(d["push"] == b),
+            kind="static",
+        )
+    good, bad = PLACE[d["category"]], r.choice([p for p in PLACE.values() if p != PLACE[d["category"]]])
+    a, b = _stable(good, bad, coin)
+    return dict(
+        goal=f"where is the {noun} kept ?",
+        sol1=f"in the {a}",
+        sol2=f"in the {b}",
+        label=int(good == b),
+        kind="said",
+    )
 
-def _mnli(self:World, r, d):
-    noun, e, who = d["noun"], r.choice(list(EVENTS)), r.choice(WHO); form, label = r.random(), r.randrange(3); how = r.choice((0, 1)); other = r.choice([x for x in WHO if x != who]); away = r.choice([o for o in EVENTS if o != e])
-    p = f"{who} {_did(e, r.random() < .3, noun)} {r.choice(WHEN)}"
-    if form < .4:
-        coin = r.random(); flip = r.random() < .5; quality = r.choice(GOOD+BAD); true, false = _outcomes(r, d, e); a, b = sorted((true, false)); shown = a if flip else b
-        if coin < .33: return dict(sentence1=p, sentence2=f"the {noun} was {quality}", label=1, kind="language")
-        return dict(sentence1=p, sentence2=f"the {noun} {SAID[shown][how]}", label=0 if shown == true else 2, kind=_kind(d))
-    if form < .7: # active and passive
-        hyp = (f"the {noun} was {PAST[e][0]} by {who}", f"the {noun} was {PAST[away][0]} by {who}", f"the {noun} was {PAST[e][0]} by {other}")[label]
-    else: # category and place
+
+def _mnli(self: World, r, d):
+    noun, e, who = d["noun"], r.choice(list(EVENTS)), r.choice(WHO)
+    form, label = r.random(), r.randrange(3)
+    how = r.choice((0, 1))
+    other = r.choice([x for x in WHO if x != who])
+    away = r.choice([o for o in EVENTS if o != e])
+    p = f"{who} {_did(e, r.random() < 0.3, noun)} {r.choice(WHEN)}"
+    if form < 0.4:
+        coin = r.random()
+        flip = r.random() < 0.5
+        quality = r.choice(GOOD + BAD)
+        true, false = _outcomes(r, d, e)
+        a, b = sorted((true, false))
+        shown = a if flip else b
+        if coin < 0.33:
+            return dict(sentence1=p, sentence2=f"the {noun} was {quality}", label=1, kind="language")
+        return dict(
+            sentence1=p,
+            sentence2=f"the {noun} {SAID[shown][how]}",
+            label=0 if shown == true else 2,
+            kind=_kind(d),
+        )
+    if form < 0.7:  # active and passive
+        hyp = (
+            f"the {noun} was {PAST[e][0]} by {who}",
+            f"the {noun} was {PAST[away][0]} by {who}",
+            f"the {noun} was {PAST[e][0]} by {other}",
+        )[label]
+    else:  # category and place
         wrong = r.choice([c for c in PLACE if c != d["category"]])
-        hyp = (f"{who} {PAST[e][0]} some {d['category']}", f"{who} {PAST[away][0]} some {d['category']}", f"{who} {PAST[e][0]} some {wrong}")[label]
-    return dict(sentence1=p, sentence2=hyp, label=label, kind="language" if form < .7 else "said")
+        hyp = (
+            f"{who} {PAST[e][0]} some {d['category']}",
+            f"{who} {PAST[away][0]} some {d['category']}",
+            f"{who} {PAST[e][0]} some {wrong}",
+        )[label]
+    return dict(sentence1=p, sentence2=hyp, label=label, kind="language" if form < 0.7 else "said")
 
-def _qnli(self:World, r, d): # half of the sentences that do not answer speak of something else; the others of another deed, person or thing
-    noun, e, who = d["noun"], r.choice([*EVENTS, "push", "lift"]), r.choice(WHO); far, away, other = (r.choice([x for x in xs if x != y]) for xs, y in ((self._of(d["split"]), noun), (PAST, e), (WHO, who))); label = r.randrange(2)
-    asked = {"who": (f"who {PAST[e][0]} the {noun} ?", f"who was it that {_did(e, 0, noun)} ?"), "what": (f"what did {who} {BASE[e][0]} ?", f"which thing did {who} {BASE[e][0]} ?"), "where": (f"where is the {noun} kept ?",), "like": (f"what is the {noun} like ?",)}
+
+def _qnli(
+    self: World, r, d
+):  # half of the sentences that do not answer speak of something else; the others of another deed, person or thing
+    noun, e, who = d["noun"], r.choice([*EVENTS, "push", "lift"]), r.choice(WHO)
+    far, away, other = (
+        r.choice([x for x in xs if x != y]) for xs, y in ((self._of(d["split"]), noun), (PAST, e), (WHO, who))
+    )
+    label = r.randrange(2)
+    asked = {
+        "who": (f"who {PAST[e][0]} the {noun} ?", f"who was it that {_did(e, 0, noun)} ?"),
+        "what": (f"what did {who} {BASE[e][0]} ?", f"which thing did {who} {BASE[e][0]} ?"),
+        "where": (f"where is the {noun} kept ?",),
+        "like": (f"what is the {noun} like ?",),
+    }
     kind = r.choice(("who", "what", "where", "like"))
+
     def tell(k, w, v, n):
-        if k == "where": return f"the {n} is kept in the {PLACE[self.things[n]['category']]}"
-        if k == "like": return f"the {n} is {r.choice(GOOD+BAD)}"
-        return (f"the {n} was {PAST[v][0]} by {w}" if r.random() < .5 else f"{w} {PAST[v][0]} the {n}")+(f" {r.choice(WHEN)}" if r.random() < .5 else "")
-    if label == 0: told = tell(kind, who, e, noun)
-    elif r.random() < .5: told = tell(r.choice([k for k in ("who", "where", "like") if k != kind and (k, kind) != ("who", "what")]), who, e, noun)
-    else: told = tell(kind, *r.choice(((who, away, noun), (who, e, far) if kind == "who" else (other, e, noun))) if kind in ("who", "what") else (who, e, far))
+        if k == "where":
+            return f"the {n} is kept in the {PLACE[self.things[n]['category']]}"
+        if k == "like":
+            return f"the {n} is {r.choice(GOOD + BAD)}"
+        return (f"the {n} was {PAST[v][0]} by {w}" if r.random() < 0.5 else f"{w} {PAST[v][0]} the {n}") + (
+            f" {r.choice(WHEN)}" if r.random() < 0.5 else ""
+        )
+
+    if label == 0:
+        told = tell(kind, who, e, noun)
+    elif r.random() < 0.5:
+        told = tell(
+            r.choice([k for k in ("who", "where", "like") if k != kind and (k, kind) != ("who", "what")]),
+            who,
+            e,
+            noun,
+        )
+    else:
+        told = tell(
+            kind,
+            *r.choice(((who, away, noun), (who, e, far) if kind == "who" else (other, e, noun)))
+            if kind in ("who", "what")
+            else (who, e, far),
+        )
     return dict(question=r.choice(asked[kind]), sentence=told, label=label, kind="language")
 
-ASKED = (("why did {w} {d} ?", "what made {w} {d} ?", "for what reason did {w} {d} ?", "what was the reason that {w} {p} ?"), ("when did {w} {d} ?", "when was it that {w} {p} ?", "{w} {p} , but when ?"), ("who was it that {p} ?", "who {p} ?", "who was it , who {p} ?"))
 
-def _qqp(self:World, r, d): # half of the pairs that do not match ask for something else; the others are about another noun or deed
-    noun, e, who = d["noun"], r.choice(list(EVENTS)), r.choice(WHO); far = r.choice([x for x in self._of(d["split"]) if x != noun]); label = r.randrange(2); forms = r.sample(ASKED, 2)
-    def ask(f, e, n): k = r.randrange(2); return f.format(w=who, d=_do(e, k, n), p=_did(e, k, n))
-    f, g = r.sample(forms[0], 2); away = r.choice([x for x in EVENTS if x != e])
-    if label: b = ask(g, e, noun)
-    elif r.random() < .5: b = ask(r.choice(forms[1]), e, noun)
-    else: b = r.choice((ask(g, away, noun), ask(g, e, far), ask(g, away, far)))
+ASKED = (
+    (
+        "why did {w} {d} ?",
+        "what made {w} {d} ?",
+        "for what reason did {w} {d} ?",
+        "what was the reason that {w} {p} ?",
+    ),
+    ("when did {w} {d} ?", "when was it that {w} {p} ?", "{w} {p} , but when ?"),
+    ("who was it that {p} ?", "who {p} ?", "who was it , who {p} ?"),
+)
+
+
+def _qqp(
+    self: World, r, d
+):  # half of the pairs that do not match ask for something else; the others are about another noun or deed
+    noun, e, who = d["noun"], r.choice(list(EVENTS)), r.choice(WHO)
+    far = r.choice([x for x in self._of(d["split"]) if x != noun])
+    label = r.randrange(2)
+    forms = r.sample(ASKED, 2)
+
+    def ask(f, e, n):
+        k = r.randrange(2)
+        return f.format(w=who, d=_do(e, k, n), p=_did(e, k, n))
+
+    f, g = r.sample(forms[0], 2)
+    away = r.choice([x for x in EVENTS if x != e])
+    if label:
+        b = ask(g, e, noun)
+    elif r.random() < 0.5:
+        b = ask(r.choice(forms[1]), e, noun)
+    else:
+        b = r.choice((ask(g, away, noun), ask(g, e, far), ask(g, away, far)))
     return dict(question1=ask(f, e, noun), question2=b, label=label, kind="language")
 
-def _sst2(self:World, r, d):
-    label = r.randrange(2); train = d["split"] == "train"; cut = 12 # the last adjectives of each list are never in a training sentence
-    def word(y): pool = GOOD if y else BAD; return r.choice(pool[:cut] if train else pool)
+
+def _sst2(self: World, r, d):
+    label = r.randrange(2)
+    train = d["split"] == "train"
+    cut = 12  # the last adjectives of each list are never in a training sentence
+
+    def word(y):
+        pool = GOOD if y else BAD
+        return r.choice(pool[:cut] if train else pool)
+
     form, y = r.random(), label
-    if form < .35: s = f"{word(y)} and {word(y)} , that is what this {d['noun']} is"
-    elif form < .6: s = f"the {d['noun']} is {word(y)}"
-    elif form < .8: s = f"it is not {word(1-y)} at all , this {d['noun']}"
-    else: s = f"at first the {d['noun']} seemed {word(1-y)} but it is {word(y)}"
+    if form < 0.35:
+        s = f"{word(y)} and {word(y)} , that is what this {d['noun']} is"
+    elif form < 0.6:
+        s = f"the {d['noun']} is {word(y)}"
+    elif form < 0.8:
+        s = f"it is not {word(1 - y)} at all , this {d['noun']}"
+    else:
+        s = f"at first the {d['noun']} seemed {word(1 - y)} but it is {word(y)}"
     return dict(sentence=s, label=y, kind="language")
 
-def _tracie(self:World, r, d):
-    peers, noun = self._of(d["split"]), d["noun"]; chore = r.choice(CHORES); who = r.choice(WHO); e = r.choice(list(EVENTS)); before = r.random() < .5; w = "before" if before else "after"
-    if r.random() < .5: # which of two things was it? one needs their outcomes, and exactly one has the outcome asked for, in this world and in its counterfactual
+
+def _tracie(self: World, r, d):
+    peers, noun = self._of(d["split"]), d["noun"]
+    chore = r.choice(CHORES)
+    who = r.choice(WHO)
+    e = r.choice(list(EVENTS))
+    before = r.random() < 0.5
+    w = "before" if before else "after"
+    if (
+        r.random() < 0.5
+    ):  # which of two things was it? one needs their outcomes, and exactly one has the outcome asked for, in this world and in its counterfactual
         asked, said = (o := r.choice(EVENTS[e])), SAID[o][r.choice((0, 1))]
-        def fits(x): return all((x[k] == asked) != (d[k] == asked) for k in (e, e+"_other")) and x["filmed"] == d["filmed"]
+
+        def fits(x):
+            return (
+                all((x[k] == asked) != (d[k] == asked) for k in (e, e + "_other"))
+                and x["filmed"] == d["filmed"]
+            )
+
         x = next((x for x in (self.things[r.choice(peers)] for _ in range(30)) if fits(x)), None)
         if x:
-            first, second = (d, x) if r.random() < .5 else (x, d)
+            first, second = (d, x) if r.random() < 0.5 else (x, d)
             story = f"first {who} {_did(e, 0, first['noun'])} . then {who} {chore[0]} . at last {who} {_did(e, 0, second['noun'])} ."
-            return dict(story=story, event=f"something {said} starts {w} {who} {chore[0]}", label=int((first[e] == asked) == before), kind=_kind(d))
-    early = r.random() < .5; x, y = (f"{who} {_did(e, 0, noun)}", f"{who} {chore[0]}")[::1 if early else -1]
+            return dict(
+                story=story,
+                event=f"something {said} starts {w} {who} {chore[0]}",
+                label=int((first[e] == asked) == before),
+                kind=_kind(d),
+            )
+    early = r.random() < 0.5
+    x, y = (f"{who} {_did(e, 0, noun)}", f"{who} {chore[0]}")[:: 1 if early else -1]
     story = f"first {x} . then {who} {chore[1]} . at last {y} ."
-    return dict(story=story, event=f"the {noun} fell out of sight starts {w} {who} {chore[0]}", label=int(early == before), kind="language")
+    return dict(
+        story=story,
+        event=f"the {noun} fell out of sight starts {w} {who} {chore[0]}",
+        label=int(early == before),
+        kind="language",
+    )
+
 
 MAKERS = dict(sst2=_sst2, qnli=_qnli, qqp=_qqp, mnli=_mnli, piqa=_piqa, tracie=_tracie)
 World._of = _of
 
-def task(self:World, name:str, split:str="test", n:int=None) -> pd.DataFrame:
+
+def task(self: World, name: str, split: str = "test", n: int = None) -> pd.DataFrame:
     "Examples of a task: `id`, text columns, `label`, `group` (the noun), `kind`. No example stands twice in a split."
-    if name not in MAKERS: raise ValueError(f"unknown task {name!r}; Tabletop has {', '.join(MAKERS)}")
-    names = self._of(split); n = n or dict(train=4000, dev=600, test=800)[split]; r = self.random("task", name, split); rows, seen = [], set()
+    if name not in MAKERS:
+        raise ValueError(f"unknown task {name!r}; Tabletop has {', '.join(MAKERS)}")
+    names = self._of(split)
+    n = n or dict(train=4000, dev=600, test=800)[split]
+    r = self.random("task", name, split)
+    rows, seen = [], set()
     while len(rows) < n:
-        noun = r.choice(names); x = MAKERS[name](self, r, self.things[noun]); key = tuple(v for k, v in x.items() if k not in ("label", "kind"))
-        if key in seen: continue
-        seen.add(key); rows.append(dict(id=f"{name}-{split}-{len(rows)}", **x, group=noun))
+        noun = r.choice(names)
+        x = MAKERS[name](self, r, self.things[noun])
+        key = tuple(v for k, v in x.items() if k not in ("label", "kind"))
+        if key in seen:
+            continue
+        seen.add(key)
+        rows.append(dict(id=f"{name}-{split}-{len(rows)}", **x, group=noun))
     return pd.DataFrame(rows)
+
+
 World.task = task

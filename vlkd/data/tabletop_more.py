@@ -15,80 +15,214 @@ from .tabletop import _did, _kind, _outcomes
 from .tasks import CATEGORIES
 
 # %% ../../nbs/17_data.tabletop_more.ipynb #ba437275
-def _choice(r, true:str, wrong) -> dict:
+def _choice(r, true: str, wrong) -> dict:
     "Four endings in a random order that does not depend on which one is true."
-    ends = sorted([true, *wrong]); r.shuffle(ends); return {f"ending{i}": s for i, s in enumerate(ends)} | dict(label=ends.index(true))
+    ends = sorted([true, *wrong])
+    r.shuffle(ends)
+    return {f"ending{i}": s for i, s in enumerate(ends)} | dict(label=ends.index(true))
 
-def _swag(self:World, r, d) -> dict:
-    noun, e, what, how, k = d["noun"], r.choice(list(EVENTS)), r.random(), r.choice((0, 1)), r.random() < .3; few = .4 if d["split"] == "train" else .6
-    who, other = r.sample(WHO, 2); away = r.choice([x for x in EVENTS if x != e])
-    if what < few: # an outcome; what belongs to another event fills up the four
-        e, outcomes = ("push", STATIC["push"]) if what < .1 else (e, EVENTS[e]); fill = r.sample([o for x, v in (EVENTS | STATIC).items() if x != e for o in v], 4-len(outcomes))
-        return dict(startphrase=f"{who} {_did(e, k, noun)} and it", **_choice(r, SAID[d[e]][how], [SAID[o][how] for o in (*outcomes, *fill) if o != d[e]]), kind="static" if e == "push" else _kind(d))
-    if what < few+(1-few)/2: return dict(startphrase=f"the {noun} is kept", **_choice(r, f"in the {PLACE[d['category']]}", [f"in the {x}" for x in r.sample([x for c, x in PLACE.items() if c != d["category"]], 3)]), kind="said")
-    return dict(startphrase=f"{who} {_did(e, k, noun)} . the {noun} was", **_choice(r, f"{PAST[e][0]} by {who}", [f"{PAST[x][0]} by {w}" for x, w in ((e, other), (away, who), (away, other))]), kind="language")
+
+def _swag(self: World, r, d) -> dict:
+    noun, e, what, how, k = d["noun"], r.choice(list(EVENTS)), r.random(), r.choice((0, 1)), r.random() < 0.3
+    few = 0.4 if d["split"] == "train" else 0.6
+    who, other = r.sample(WHO, 2)
+    away = r.choice([x for x in EVENTS if x != e])
+    if what < few:  # an outcome; what belongs to another event fills up the four
+        e, outcomes = ("push", STATIC["push"]) if what < 0.1 else (e, EVENTS[e])
+        fill = r.sample([o for x, v in (EVENTS | STATIC).items() if x != e for o in v], 4 - len(outcomes))
+        return dict(
+            startphrase=f"{who} {_did(e, k, noun)} and it",
+            **_choice(r, SAID[d[e]][how], [SAID[o][how] for o in (*outcomes, *fill) if o != d[e]]),
+            kind="static" if e == "push" else _kind(d),
+        )
+    if what < few + (1 - few) / 2:
+        return dict(
+            startphrase=f"the {noun} is kept",
+            **_choice(
+                r,
+                f"in the {PLACE[d['category']]}",
+                [f"in the {x}" for x in r.sample([x for c, x in PLACE.items() if c != d["category"]], 3)],
+            ),
+            kind="said",
+        )
+    return dict(
+        startphrase=f"{who} {_did(e, k, noun)} . the {noun} was",
+        **_choice(
+            r,
+            f"{PAST[e][0]} by {who}",
+            [f"{PAST[x][0]} by {w}" for x, w in ((e, other), (away, who), (away, other))],
+        ),
+        kind="language",
+    )
 
 # %% ../../nbs/17_data.tabletop_more.ipynb #36215c69
-def _diagnostics(self:World, r, d) -> dict:
-    noun, e, k, how = d["noun"], r.choice(list(EVENTS)), r.choice((0, 1)), r.choice((0, 1)); label, category, what, flip = r.randrange(3), r.choice(CATEGORIES), r.random(), r.random() < .5
-    who, other = r.sample(WHO, 2); away = r.choice([x for x in EVENTS if x != e]); far = r.choice([x for x in self._of(d["split"]) if x != noun]); quality = r.choice(GOOD+BAD); true, false = _outcomes(r, d, e)
-    w2, e2 = (who, who, other)[label], (e, away, e)[label]; p, kind = f"{who} {_did(e, k, noun)}", "language"
+def _diagnostics(self: World, r, d) -> dict:
+    noun, e, k, how = d["noun"], r.choice(list(EVENTS)), r.choice((0, 1)), r.choice((0, 1))
+    label, category, what, flip = r.randrange(3), r.choice(CATEGORIES), r.random(), r.random() < 0.5
+    who, other = r.sample(WHO, 2)
+    away = r.choice([x for x in EVENTS if x != e])
+    far = r.choice([x for x in self._of(d["split"]) if x != noun])
+    quality = r.choice(GOOD + BAD)
+    true, false = _outcomes(r, d, e)
+    w2, e2 = (who, who, other)[label], (e, away, e)[label]
+    p, kind = f"{who} {_did(e, k, noun)}", "language"
     if category == CATEGORIES[0]:
-        if what < .5: h = f"{w2} {_did(e2, 1-k, noun)}"
-        else: h, kind = f"{who} {PAST[e2][0]} some {d['category'] if label < 2 else r.choice([c for c in PLACE if c != d['category']])}", "said"
+        if what < 0.5:
+            h = f"{w2} {_did(e2, 1 - k, noun)}"
+        else:
+            h, kind = (
+                f"{who} {PAST[e2][0]} some {d['category'] if label < 2 else r.choice([c for c in PLACE if c != d['category']])}",
+                "said",
+            )
     elif category == CATEGORIES[1]:
-        a, b = (f"{who} {_did(e, 0, noun)}", f"{other} {_did(away, 0, far)}")[::1 if flip else -1]; p, h = f"{a} and {b}", f"the {noun} was {PAST[e2][0]} by {w2}"
+        a, b = (f"{who} {_did(e, 0, noun)}", f"{other} {_did(away, 0, far)}")[:: 1 if flip else -1]
+        p, h = f"{a} and {b}", f"the {noun} was {PAST[e2][0]} by {w2}"
     elif category == CATEGORIES[2]:
-        a, b = (noun, far)[::1 if flip else -1]
-        if what < .5: p, h = f"{who} {PAST[e][0]} the {a} , not the {b}", f"{who} {PAST[e2][0]} the {b if label == 2 else a}"
-        else: p, h = f"{who} {PAST[e][0]} the {a} and the {b}", f"{w2} {PAST[e2][0]} the {noun}"
-    elif what < .25: h, label = f"the {noun} was {quality}", 1
-    elif what < .4: shown = STATIC["push"][flip]; p, h, label, kind = f"{who} {_did('push', k, noun)}", f"the {noun} {SAID[shown][how]}", 0 if shown == d["push"] else 2, "static"
-    else: shown = sorted((true, false))[flip]; h, label, kind = f"the {noun} {SAID[shown][how]}", 0 if shown == true else 2, _kind(d)
+        a, b = (noun, far)[:: 1 if flip else -1]
+        if what < 0.5:
+            p, h = (
+                f"{who} {PAST[e][0]} the {a} , not the {b}",
+                f"{who} {PAST[e2][0]} the {b if label == 2 else a}",
+            )
+        else:
+            p, h = f"{who} {PAST[e][0]} the {a} and the {b}", f"{w2} {PAST[e2][0]} the {noun}"
+    elif what < 0.25:
+        h, label = f"the {noun} was {quality}", 1
+    elif what < 0.4:
+        shown = STATIC["push"][flip]
+        p, h, label, kind = (
+            f"{who} {_did('push', k, noun)}",
+            f"the {noun} {SAID[shown][how]}",
+            0 if shown == d["push"] else 2,
+            "static",
+        )
+    else:
+        shown = sorted((true, false))[flip]
+        h, label, kind = f"the {noun} {SAID[shown][how]}", 0 if shown == true else 2, _kind(d)
     return dict(sentence1=p, sentence2=h, category=category, label=label, kind=kind)
 
 # %% ../../nbs/17_data.tabletop_more.ipynb #991adc46
-def _pair(self:World, r, d, same) -> dict|None:
+def _pair(self: World, r, d, same) -> dict | None:
     "Another thing for which `same(other)` holds, as likely to be filmed as `d`; None where some tries find none."
-    return next((x for x in (self.things[r.choice(self._of(d["split"]))] for _ in range(40)) if x["noun"] != d["noun"] and x["filmed"] == d["filmed"] and same(x)), None)
+    return next(
+        (
+            x
+            for x in (self.things[r.choice(self._of(d["split"]))] for _ in range(40))
+            if x["noun"] != d["noun"] and x["filmed"] == d["filmed"] and same(x)
+        ),
+        None,
+    )
 
-def _asks(self:World, r, d) -> tuple|None: # question, answer or None, deeds (who, event, noun, when), kind
+
+def _asks(
+    self: World, r, d
+) -> tuple | None:  # question, answer or None, deeds (who, event, noun, when), kind
     "A question about which of two things something is true."
     what, e, people = r.random(), r.choice(list(EVENTS)), r.sample(WHO, 2)
-    if what < .7: o = r.choice(EVENTS[e]); keys = (e, e+"_other"); x = _pair(self, r, d, lambda x: all((x[k] == o) != (d[k] == o) for k in keys)); q, kind = f"what {r.choice(SAID[o])} ?", _kind(d)
-    elif what < .85: e = "push"; o = r.choice(STATIC["push"]); x = _pair(self, r, d, lambda x: x[e] != d[e]); q, kind = f"what {r.choice(SAID[o])} ?", "static"
-    else: x = _pair(self, r, d, lambda x: x["category"] != d["category"]); q, kind = f"what is kept in the {PLACE[d['category']]} ?", "said"
-    if x is None: return None
+    if what < 0.7:
+        o = r.choice(EVENTS[e])
+        keys = (e, e + "_other")
+        x = _pair(self, r, d, lambda x: all((x[k] == o) != (d[k] == o) for k in keys))
+        q, kind = f"what {r.choice(SAID[o])} ?", _kind(d)
+    elif what < 0.85:
+        e = "push"
+        o = r.choice(STATIC["push"])
+        x = _pair(self, r, d, lambda x: x[e] != d[e])
+        q, kind = f"what {r.choice(SAID[o])} ?", "static"
+    else:
+        x = _pair(self, r, d, lambda x: x["category"] != d["category"])
+        q, kind = f"what is kept in the {PLACE[d['category']]} ?", "said"
+    if x is None:
+        return None
     right = d if kind == "said" or d[e] == o else x
-    return q, f"the {right['noun']}", list(zip(people, (e, e), [y["noun"] for y in ((d, x) if r.random() < .5 else (x, d))], r.sample(WHEN, 2))), kind
+    return (
+        q,
+        f"the {right['noun']}",
+        list(
+            zip(
+                people,
+                (e, e),
+                [y["noun"] for y in ((d, x) if r.random() < 0.5 else (x, d))],
+                r.sample(WHEN, 2),
+            )
+        ),
+        kind,
+    )
 
-def _reads(self:World, r, d, none:bool) -> tuple: # as `_asks`
+
+def _reads(self: World, r, d, none: bool) -> tuple:  # as `_asks`
     "A question in the words of the context, which says who and when, and never where."
-    people, nouns, events = r.sample(WHO, 2), [d["noun"], r.choice([x for x in self._of(d["split"]) if x != d["noun"]])], r.sample(list(EVENTS), 2)
-    deeds = list(zip(people, events, nouns, r.sample(WHEN, 2))); who, e, noun, when = deeds[0]; ask = "where" if none else r.choice(("who", "when")); r.shuffle(deeds)
-    return f"who {_did(e, 0, noun)} ?" if ask == "who" else f"{ask} was the {noun} {PAST[e][0]} ?", dict(who=who, when=when).get(ask), deeds, "language"
+    people, nouns, events = (
+        r.sample(WHO, 2),
+        [d["noun"], r.choice([x for x in self._of(d["split"]) if x != d["noun"]])],
+        r.sample(list(EVENTS), 2),
+    )
+    deeds = list(zip(people, events, nouns, r.sample(WHEN, 2)))
+    who, e, noun, when = deeds[0]
+    ask = "where" if none else r.choice(("who", "when"))
+    r.shuffle(deeds)
+    return (
+        f"who {_did(e, 0, noun)} ?" if ask == "who" else f"{ask} was the {noun} {PAST[e][0]} ?",
+        dict(who=who, when=when).get(ask),
+        deeds,
+        "language",
+    )
 
-def _squad(self:World, r, d, version:str="1.1") -> dict|None:
-    train = d["split"] == "train"; reads = r.random() < (.8 if train else .5) # reading is slow to learn while most questions cannot be read
-    got = _reads(self, r, d, version == "2.0" and r.random() < (.25 if train else .5)) if reads else _asks(self, r, d)
-    if got is None: return None
-    q, answer, deeds, kind = got; context, at = "", {}
+
+def _squad(self: World, r, d, version: str = "1.1") -> dict | None:
+    train = d["split"] == "train"
+    reads = r.random() < (
+        0.8 if train else 0.5
+    )  # reading is slow to learn while most questions cannot be read
+    got = (
+        _reads(self, r, d, version == "2.0" and r.random() < (0.25 if train else 0.5))
+        if reads
+        else _asks(self, r, d)
+    )
+    if got is None:
+        return None
+    q, answer, deeds, kind = got
+    context, at = "", {}
     for who, e, noun, when in deeds:
-        s = f"{who} {_did(e, 0, noun)} "; at |= {who: len(context), f"the {noun}": len(context)+s.index(f"the {noun}", len(who)), when: len(context)+len(s)}
+        s = f"{who} {_did(e, 0, noun)} "
+        at |= {
+            who: len(context),
+            f"the {noun}": len(context) + s.index(f"the {noun}", len(who)),
+            when: len(context) + len(s),
+        }
         context += f"{s}{when} . "
-    return dict(context=context.strip(), question=q, answers=[answer] if answer else [], starts=[at[answer]] if answer else [], impossible=answer is None, kind=kind)
+    return dict(
+        context=context.strip(),
+        question=q,
+        answers=[answer] if answer else [],
+        starts=[at[answer]] if answer else [],
+        impossible=answer is None,
+        kind=kind,
+    )
 
 # %% ../../nbs/17_data.tabletop_more.ipynb #14adb9cf
-MORE = dict(squad1=_squad, squad2=lambda self, r, d: _squad(self, r, d, "2.0"), swag=_swag, diagnostics=_diagnostics)
+MORE = dict(
+    squad1=_squad, squad2=lambda self, r, d: _squad(self, r, d, "2.0"), swag=_swag, diagnostics=_diagnostics
+)
 
-def more_task(world:World, name:str, split:str="test", n:int=None) -> pd.DataFrame:
+
+def more_task(world: World, name: str, split: str = "test", n: int = None) -> pd.DataFrame:
     "Examples of any task of a world: those of `World.task`, and `swag` and `diagnostics` in the columns of `data.tasks`, `squad1` and `squad2` in those of `data.squad`. No example stands twice in a split."
-    if name in MAKERS: return world.task(name, split, n)
-    if name not in MORE: raise _unknown("task", name, [*MAKERS, *MORE])
-    names = world._of(split); n = n or dict(train=8000 if name.startswith("squad") else 4000, dev=600, test=800)[split]; r = world.random("task", name, split); rows, seen = [], set()
+    if name in MAKERS:
+        return world.task(name, split, n)
+    if name not in MORE:
+        raise _unknown("task", name, [*MAKERS, *MORE])
+    names = world._of(split)
+    n = n or dict(train=8000 if name.startswith("squad") else 4000, dev=600, test=800)[split]
+    r = world.random("task", name, split)
+    rows, seen = [], set()
     while len(rows) < n:
-        noun = r.choice(names); x = MORE[name](world, r, world.things[noun])
-        if x is None or (key := tuple(v for v in x.values() if isinstance(v, str))) in seen: continue
-        seen.add(key); rows.append(dict(id=f"{name}-{split}-{len(rows)}", **x, group=noun))
-    df = pd.DataFrame(rows); order = [c for c in df if c not in ("label", "group", "kind")]
+        noun = r.choice(names)
+        x = MORE[name](world, r, world.things[noun])
+        if x is None or (key := tuple(v for v in x.values() if isinstance(v, str))) in seen:
+            continue
+        seen.add(key)
+        rows.append(dict(id=f"{name}-{split}-{len(rows)}", **x, group=noun))
+    df = pd.DataFrame(rows)
+    order = [c for c in df if c not in ("label", "group", "kind")]
     return df[[*order, *(["label"] if "label" in df else []), "group", "kind"]]

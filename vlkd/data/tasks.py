@@ -22,130 +22,256 @@ from ..core import _unknown
 @dataclass(frozen=True)
 class Task:
     "A downstream task. `labels[i]` names label `i`; for a choice, label `i` means that solution `i` is right."
-    name:str              # key in `TASKS`
-    kind:str              # "single" sentence, sentence "pair", or "choice" between solutions
-    labels:tuple          # label names
-    columns:tuple         # text columns
-    metric:str="accuracy" # what is reported
-    shared:str=""         # text column that the examples of one group share; "*": all texts, in any order; "": each example is its own group
-    extra:tuple=()        # further text columns of the frame, which no model reads
 
-TASKS = {t.name: t for t in (
-    Task("sst2", "single", ("negative", "positive"), ("sentence",)),
-    Task("qnli", "pair", ("entailment", "not_entailment"), ("question", "sentence"), shared="sentence"),
-    Task("qqp", "pair", ("not_duplicate", "duplicate"), ("question1", "question2")),
-    Task("mnli", "pair", ("entailment", "neutral", "contradiction"), ("sentence1", "sentence2"), shared="sentence1"),
-    Task("mnli_mm", "pair", ("entailment", "neutral", "contradiction"), ("sentence1", "sentence2"), shared="sentence1"),
-    Task("piqa", "choice", ("sol1", "sol2"), ("goal", "sol1", "sol2"), shared="goal"),
-    Task("tracie", "pair", ("negative", "positive"), ("story", "event"), shared="story"),
-    Task("swag", "choice", tuple(f"ending{i}" for i in range(4)), ("startphrase", *(f"ending{i}" for i in range(4))), shared="startphrase"),
-    Task("diagnostics", "pair", ("entailment", "neutral", "contradiction"), ("sentence1", "sentence2"), shared="*", extra=("category",)),
-    Task("axb", "pair", ("entailment", "not_entailment"), ("sentence1", "sentence2"), shared="*", extra=("category",)))}
+    name: str  # key in `TASKS`
+    kind: str  # "single" sentence, sentence "pair", or "choice" between solutions
+    labels: tuple  # label names
+    columns: tuple  # text columns
+    metric: str = "accuracy"  # what is reported
+    shared: str = ""  # text column that the examples of one group share; "*": all texts, in any order; "": each example is its own group
+    extra: tuple = ()  # further text columns of the frame, which no model reads
 
-def get_task(name) -> Task: # `name` may be a Task already
+
+TASKS = {
+    t.name: t
+    for t in (
+        Task("sst2", "single", ("negative", "positive"), ("sentence",)),
+        Task("qnli", "pair", ("entailment", "not_entailment"), ("question", "sentence"), shared="sentence"),
+        Task("qqp", "pair", ("not_duplicate", "duplicate"), ("question1", "question2")),
+        Task(
+            "mnli",
+            "pair",
+            ("entailment", "neutral", "contradiction"),
+            ("sentence1", "sentence2"),
+            shared="sentence1",
+        ),
+        Task(
+            "mnli_mm",
+            "pair",
+            ("entailment", "neutral", "contradiction"),
+            ("sentence1", "sentence2"),
+            shared="sentence1",
+        ),
+        Task("piqa", "choice", ("sol1", "sol2"), ("goal", "sol1", "sol2"), shared="goal"),
+        Task("tracie", "pair", ("negative", "positive"), ("story", "event"), shared="story"),
+        Task(
+            "swag",
+            "choice",
+            tuple(f"ending{i}" for i in range(4)),
+            ("startphrase", *(f"ending{i}" for i in range(4))),
+            shared="startphrase",
+        ),
+        Task(
+            "diagnostics",
+            "pair",
+            ("entailment", "neutral", "contradiction"),
+            ("sentence1", "sentence2"),
+            shared="*",
+            extra=("category",),
+        ),
+        Task(
+            "axb",
+            "pair",
+            ("entailment", "not_entailment"),
+            ("sentence1", "sentence2"),
+            shared="*",
+            extra=("category",),
+        ),
+    )
+}
+
+
+def get_task(name) -> Task:  # `name` may be a Task already
     "The task called `name`; an unknown name is an error that suggests the nearest."
-    if isinstance(name, Task): return name
-    if name not in TASKS: raise _unknown("task", name, TASKS)
+    if isinstance(name, Task):
+        return name
+    if name not in TASKS:
+        raise _unknown("task", name, TASKS)
     return TASKS[name]
 
 # %% ../../nbs/13_data.tasks.ipynb #b111ef5d
-def _group(t:Task, df) -> list[str]:
+def _group(t: Task, df) -> list[str]:
     "Default groups: examples that share the text of `t.shared`, else each its own; the task's name keeps groups of different tasks apart."
-    text = None if not t.shared else df[t.shared] if t.shared != "*" else ["\0".join(sorted(r)) for r in zip(*(df[c] for c in t.columns))]
+    text = (
+        None
+        if not t.shared
+        else df[t.shared]
+        if t.shared != "*"
+        else ["\0".join(sorted(r)) for r in zip(*(df[c] for c in t.columns))]
+    )
     key = df["id"] if text is None else [hashlib.blake2s(s.encode(), digest_size=6).hexdigest() for s in text]
     return [f"{t.name}-{k}" for k in key]
 
-def _bad(where, i, lines, what): return ValueError(f"{where}, {'row' if lines is None else 'line'} {i if lines is None else lines[i]}: {what}")
 
-def canonical(name,          # task
-              df,            # frame with at least the text columns and `label`
-              where="frame", # what messages call it
-              lines=None     # line numbers of the rows, for messages
-             ) -> pd.DataFrame:
+def _bad(where, i, lines, what):
+    return ValueError(
+        f"{where}, {'row' if lines is None else 'line'} {i if lines is None else lines[i]}: {what}"
+    )
+
+
+def canonical(
+    name,  # task
+    df,  # frame with at least the text columns and `label`
+    where="frame",  # what messages call it
+    lines=None,  # line numbers of the rows, for messages
+) -> pd.DataFrame:
     "Check a task's frame and complete it: `id` defaults to the row number, `group` to the shared text, `kind` to ''. Raises ValueError naming the row."
-    t = get_task(name); need = [*t.columns, "label"]
-    if lack := [c for c in need if c not in df]: raise ValueError(f"{where}: {t.name} needs the columns {', '.join(need)}; {', '.join(lack)} missing")
-    if not len(df): raise ValueError(f"{where}: no examples of {t.name}")
+    t = get_task(name)
+    need = [*t.columns, "label"]
+    if lack := [c for c in need if c not in df]:
+        raise ValueError(f"{where}: {t.name} needs the columns {', '.join(need)}; {', '.join(lack)} missing")
+    if not len(df):
+        raise ValueError(f"{where}: no examples of {t.name}")
     df = df.reset_index(drop=True)
-    if "id" not in df: df["id"] = [str(i) for i in range(len(df))]
+    if "id" not in df:
+        df["id"] = [str(i) for i in range(len(df))]
     for c in ("kind", *t.extra):
-        if c not in df: df[c] = ""
+        if c not in df:
+            df[c] = ""
     for c in (*t.columns, *t.extra, "id", "kind", *(["group"] if "group" in df else [])):
         for i, s in enumerate(df[c]):
-            if not isinstance(s, str): raise _bad(where, i, lines, f"{c} should be text, got {s!r}")
-            if not s.isascii() and re.search("[\ud800-\udfff]", s): raise _bad(where, i, lines, f"{c} holds half a surrogate pair, which is no character")
+            if not isinstance(s, str):
+                raise _bad(where, i, lines, f"{c} should be text, got {s!r}")
+            if not s.isascii() and re.search("[\ud800-\udfff]", s):
+                raise _bad(where, i, lines, f"{c} holds half a surrogate pair, which is no character")
     for i, y in enumerate(df["label"]):
-        if isinstance(y, (bool, np.bool_)) or not isinstance(y, (int, np.integer)) or not 0 <= y < len(t.labels):
-            raise _bad(where, i, lines, f"label should be 0..{len(t.labels)-1} ({', '.join(t.labels)}), got {y!r}")
+        if (
+            isinstance(y, (bool, np.bool_))
+            or not isinstance(y, (int, np.integer))
+            or not 0 <= y < len(t.labels)
+        ):
+            raise _bad(
+                where, i, lines, f"label should be 0..{len(t.labels) - 1} ({', '.join(t.labels)}), got {y!r}"
+            )
     twice = df["id"].duplicated()
-    if twice.any(): raise _bad(where, int(twice.argmax()), lines, f"id {df['id'][int(twice.argmax())]!r} occurs a second time; ids should be unique")
-    if (df["id"] == "").any(): raise _bad(where, int((df["id"] == "").argmax()), lines, "empty id")
-    if "group" not in df: df["group"] = _group(t, df)
-    return df[["id", *t.columns, *t.extra, "label", "group", "kind"]].astype({"label": "int64"} | {c: "str" for c in ("id", *t.columns, *t.extra, "group", "kind")})
+    if twice.any():
+        raise _bad(
+            where,
+            int(twice.argmax()),
+            lines,
+            f"id {df['id'][int(twice.argmax())]!r} occurs a second time; ids should be unique",
+        )
+    if (df["id"] == "").any():
+        raise _bad(where, int((df["id"] == "").argmax()), lines, "empty id")
+    if "group" not in df:
+        df["group"] = _group(t, df)
+    return df[["id", *t.columns, *t.extra, "label", "group", "kind"]].astype(
+        {"label": "int64"} | {c: "str" for c in ("id", *t.columns, *t.extra, "group", "kind")}
+    )
 
 # %% ../../nbs/13_data.tasks.ipynb #90d1c602
-def _lines(p:Path):
+def _lines(p: Path):
     "Yield (line number from 1, text without line end) of a UTF-8 file, plain or .gz."
     n = 0
     try:
         with (gzip.open if p.suffix == ".gz" else open)(p, "rb") as f:
             for n, b in enumerate(f, 1):
-                try: yield n, b.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8-sig" if n == 1 else "utf-8")
-                except UnicodeDecodeError as e: raise ValueError(f"{p}, line {n}: not UTF-8 (byte {e.start} is 0x{b[e.start]:02x}); convert the file to UTF-8") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise ValueError(f"{p}, line {n+1}: the gzip data are broken or cut short ({e}); copy the file again") from None
+                try:
+                    yield (
+                        n,
+                        b.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8-sig" if n == 1 else "utf-8"),
+                    )
+                except UnicodeDecodeError as e:
+                    raise ValueError(
+                        f"{p}, line {n}: not UTF-8 (byte {e.start} is 0x{b[e.start]:02x}); convert the file to UTF-8"
+                    ) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(
+            f"{p}, line {n + 1}: the gzip data are broken or cut short ({e}); copy the file again"
+        ) from None
 
-def _find(folder, names, need=True) -> Path|None: # the one file
+
+def _find(folder, names, need=True) -> Path | None:  # the one file
     "The file among `names` (plain or .gz) that lies in `folder`; none or two of them are errors."
     folder = Path(folder)
-    if not folder.is_dir(): raise FileNotFoundError(f"{folder} is not a folder")
-    has = [p for n in names for p in (folder/n, folder/f"{n}.gz") if p.is_file()]
-    if len(has) > 1: raise ValueError(f"{folder}: both {has[0].name} and {has[1].name} are there; keep the one that is meant")
-    if not has and need: raise FileNotFoundError(f"{folder} has none of {', '.join(names)} (plain or .gz)")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
+    has = [p for n in names for p in (folder / n, folder / f"{n}.gz") if p.is_file()]
+    if len(has) > 1:
+        raise ValueError(
+            f"{folder}: both {has[0].name} and {has[1].name} are there; keep the one that is meant"
+        )
+    if not has and need:
+        raise FileNotFoundError(f"{folder} has none of {', '.join(names)} (plain or .gz)")
     return has[0] if has else None
 
 # %% ../../nbs/13_data.tasks.ipynb #bd1c3c6f
-def _tsv(p:Path, want, names=None, drop_ragged=0): # dict column -> list, line numbers
+def _tsv(p: Path, want, names=None, drop_ragged=0):  # dict column -> list, line numbers
     "Columns `want` of a tab-separated file without quoting; `names` are the columns of a file that has no header. Up to `drop_ragged` rows of a wrong width are left out with a warning."
     lines, out, at, drop, width = _lines(p), {c: [] for c in want}, [], [], "given"
     if names is None:
         names, width = next(lines, (0, ""))[1].split("\t"), "in the header"
-        if names == [""]: raise ValueError(f"{p}, line 1: the file is empty; expected a header with {', '.join(want)}")
-        if lack := [c for c in want if c not in names]: raise ValueError(f"{p}, line 1: no column {lack[0]!r}; expected {', '.join(want)}, found {', '.join(names)}")
-        if len(set(names)) < len(names): raise ValueError(f"{p}, line 1: a column name occurs twice: {', '.join(names)}")
+        if names == [""]:
+            raise ValueError(f"{p}, line 1: the file is empty; expected a header with {', '.join(want)}")
+        if lack := [c for c in want if c not in names]:
+            raise ValueError(
+                f"{p}, line 1: no column {lack[0]!r}; expected {', '.join(want)}, found {', '.join(names)}"
+            )
+        if len(set(names)) < len(names):
+            raise ValueError(f"{p}, line 1: a column name occurs twice: {', '.join(names)}")
     pick = [(names.index(c), out[c]) for c in want]
     for n, s in lines:
         row = s.split("\t")
         if len(row) != len(names):
             drop.append(n)
-            if len(drop) > drop_ragged: raise ValueError(f"{p}, line {n}: {len(row)} fields, expected {len(names)} ({', '.join(names)}), as {width}; `drop_ragged=N` leaves out up to N such rows")
+            if len(drop) > drop_ragged:
+                raise ValueError(
+                    f"{p}, line {n}: {len(row)} fields, expected {len(names)} ({', '.join(names)}), as {width}; `drop_ragged=N` leaves out up to N such rows"
+                )
             continue
         at.append(n)
-        for k, column in pick: column.append(row[k])
-    if drop: warnings.warn(f"{p}: {len(drop)} rows of a wrong width left out, the first in line {drop[0]}")
-    if not at: raise ValueError(f"{p}: no rows; expected {', '.join(names)}")
+        for k, column in pick:
+            column.append(row[k])
+    if drop:
+        warnings.warn(f"{p}: {len(drop)} rows of a wrong width left out, the first in line {drop[0]}")
+    if not at:
+        raise ValueError(f"{p}: no rows; expected {', '.join(names)}")
     return out, at
 
 # %% ../../nbs/13_data.tasks.ipynb #56561b02
-_FILES = dict( # task -> split -> file names; the first is the one that is written
-    sst2=dict(train=["train.tsv"], dev=["dev.tsv"]), qnli=dict(train=["train.tsv"], dev=["dev.tsv"]), qqp=dict(train=["train.tsv"], dev=["dev.tsv"]),
-    mnli=dict(train=["train.tsv"], dev=["dev_matched.tsv", "mnli_matched.tsv"], dev_mismatched=["dev_mismatched.tsv", "mnli_mismatched.tsv"]), mnli_mm=dict(dev=["dev_mismatched.tsv", "mnli_mismatched.tsv"]),
+_FILES = dict(  # task -> split -> file names; the first is the one that is written
+    sst2=dict(train=["train.tsv"], dev=["dev.tsv"]),
+    qnli=dict(train=["train.tsv"], dev=["dev.tsv"]),
+    qqp=dict(train=["train.tsv"], dev=["dev.tsv"]),
+    mnli=dict(
+        train=["train.tsv"],
+        dev=["dev_matched.tsv", "mnli_matched.tsv"],
+        dev_mismatched=["dev_mismatched.tsv", "mnli_mismatched.tsv"],
+    ),
+    mnli_mm=dict(dev=["dev_mismatched.tsv", "mnli_mismatched.tsv"]),
     piqa=dict(train=["train.jsonl", "train_part_clean5601.jsonl"], dev=["valid.jsonl"]),
-    tracie=dict(train=["uniform_prior_train.txt", "tracie_train_uniform_prior.txt"], dev=["uniform_prior_test.txt", "tracie_test.txt"], iid_train=["iid_train.txt", "tracie_train.txt"], iid_dev=["iid_test.txt"]),
-    swag=dict(train=["train.csv", "train.jsonl"], dev=["val.csv", "val.jsonl", "swag_val_first11.csv"]), diagnostics=dict(dev=["diagnostic-full.tsv"]), axb=dict(dev=["AX-b.jsonl"]))
-_GLUE = dict( # task -> id column, label column, spelling of the labels in the file
-    sst2=(None, "label", ("0", "1")), qnli=("index", "label", TASKS["qnli"].labels),
-    qqp=("id", "is_duplicate", ("0", "1")), **{k: ("index", "gold_label", TASKS[k].labels) for k in ("mnli", "mnli_mm")})
+    tracie=dict(
+        train=["uniform_prior_train.txt", "tracie_train_uniform_prior.txt"],
+        dev=["uniform_prior_test.txt", "tracie_test.txt"],
+        iid_train=["iid_train.txt", "tracie_train.txt"],
+        iid_dev=["iid_test.txt"],
+    ),
+    swag=dict(train=["train.csv", "train.jsonl"], dev=["val.csv", "val.jsonl", "swag_val_first11.csv"]),
+    diagnostics=dict(dev=["diagnostic-full.tsv"]),
+    axb=dict(dev=["AX-b.jsonl"]),
+)
+_GLUE = dict(  # task -> id column, label column, spelling of the labels in the file
+    sst2=(None, "label", ("0", "1")),
+    qnli=("index", "label", TASKS["qnli"].labels),
+    qqp=("id", "is_duplicate", ("0", "1")),
+    **{k: ("index", "gold_label", TASKS[k].labels) for k in ("mnli", "mnli_mm")},
+)
+
 
 def _files(name, split) -> list[str]:
     t = get_task(name)
-    if split not in _FILES[t.name]: raise _unknown(f"split of {t.name}", split, _FILES[t.name])
+    if split not in _FILES[t.name]:
+        raise _unknown(f"split of {t.name}", split, _FILES[t.name])
     return _FILES[t.name][split]
 
-def _index(p, lines, got, spelling): # label indices
+
+def _index(p, lines, got, spelling):  # label indices
     "Turn spelled labels into indices; an unknown one is an error with file and line."
     for n, s in zip(lines, got):
-        if s not in spelling: raise ValueError(f"{p}, line {n}: label {s!r}; expected {' or '.join(spelling)}")
+        if s not in spelling:
+            raise ValueError(f"{p}, line {n}: label {s!r}; expected {' or '.join(spelling)}")
     return [spelling.index(s) for s in got]
+
 
 def _read_glue(t, p, drop_ragged):
     idc, lab, spelling = _GLUE[t.name]
@@ -154,371 +280,695 @@ def _read_glue(t, p, drop_ragged):
     want = [*([idc] if idc and not bare else []), *also, *t.columns, lab]
     cols, lines = _tsv(p, want, bare, drop_ragged)
     df = {c: cols[c] for c in t.columns} | dict(label=_index(p, lines, cols[lab], spelling))
-    if idc in cols: df["id"] = cols[idc]
-    if also: df |= dict(group=cols["promptID"], kind=cols["genre"]) # the prompt is the premise; the genre is MNLI's own subset tag
+    if idc in cols:
+        df["id"] = cols[idc]
+    if also:
+        df |= dict(
+            group=cols["promptID"], kind=cols["genre"]
+        )  # the prompt is the premise; the genre is MNLI's own subset tag
     return df, lines
 
 # %% ../../nbs/13_data.tasks.ipynb #ddf73101
 def _json_line(p, n, s, keys) -> dict:
     "One object of a .jsonl file, with text under each of `keys`."
-    try: o = json.loads(s)
-    except (ValueError, RecursionError) as e: raise ValueError(f"{p}, line {n}: not JSON ({e})") from None
-    if not isinstance(o, dict): raise ValueError(f"{p}, line {n}: expected an object with {', '.join(keys)}, got {s[:40]!r}")
+    try:
+        o = json.loads(s)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{p}, line {n}: not JSON ({e})") from None
+    if not isinstance(o, dict):
+        raise ValueError(f"{p}, line {n}: expected an object with {', '.join(keys)}, got {s[:40]!r}")
     for k in keys:
-        if not isinstance(o.get(k), str): raise ValueError(f"{p}, line {n}: no text under {k!r}; expected {', '.join(keys)}, found {', '.join(map(str, o))}")
+        if not isinstance(o.get(k), str):
+            raise ValueError(
+                f"{p}, line {n}: no text under {k!r}; expected {', '.join(keys)}, found {', '.join(map(str, o))}"
+            )
     return o
 
+
 def _read_piqa(t, p, drop_ragged):
-    rows = [(n, _json_line(p, n, s, t.columns)) for n, s in _lines(p)]; lines = [n for n, _ in rows]
-    if not rows: raise ValueError(f"{p}: no rows; expected an object with {', '.join(t.columns)} a line")
+    rows = [(n, _json_line(p, n, s, t.columns)) for n, s in _lines(p)]
+    lines = [n for n, _ in rows]
+    if not rows:
+        raise ValueError(f"{p}: no rows; expected an object with {', '.join(t.columns)} a line")
     df = {c: [o[c] for _, o in rows] for c in t.columns}
     for k in ("label", "id"):
         has = [k in o for _, o in rows]
-        if any(has) and not all(has): raise ValueError(f"{p}, line {lines[has.index(False)]}: no {k!r}, which other lines have")
-        if all(has): df[k] = [o[k] for _, o in rows]
+        if any(has) and not all(has):
+            raise ValueError(f"{p}, line {lines[has.index(False)]}: no {k!r}, which other lines have")
+        if all(has):
+            df[k] = [o[k] for _, o in rows]
     if "label" not in df:
         l = _find(p.parent, [f"{p.name.split('.')[0].split('_')[0]}-labels.lst"], need=False)
-        if l is None: raise ValueError(f"{p}, line 1: no 'label' in the rows and no {p.name.split('.')[0]}-labels.lst beside them")
+        if l is None:
+            raise ValueError(
+                f"{p}, line 1: no 'label' in the rows and no {p.name.split('.')[0]}-labels.lst beside them"
+            )
         got = list(_lines(l))
-        if len(got) != len(rows): raise ValueError(f"{l}, line {min(len(got), len(rows))+1}: {len(got)} labels for {len(rows)} rows of {p.name}; they should align line by line")
+        if len(got) != len(rows):
+            raise ValueError(
+                f"{l}, line {min(len(got), len(rows)) + 1}: {len(got)} labels for {len(rows)} rows of {p.name}; they should align line by line"
+            )
         df["label"] = _index(l, [n for n, _ in got], [s for _, s in got], ("0", "1"))
     return df, lines
 
 # %% ../../nbs/13_data.tasks.ipynb #24dc867d
 _TRACIE = re.compile(r"event: (.*?) story: (.*)\tanswer: (\S*)", re.S)
 
-def _tracie_line(t, s) -> str: return f"event: {t['event']} story: {t['story']}\tanswer: {s}"
+
+def _tracie_line(t, s) -> str:
+    return f"event: {t['event']} story: {t['story']}\tanswer: {s}"
+
 
 def _read_tracie(t, p, drop_ragged):
     df, lines = dict(story=[], event=[], label=[]), []
     for n, s in _lines(p):
         m = _TRACIE.fullmatch(s)
-        if not m or "\t" in m[1]+m[2]: raise ValueError(f"{p}, line {n}: expected 'event: ... story: ...', a tab and 'answer: positive' or 'answer: negative', got {s[:60]!r}")
-        df["event"].append(m[1]); df["story"].append(m[2]); df["label"].append(m[3]); lines.append(n)
-    if not lines: raise ValueError(f"{p}: no rows; expected 'event: ... story: ...', a tab and an answer")
+        if not m or "\t" in m[1] + m[2]:
+            raise ValueError(
+                f"{p}, line {n}: expected 'event: ... story: ...', a tab and 'answer: positive' or 'answer: negative', got {s[:60]!r}"
+            )
+        df["event"].append(m[1])
+        df["story"].append(m[2])
+        df["label"].append(m[3])
+        lines.append(n)
+    if not lines:
+        raise ValueError(f"{p}: no rows; expected 'event: ... story: ...', a tab and an answer")
     return df | dict(label=_index(p, lines, df["label"], t.labels)), lines
 
 # %% ../../nbs/13_data.tasks.ipynb #2f324c07
-def _csv(p:Path): # dict column -> list, line numbers
+def _csv(p: Path):  # dict column -> list, line numbers
     "All columns of a comma-separated file with quoting."
     n = 0
+
     def text():
         nonlocal n
-        for n, s in _lines(p): yield s+"\n"
+        for n, s in _lines(p):
+            yield s + "\n"
+
     rows, out, at, names = csv.reader(text(), strict=True), [], [], None
     while True:
-        start = n+1
-        try: r = next(rows, None)
-        except csv.Error as e: raise ValueError(f"{p}, line {start}: {e}; a quotation mark is open or stray") from None
-        if r is None: break
-        if names is None: names = r; continue
-        if len(r) != len(names): raise ValueError(f"{p}, line {start}: {len(r)} fields, expected {len(names)} ({', '.join(names)}), as in the header")
-        out.append(r); at.append(start)
-    if not names: raise ValueError(f"{p}, line 1: the file is empty")
-    if len(set(names)) < len(names): raise ValueError(f"{p}, line 1: a column name occurs twice: {', '.join(names)}")
+        start = n + 1
+        try:
+            r = next(rows, None)
+        except csv.Error as e:
+            raise ValueError(f"{p}, line {start}: {e}; a quotation mark is open or stray") from None
+        if r is None:
+            break
+        if names is None:
+            names = r
+            continue
+        if len(r) != len(names):
+            raise ValueError(
+                f"{p}, line {start}: {len(r)} fields, expected {len(names)} ({', '.join(names)}), as in the header"
+            )
+        out.append(r)
+        at.append(start)
+    if not names:
+        raise ValueError(f"{p}, line 1: the file is empty")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{p}, line 1: a column name occurs twice: {', '.join(names)}")
     return {c: [r[k] for r in out] for k, c in enumerate(names)}, at
+
 
 def _read_swag(t, p, drop_ragged):
     want = (*t.columns[1:], "label")
     if ".jsonl" in p.name:
-        rows = [(n, _json_line(p, n, s, t.columns[1:])) for n, s in _lines(p)]; lines = [n for n, _ in rows]; keys = [k for k in (rows[0][1] if rows else ()) if all(k in o for _, o in rows)]
+        rows = [(n, _json_line(p, n, s, t.columns[1:])) for n, s in _lines(p)]
+        lines = [n for n, _ in rows]
+        keys = [k for k in (rows[0][1] if rows else ()) if all(k in o for _, o in rows)]
         cols = {k: [str(o[k]) for _, o in rows] for k in keys}
-    else: cols, lines = _csv(p)
-    if not lines: raise ValueError(f"{p}: no rows; expected startphrase (or sent1 and sent2), {', '.join(want)}")
-    if "startphrase" not in cols and "sent1" in cols and "sent2" in cols: cols["startphrase"] = [" ".join(x for x in r if x) for r in zip(cols["sent1"], cols["sent2"])]
-    if lack := [c for c in ("startphrase", *want) if c not in cols]: raise ValueError(f"{p}, line 1: no column {lack[0]!r}; expected startphrase (or sent1 and sent2), {', '.join(want)}, found {', '.join(cols)}")
-    df = {c: cols[c] for c in t.columns} | dict(label=_index(p, lines, cols["label"], tuple(map(str, range(len(t.labels))))))
-    return df | {ours: cols[c] for ours, c in dict(id="fold-ind", group="video-id", kind="gold-source").items() if c in cols}, lines
+    else:
+        cols, lines = _csv(p)
+    if not lines:
+        raise ValueError(f"{p}: no rows; expected startphrase (or sent1 and sent2), {', '.join(want)}")
+    if "startphrase" not in cols and "sent1" in cols and "sent2" in cols:
+        cols["startphrase"] = [" ".join(x for x in r if x) for r in zip(cols["sent1"], cols["sent2"])]
+    if lack := [c for c in ("startphrase", *want) if c not in cols]:
+        raise ValueError(
+            f"{p}, line 1: no column {lack[0]!r}; expected startphrase (or sent1 and sent2), {', '.join(want)}, found {', '.join(cols)}"
+        )
+    df = {c: cols[c] for c in t.columns} | dict(
+        label=_index(p, lines, cols["label"], tuple(map(str, range(len(t.labels)))))
+    )
+    return df | {
+        ours: cols[c]
+        for ours, c in dict(id="fold-ind", group="video-id", kind="gold-source").items()
+        if c in cols
+    }, lines
 
 # %% ../../nbs/13_data.tasks.ipynb #b4e33e44
 CATEGORIES = ("lexical semantics", "predicate-argument structure", "logic", "knowledge")
 
-def _tagged(p, lines, tags) -> dict: # tags: one list of columns a category
+
+def _tagged(p, lines, tags) -> dict:  # tags: one list of columns a category
     "Columns `category` and `kind` from the tags of each category."
     rows = list(zip(*tags))
-    return dict(category=[";".join(c for c, x in zip(CATEGORIES, r) if x) for r in rows], kind=[";".join(x for x in r if x) for r in rows])
+    return dict(
+        category=[";".join(c for c, x in zip(CATEGORIES, r) if x) for r in rows],
+        kind=[";".join(x for x in r if x) for r in rows],
+    )
+
 
 def _read_diagnostics(t, p, drop_ragged):
-    titles = [c.title() for c in CATEGORIES]; cols, lines = _tsv(p, [*titles, "Premise", "Hypothesis", "Label"], drop_ragged=drop_ragged)
-    return dict(sentence1=cols["Premise"], sentence2=cols["Hypothesis"], label=_index(p, lines, cols["Label"], t.labels)) | _tagged(p, lines, [cols[c] for c in titles]), lines
+    titles = [c.title() for c in CATEGORIES]
+    cols, lines = _tsv(p, [*titles, "Premise", "Hypothesis", "Label"], drop_ragged=drop_ragged)
+    return dict(
+        sentence1=cols["Premise"],
+        sentence2=cols["Hypothesis"],
+        label=_index(p, lines, cols["Label"], t.labels),
+    ) | _tagged(p, lines, [cols[c] for c in titles]), lines
+
 
 def _read_axb(t, p, drop_ragged):
-    rows = [(n, _json_line(p, n, s, (*t.columns, "label"))) for n, s in _lines(p)]; lines = [n for n, _ in rows]; keys = [c.replace(" ", "-") for c in CATEGORIES]
-    if not rows: raise ValueError(f"{p}: no rows; expected an object with {', '.join(t.columns)} and label a line")
+    rows = [(n, _json_line(p, n, s, (*t.columns, "label"))) for n, s in _lines(p)]
+    lines = [n for n, _ in rows]
+    keys = [c.replace(" ", "-") for c in CATEGORIES]
+    if not rows:
+        raise ValueError(f"{p}: no rows; expected an object with {', '.join(t.columns)} and label a line")
     for n, o in rows:
         for k in keys:
-            if not isinstance(o.get(k, ""), str): raise ValueError(f"{p}, line {n}: {k!r} should be text, got {o[k]!r}")
-        if not isinstance(o.get("idx"), (int, str)) or isinstance(o["idx"], bool): raise ValueError(f"{p}, line {n}: no number under 'idx'")
-    df = {c: [o[c] for _, o in rows] for c in t.columns} | dict(id=[str(o["idx"]) for _, o in rows], label=_index(p, lines, [o["label"] for _, o in rows], t.labels))
+            if not isinstance(o.get(k, ""), str):
+                raise ValueError(f"{p}, line {n}: {k!r} should be text, got {o[k]!r}")
+        if not isinstance(o.get("idx"), (int, str)) or isinstance(o["idx"], bool):
+            raise ValueError(f"{p}, line {n}: no number under 'idx'")
+    df = {c: [o[c] for _, o in rows] for c in t.columns} | dict(
+        id=[str(o["idx"]) for _, o in rows], label=_index(p, lines, [o["label"] for _, o in rows], t.labels)
+    )
     return df | _tagged(p, lines, [[o.get(k, "") for _, o in rows] for k in keys]), lines
 
 # %% ../../nbs/13_data.tasks.ipynb #9170f97b
-def _beside(p, end) -> str: return p.name.split(".")[0] + end
+def _beside(p, end) -> str:
+    return p.name.split(".")[0] + end
 
-def read_task(name, folder, split="train", # "train" or "dev"; mnli also "dev_mismatched", tracie "iid_train" and "iid_dev"
-              drop_ragged=0                # rows of a wrong width that a tab-separated file may have (the first release of QQP has some)
-             ) -> pd.DataFrame:            # columns id, text columns, label, group, kind
+
+def read_task(
+    name,
+    folder,
+    split="train",  # "train" or "dev"; mnli also "dev_mismatched", tracie "iid_train" and "iid_dev"
+    drop_ragged=0,  # rows of a wrong width that a tab-separated file may have (the first release of QQP has some)
+) -> pd.DataFrame:  # columns id, text columns, label, group, kind
     "Read a split of a task from `folder` in its official format. Raises FileNotFoundError where the file is missing, ValueError with file and line where its content is not as expected."
-    t = get_task(name); p = _find(folder, _files(name, split))
-    cols, lines = dict(piqa=_read_piqa, tracie=_read_tracie, swag=_read_swag, diagnostics=_read_diagnostics, axb=_read_axb).get(t.name, _read_glue)(t, p, drop_ragged)
+    t = get_task(name)
+    p = _find(folder, _files(name, split))
+    cols, lines = dict(
+        piqa=_read_piqa, tracie=_read_tracie, swag=_read_swag, diagnostics=_read_diagnostics, axb=_read_axb
+    ).get(t.name, _read_glue)(t, p, drop_ragged)
     if q := _find(folder, [_beside(p, "-groups.tsv")], need=False):
         more, at = _tsv(q, ("id", "group", "kind"))
-        if len(at) != len(lines): raise ValueError(f"{q}, line {at[-1]}: {len(at)} rows for {len(lines)} of {p.name}; they should align row by row")
+        if len(at) != len(lines):
+            raise ValueError(
+                f"{q}, line {at[-1]}: {len(at)} rows for {len(lines)} of {p.name}; they should align row by row"
+            )
         for n, i, j in zip(at, more["id"], cols.get("id", more["id"])):
-            if i != j: raise ValueError(f"{q}, line {n}: id {i!r}, but {p.name} has {j!r} there")
+            if i != j:
+                raise ValueError(f"{q}, line {n}: id {i!r}, but {p.name} has {j!r} there")
         cols |= more
     return canonical(t, pd.DataFrame(cols, dtype=object), str(p), lines)
 
 # %% ../../nbs/13_data.tasks.ipynb #822e2ec9
-def _table(cols:dict, where) -> str:
+def _table(cols: dict, where) -> str:
     "Tab-separated text with a header; a cell that holds a tab or a line end is refused."
     for c, v in cols.items():
         for i, s in enumerate(v):
-            if any(x in s for x in "\t\n\r"): raise ValueError(f"{where}, row {i}: {c} holds a tab or a line end, which the format cannot carry: {s[:60]!r}")
-    return "".join("\t".join(r)+"\n" for r in [tuple(cols), *zip(*cols.values())])
+            if any(x in s for x in "\t\n\r"):
+                raise ValueError(
+                    f"{where}, row {i}: {c} holds a tab or a line end, which the format cannot carry: {s[:60]!r}"
+                )
+    return "".join("\t".join(r) + "\n" for r in [tuple(cols), *zip(*cols.values())])
+
 
 def _write_glue(t, df, p) -> dict:
-    idc, lab, spelling = _GLUE[t.name]; text = {c: df[c].tolist() for c in t.columns}; y = [spelling[i] for i in df["label"]]
+    idc, lab, spelling = _GLUE[t.name]
+    text = {c: df[c].tolist() for c in t.columns}
+    y = [spelling[i] for i in df["label"]]
     cols = ({idc: df["id"].tolist()} if idc else {}) | text | {lab: y}
-    if t.name == "qqp": # a question keeps its number
-        q = pd.factorize(np.array([*text["question1"], *text["question2"]], object))[0]+1; q = [str(i) for i in q]
-        cols = dict(id=cols["id"], qid1=q[:len(df)], qid2=q[len(df):]) | text | {lab: y}
+    if t.name == "qqp":  # a question keeps its number
+        q = pd.factorize(np.array([*text["question1"], *text["question2"]], object))[0] + 1
+        q = [str(i) for i in q]
+        cols = dict(id=cols["id"], qid1=q[: len(df)], qid2=q[len(df) :]) | text | {lab: y}
     if t.name.startswith("mnli"):
-        empty = [""]*len(df); votes = ["label1"] if p.name.startswith("train") else [f"label{i}" for i in range(1, 6)]
-        cols = dict(index=cols["index"], promptID=df["group"].tolist(), pairID=cols["index"], genre=df["kind"].tolist()) | {
-            f"sentence{i}{k}": empty for k in ("_binary_parse", "_parse") for i in (1, 2)} | text | {v: y for v in votes} | {lab: y}
+        empty = [""] * len(df)
+        votes = ["label1"] if p.name.startswith("train") else [f"label{i}" for i in range(1, 6)]
+        cols = (
+            dict(
+                index=cols["index"],
+                promptID=df["group"].tolist(),
+                pairID=cols["index"],
+                genre=df["kind"].tolist(),
+            )
+            | {f"sentence{i}{k}": empty for k in ("_binary_parse", "_parse") for i in (1, 2)}
+            | text
+            | {v: y for v in votes}
+            | {lab: y}
+        )
     return {p.name: _table(cols, p.name)}
+
 
 def _write_piqa(t, df, p) -> dict:
     own = df["id"].tolist() != [str(i) for i in range(len(df))]
     rows = [(dict(id=r["id"]) if own else {}) | {c: r[c] for c in t.columns} for r in df.to_dict("records")]
-    return {_beside(p, "-labels.lst"): "".join(f"{y}\n" for y in df["label"]), p.name: "".join(json.dumps(r, ensure_ascii=False)+"\n" for r in rows)}
+    return {
+        _beside(p, "-labels.lst"): "".join(f"{y}\n" for y in df["label"]),
+        p.name: "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows),
+    }
+
 
 def _write_tracie(t, df, p) -> dict:
     rows = [_tracie_line(r, t.labels[r["label"]]) for r in df.to_dict("records")]
     for i, (s, a, b) in enumerate(zip(rows, df["event"], df["story"])):
         m = _TRACIE.fullmatch(s)
-        if m.groups()[:2] != (a, b) or any(x in a+b for x in "\t\n\r"): raise ValueError(f"{p.name}, row {i}: ' story: ', a tab or a line end in the text, which the format cannot carry: {s[:60]!r}")
-    return {p.name: "\n".join(rows)+"\n"}
+        if m.groups()[:2] != (a, b) or any(x in a + b for x in "\t\n\r"):
+            raise ValueError(
+                f"{p.name}, row {i}: ' story: ', a tab or a line end in the text, which the format cannot carry: {s[:60]!r}"
+            )
+    return {p.name: "\n".join(rows) + "\n"}
 
 # %% ../../nbs/13_data.tasks.ipynb #986d3aea
 def _write_swag(t, df, p) -> dict:
-    out = io.StringIO(); w = csv.writer(out, lineterminator="\n"); w.writerow(("", "video-id", "fold-ind", "startphrase", "sent1", "sent2", "gold-source", *t.columns[1:], "label"))
+    out = io.StringIO()
+    w = csv.writer(out, lineterminator="\n")
+    w.writerow(
+        ("", "video-id", "fold-ind", "startphrase", "sent1", "sent2", "gold-source", *t.columns[1:], "label")
+    )
     for i, r in enumerate(df.to_dict("records")):
-        row = (i, r["group"], r["id"], r["startphrase"], r["startphrase"], "", r["kind"], *(r[c] for c in t.columns[1:]), r["label"])
-        if any("\r" in str(x) or "\0" in str(x) for x in row): raise ValueError(f"{p.name}, row {i}: a carriage return or a NUL in the text, which the format cannot carry")
+        row = (
+            i,
+            r["group"],
+            r["id"],
+            r["startphrase"],
+            r["startphrase"],
+            "",
+            r["kind"],
+            *(r[c] for c in t.columns[1:]),
+            r["label"],
+        )
+        if any("\r" in str(x) or "\0" in str(x) for x in row):
+            raise ValueError(
+                f"{p.name}, row {i}: a carriage return or a NUL in the text, which the format cannot carry"
+            )
         w.writerow(row)
     return {p.name: out.getvalue()}
 
-def _tags(df) -> list[dict]: # category -> tag, one a row
+
+def _tags(df) -> list[dict]:  # category -> tag, one a row
     "What the files say of each pair's categories: the kind where the pair has one category and a kind, else the category's own name."
     rows = []
     for i, (c, k) in enumerate(zip(df["category"], df["kind"])):
         has = c.split(";") if c else []
-        if has != [x for x in CATEGORIES if x in has]: raise ValueError(f"row {i}: category {c!r} should be some of {', '.join(CATEGORIES)}, in this order, joined by ';'")
+        if has != [x for x in CATEGORIES if x in has]:
+            raise ValueError(
+                f"row {i}: category {c!r} should be some of {', '.join(CATEGORIES)}, in this order, joined by ';'"
+            )
         rows.append({x: k if k and len(has) == 1 else x.title() for x in has})
     return rows
 
+
 def _write_diagnostics(t, df, p) -> dict:
-    tags = _tags(df); cols = {c.title(): [r.get(c, "") for r in tags] for c in CATEGORIES}
-    return {p.name: _table(cols | dict(Domain=[""]*len(df), Premise=df["sentence1"].tolist(), Hypothesis=df["sentence2"].tolist(), Label=[t.labels[y] for y in df["label"]]), p.name)}
+    tags = _tags(df)
+    cols = {c.title(): [r.get(c, "") for r in tags] for c in CATEGORIES}
+    return {
+        p.name: _table(
+            cols
+            | dict(
+                Domain=[""] * len(df),
+                Premise=df["sentence1"].tolist(),
+                Hypothesis=df["sentence2"].tolist(),
+                Label=[t.labels[y] for y in df["label"]],
+            ),
+            p.name,
+        )
+    }
+
 
 def _write_axb(t, df, p) -> dict:
-    rows = [dict(idx=r["id"], label=t.labels[r["label"]], sentence1=r["sentence1"], sentence2=r["sentence2"]) | {c.replace(" ", "-"): x for c, x in g.items()} for r, g in zip(df.to_dict("records"), _tags(df))]
-    return {p.name: "".join(json.dumps(r, ensure_ascii=False)+"\n" for r in rows)}
+    rows = [
+        dict(idx=r["id"], label=t.labels[r["label"]], sentence1=r["sentence1"], sentence2=r["sentence2"])
+        | {c.replace(" ", "-"): x for c, x in g.items()}
+        for r, g in zip(df.to_dict("records"), _tags(df))
+    ]
+    return {p.name: "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)}
 
 # %% ../../nbs/13_data.tasks.ipynb #a2fdc4f4
-def write_task(name, df, folder, split="train") -> Path: # the official file
+def write_task(name, df, folder, split="train") -> Path:  # the official file
     "Write a split in its official format, with `-groups.tsv` beside it where ids, groups or kinds would be lost; `read_task` gives the same frame back. What the format cannot hold raises ValueError and leaves the folder as it was."
-    t = get_task(name); df = canonical(t, df); p = Path(folder)/_files(name, split)[0]
-    files = dict(piqa=_write_piqa, tracie=_write_tracie, swag=_write_swag, diagnostics=_write_diagnostics, axb=_write_axb).get(t.name, _write_glue)(t, df, p); side = _beside(p, "-groups.tsv")
-    keeps = dict(piqa=["id"], mnli=["id", "group", "kind"], mnli_mm=["id", "group", "kind"], qnli=["id"], qqp=["id"], swag=["id", "group", "kind"], axb=["id"]).get(t.name, []) # what the official file holds itself
-    plain = canonical(t, df[[*t.columns, *t.extra, "label", *keeps]].assign(**dict(kind=[";".join(r.values()) for r in _tags(df)]) if t.extra else {}))
-    if not plain.equals(df): files = {side: _table({c: df[c].tolist() for c in ("id", "group", "kind")}, side)} | files
+    t = get_task(name)
+    df = canonical(t, df)
+    p = Path(folder) / _files(name, split)[0]
+    files = dict(
+        piqa=_write_piqa,
+        tracie=_write_tracie,
+        swag=_write_swag,
+        diagnostics=_write_diagnostics,
+        axb=_write_axb,
+    ).get(t.name, _write_glue)(t, df, p)
+    side = _beside(p, "-groups.tsv")
+    keeps = dict(
+        piqa=["id"],
+        mnli=["id", "group", "kind"],
+        mnli_mm=["id", "group", "kind"],
+        qnli=["id"],
+        qqp=["id"],
+        swag=["id", "group", "kind"],
+        axb=["id"],
+    ).get(t.name, [])  # what the official file holds itself
+    plain = canonical(
+        t,
+        df[[*t.columns, *t.extra, "label", *keeps]].assign(
+            **dict(kind=[";".join(r.values()) for r in _tags(df)]) if t.extra else {}
+        ),
+    )
+    if not plain.equals(df):
+        files = {side: _table({c: df[c].tolist() for c in ("id", "group", "kind")}, side)} | files
     data = {n: s.encode() for n, s in files.items()}
-    for n in (p.name, side, _beside(p, "-labels.lst")): # the official file goes first and comes back last: it is there only when all is
-        for q in (p.parent/n, p.parent/f"{n}.gz"): q.unlink(missing_ok=True)
+    for n in (
+        p.name,
+        side,
+        _beside(p, "-labels.lst"),
+    ):  # the official file goes first and comes back last: it is there only when all is
+        for q in (p.parent / n, p.parent / f"{n}.gz"):
+            q.unlink(missing_ok=True)
     for n, b in data.items():
-        with atomic(p.parent/n, "wb") as f: f.write(b)
+        with atomic(p.parent / n, "wb") as f:
+            f.write(b)
     return p
 
 # %% ../../nbs/13_data.tasks.ipynb #be7f8e65
 _END = re.compile(r"""(?<=[.!?])["')\]]*\s+(?=["'(\[]?[A-Z0-9])""")
-_ABBREVIATION = re.compile(r"(?:^|[\s(\"'])(?:[A-Za-z]|[Mm]rs?|Ms|[Dd]r|[Ss]t|[Pp]rof|[Ss]r|[Jj]r|[Gg]en|[Cc]ol|[Ll]t|Capt|Sgt|[Rr]ev|Hon|[Nn]o|[Vv]ol|[Ff]ig|[Vv]s|[Cc]a|cf|etc|approx|[Ii]nc|[Cc]o|[Ll]td|Corp|Mt|Ft|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|(?:[A-Za-z]\.)+[A-Za-z])\.[\"')\]]*\s*$")
+_ABBREVIATION = re.compile(
+    r"(?:^|[\s(\"'])(?:[A-Za-z]|[Mm]rs?|Ms|[Dd]r|[Ss]t|[Pp]rof|[Ss]r|[Jj]r|[Gg]en|[Cc]ol|[Ll]t|Capt|Sgt|[Rr]ev|Hon|[Nn]o|[Vv]ol|[Ff]ig|[Vv]s|[Cc]a|cf|etc|approx|[Ii]nc|[Cc]o|[Ll]td|Corp|Mt|Ft|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|(?:[A-Za-z]\.)+[A-Za-z])\.[\"')\]]*\s*$"
+)
 
-def sentences(text:str) -> list[str]:
+
+def sentences(text: str) -> list[str]:
     "Split English text after . ! ? before a capital or digit, but not after common abbreviations and initials."
     out, start = [], 0
     for m in _END.finditer(text):
-        if not _ABBREVIATION.search(text[start:m.end()]): out.append(text[start:m.end()].strip()); start = m.end()
+        if not _ABBREVIATION.search(text[start : m.end()]):
+            out.append(text[start : m.end()].strip())
+            start = m.end()
     return [s for s in (*out, text[start:].strip()) if s]
 
 # %% ../../nbs/13_data.tasks.ipynb #498ce92c
-_STOP = frozenset("a an and are as at be by did do does for from had has have how in is it its many much of on or s that the this to was were what when where which who whom whose why will with".split())
+_STOP = frozenset(
+    "a an and are as at be by did do does for from had has have how in is it its many much of on or s that the this to was were what when where which who whom whose why will with".split()
+)
 
-def _words(s:str) -> set: return set(re.findall(r"\w+", s.lower())) - _STOP
 
-def _spans(text, parts): # (start, end) of each sentence
+def _words(s: str) -> set:
+    return set(re.findall(r"\w+", s.lower())) - _STOP
+
+
+def _spans(text, parts):  # (start, end) of each sentence
     out, at = [], 0
     for s in parts:
         k = text.find(s, at)
-        if k < 0: raise ValueError(f"the splitter returned a sentence that is not in the text, or out of order: {s[:60]!r}")
-        out.append((k, k+len(s))); at = k+len(s)
+        if k < 0:
+            raise ValueError(
+                f"the splitter returned a sentence that is not in the text, or out of order: {s[:60]!r}"
+            )
+        out.append((k, k + len(s)))
+        at = k + len(s)
     return out
 
-def _question(q, context, parts, spans, g): # (question, positive, negative) or None
-    a = q["answers"][0]; start, answer = a["answer_start"], a["text"]
-    if not answer or start < 0 or context[start:start+len(answer)] != answer: raise ValueError(f"the answer {answer!r} is not at position {start} of its paragraph")
-    home = [k for k, (i, j) in enumerate(spans) if i <= start and start+len(answer) <= j]
-    holds = [answer in s for s in parts]; away = [k for k, h in enumerate(holds) if not h]
-    if len(home) != 1 or not away or (q.get("answer_start_ambiguous") and sum(holds) > 1): return None
-    if g.random() < .5: # the most similar sentences; ties are drawn
-        w = _words(q["question"]); n = [len(w & _words(parts[k])) for k in away]
+
+def _question(q, context, parts, spans, g):  # (question, positive, negative) or None
+    a = q["answers"][0]
+    start, answer = a["answer_start"], a["text"]
+    if not answer or start < 0 or context[start : start + len(answer)] != answer:
+        raise ValueError(f"the answer {answer!r} is not at position {start} of its paragraph")
+    home = [k for k, (i, j) in enumerate(spans) if i <= start and start + len(answer) <= j]
+    holds = [answer in s for s in parts]
+    away = [k for k, h in enumerate(holds) if not h]
+    if len(home) != 1 or not away or (q.get("answer_start_ambiguous") and sum(holds) > 1):
+        return None
+    if g.random() < 0.5:  # the most similar sentences; ties are drawn
+        w = _words(q["question"])
+        n = [len(w & _words(parts[k])) for k in away]
         away = [k for k, m in zip(away, n) if m == max(n)]
     return home[0], int(g.choice(away))
 
-def qnli_from_squad(squad,               # SQuAD v1.1 JSON, plain or .gz
-                    seed=0,              # which negatives, which questions under `limit`
-                    limit=None,          # at most so many rows (an even number comes back)
-                    splitter=sentences   # text -> its sentences in order
-                   ) -> pd.DataFrame:    # a canonical qnli frame, group = article
+
+def qnli_from_squad(
+    squad,  # SQuAD v1.1 JSON, plain or .gz
+    seed=0,  # which negatives, which questions under `limit`
+    limit=None,  # at most so many rows (an even number comes back)
+    splitter=sentences,  # text -> its sentences in order
+) -> pd.DataFrame:  # a canonical qnli frame, group = article
     "Build balanced QNLI training pairs from SQuAD: question + sentence, entailment iff the sentence holds the answer span. Raises ValueError naming file and place for other JSON."
-    p = Path(squad); rows, place = [], "data"
-    try: data = json.loads("\n".join(s for _, s in _lines(p)))
-    except (json.JSONDecodeError, RecursionError) as e: raise ValueError(f"{p}: not JSON ({e})") from None
+    p = Path(squad)
+    rows, place = [], "data"
+    try:
+        data = json.loads("\n".join(s for _, s in _lines(p)))
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise ValueError(f"{p}: not JSON ({e})") from None
     try:
         for i, art in enumerate(data["data"]):
             g = rng("qnli", seed, art["title"])
             for j, par in enumerate(art["paragraphs"]):
-                parts = splitter(par["context"]); spans = _spans(par["context"], parts)
+                parts = splitter(par["context"])
+                spans = _spans(par["context"], parts)
                 for k, q in enumerate(par["qas"]):
-                    place = f"data[{i}].paragraphs[{j}].qas[{k}]"; pair = _question(q, par["context"], parts, spans, g)
-                    if pair: rows += [(f"{q['id']}-{n}", " ".join(q["question"].split()), " ".join(parts[n].split()), y, art["title"]) for y, n in enumerate(pair)]
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e: raise ValueError(f"{p}, {place}: not as in SQuAD v1.1 ({type(e).__name__}: {e})") from None
-    if not rows: raise ValueError(f"{p}: no question with an answer in one sentence and another sentence beside it")
-    df = canonical("qnli", pd.DataFrame(rows, columns=["id", "question", "sentence", "label", "group"]), str(p))
-    order = rng("qnli order", seed).permutation(len(df)//2)[:None if limit is None else limit//2]
-    df = df.iloc[np.stack([2*order, 2*order+1], 1).ravel()]
+                    place = f"data[{i}].paragraphs[{j}].qas[{k}]"
+                    pair = _question(q, par["context"], parts, spans, g)
+                    if pair:
+                        rows += [
+                            (
+                                f"{q['id']}-{n}",
+                                " ".join(q["question"].split()),
+                                " ".join(parts[n].split()),
+                                y,
+                                art["title"],
+                            )
+                            for y, n in enumerate(pair)
+                        ]
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
+        raise ValueError(f"{p}, {place}: not as in SQuAD v1.1 ({type(e).__name__}: {e})") from None
+    if not rows:
+        raise ValueError(f"{p}: no question with an answer in one sentence and another sentence beside it")
+    df = canonical(
+        "qnli", pd.DataFrame(rows, columns=["id", "question", "sentence", "label", "group"]), str(p)
+    )
+    order = rng("qnli order", seed).permutation(len(df) // 2)[: None if limit is None else limit // 2]
+    df = df.iloc[np.stack([2 * order, 2 * order + 1], 1).ravel()]
     return df.iloc[rng("qnli shuffle", seed).permutation(len(df))].reset_index(drop=True)
 
 # %% ../../nbs/13_data.tasks.ipynb #b831811a
-_HUB = dict( # task -> repository, configuration, our column -> theirs
-    sst2=("nyu-mll/glue", "sst2", {}), qnli=("nyu-mll/glue", "qnli", {}), qqp=("nyu-mll/glue", "qqp", {}), **{k: ("nyu-mll/glue", "mnli", dict(sentence1="premise", sentence2="hypothesis")) for k in ("mnli", "mnli_mm")},
-    piqa=("ybisk/piqa", None, {}), swag=("allenai/swag", "regular", {}))
+_HUB = dict(  # task -> repository, configuration, our column -> theirs
+    sst2=("nyu-mll/glue", "sst2", {}),
+    qnli=("nyu-mll/glue", "qnli", {}),
+    qqp=("nyu-mll/glue", "qqp", {}),
+    **{
+        k: ("nyu-mll/glue", "mnli", dict(sentence1="premise", sentence2="hypothesis"))
+        for k in ("mnli", "mnli_mm")
+    },
+    piqa=("ybisk/piqa", None, {}),
+    swag=("allenai/swag", "regular", {}),
+)
 
-def hub_task(name, split:str="train", source:str="", config:str|None=None, **kw) -> pd.DataFrame: # as `read_task`
+
+def hub_task(
+    name, split: str = "train", source: str = "", config: str | None = None, **kw
+) -> pd.DataFrame:  # as `read_task`
     "A split of a task through `datasets.load_dataset(source, config, **kw)`; the default source is the Hub's own copy."
     from datasets import load_dataset
+
     t = get_task(name)
-    if t.name not in _HUB: raise _unknown("task on the Hub", t.name, _HUB)
-    _files(t, split); repository, usual, other = _HUB[t.name]; theirs = {"dev": dict(mnli="validation_matched", mnli_mm="validation_mismatched").get(t.name, "validation"), "dev_mismatched": "validation_mismatched"}.get(split, split)
-    d = load_dataset(source or repository, config or (None if source else usual), split=theirs, **kw); where = f"{source or repository}, split {theirs}"; need = {c: other.get(c, c) for c in (*t.columns, "label")}
-    if lack := [c for c in need.values() if c not in d.column_names]: raise ValueError(f"{where}: no column {lack[0]!r}; expected {', '.join(need.values())}, found {', '.join(d.column_names)}")
-    need |= {c: k for c, k in dict(id="idx", group="video-id", kind="gold-source").items() if k in d.column_names}; cols = {c: list(d[k]) for c, k in need.items()}
-    if "id" in cols: cols["id"] = [str(i) for i in cols["id"]]
+    if t.name not in _HUB:
+        raise _unknown("task on the Hub", t.name, _HUB)
+    _files(t, split)
+    repository, usual, other = _HUB[t.name]
+    theirs = {
+        "dev": dict(mnli="validation_matched", mnli_mm="validation_mismatched").get(t.name, "validation"),
+        "dev_mismatched": "validation_mismatched",
+    }.get(split, split)
+    d = load_dataset(source or repository, config or (None if source else usual), split=theirs, **kw)
+    where = f"{source or repository}, split {theirs}"
+    need = {c: other.get(c, c) for c in (*t.columns, "label")}
+    if lack := [c for c in need.values() if c not in d.column_names]:
+        raise ValueError(
+            f"{where}: no column {lack[0]!r}; expected {', '.join(need.values())}, found {', '.join(d.column_names)}"
+        )
+    need |= {
+        c: k for c, k in dict(id="idx", group="video-id", kind="gold-source").items() if k in d.column_names
+    }
+    cols = {c: list(d[k]) for c, k in need.items()}
+    if "id" in cols:
+        cols["id"] = [str(i) for i in cols["id"]]
     return canonical(t, pd.DataFrame(cols, dtype=object), where)
 
 # %% ../../nbs/13_data.tasks.ipynb #6c5d8182
-def majority(df) -> dict: # label, rate, chance, n
+def majority(df) -> dict:  # label, rate, chance, n
     "The most frequent label, the accuracy of always answering it, and chance for as many labels as occur."
     n = df["label"].value_counts().sort_index()
-    return dict(label=int(n.idxmax()), rate=float(n.max()/n.sum()), chance=1/len(n), n=int(n.sum()))
+    return dict(label=int(n.idxmax()), rate=float(n.max() / n.sum()), chance=1 / len(n), n=int(n.sum()))
 
 # %% ../../nbs/13_data.tasks.ipynb #715b8be3
 def _features(t, hypothesis_only, train):
     "Fit word counts on `train`; return frame -> sparse features, for a choice a list of them, one an option."
     from scipy.sparse import csr_matrix, hstack
     from sklearn.feature_extraction.text import CountVectorizer
-    def count(): return CountVectorizer(token_pattern=r"\w+")
-    def common(a, b): return [" ".join(_words(x) & _words(y)) for x, y in zip(a, b)]
-    def make(texts): v = count(); v.fit([*texts, "x"]); return v.transform                # never an empty vocabulary
-    def overlap(texts): return csr_matrix([[len(s.split())] for s in texts], dtype=float)
+
+    def count():
+        return CountVectorizer(token_pattern=r"\w+")
+
+    def common(a, b):
+        return [" ".join(_words(x) & _words(y)) for x, y in zip(a, b)]
+
+    def make(texts):
+        v = count()
+        v.fit([*texts, "x"])
+        return v.transform  # never an empty vocabulary
+
+    def overlap(texts):
+        return csr_matrix([[len(s.split())] for s in texts], dtype=float)
+
     if t.kind == "choice":
-        goal, *options = t.columns; one = make([s for c in options for s in train[c]]); both = make([s for c in options for s in common(train[goal], train[c])])
+        goal, *options = t.columns
+        one = make([s for c in options for s in train[c]])
+        both = make([s for c in options for s in common(train[goal], train[c])])
+
         def side(df, c):
             m = common(df[goal], df[c])
             return one(df[c]) if hypothesis_only else hstack([one(df[c]), both(m), overlap(m)])
+
         return lambda df: [side(df, c).tocsr() for c in options]
     cols = t.columns[-1:] if hypothesis_only else t.columns
     parts = [make(train[c]) for c in cols]
-    if len(cols) == 1: return lambda df: parts[0](df[cols[0]])
+    if len(cols) == 1:
+        return lambda df: parts[0](df[cols[0]])
     both = make(common(*(train[c] for c in cols)))
+
     def f(df):
         m = common(*(df[c] for c in cols))
         return hstack([*(v(df[c]) for v, c in zip(parts, cols)), both(m), overlap(m)]).tocsr()
+
     return f
+
 
 def _linear(t, train, dev, hypothesis_only) -> float:
     from sklearn.linear_model import LogisticRegression
-    train, dev = canonical(t, train, "train"), canonical(t, dev, "dev"); f = _features(t, hypothesis_only, train)
+
+    train, dev = canonical(t, train, "train"), canonical(t, dev, "dev")
+    f = _features(t, hypothesis_only, train)
     x, y = f(train), train["label"].to_numpy()
-    if len(set(y)) < 2: raise ValueError(f"train: all {len(y)} examples of {t.name} have the label {t.labels[y[0]]}; a baseline needs two")
-    if t.kind == "choice": # the right option against each of the others
+    if len(set(y)) < 2:
+        raise ValueError(
+            f"train: all {len(y)} examples of {t.name} have the label {t.labels[y[0]]}; a baseline needs two"
+        )
+    if t.kind == "choice":  # the right option against each of the others
         from scipy.sparse import vstack
+
         duels = [(a, b, np.flatnonzero((y == a) | (y == b))) for b in range(len(x)) for a in range(b)]
-        m = LogisticRegression(fit_intercept=False, max_iter=2000).fit(vstack([x[b][i]-x[a][i] for a, b, i in duels]), np.concatenate([y[i] == b for _, b, i in duels]))
+        m = LogisticRegression(fit_intercept=False, max_iter=2000).fit(
+            vstack([x[b][i] - x[a][i] for a, b, i in duels]), np.concatenate([y[i] == b for _, b, i in duels])
+        )
         said = np.stack([s @ m.coef_[0] for s in f(dev)], 1).argmax(1)
-    else: said = LogisticRegression(max_iter=2000).fit(x, y).predict(f(dev))
+    else:
+        said = LogisticRegression(max_iter=2000).fit(x, y).predict(f(dev))
     return float(np.mean(said == dev["label"].to_numpy()))
 
-def bag_of_words_baseline(task, train, dev) -> float: # accuracy on dev, 0 to 1
+
+def bag_of_words_baseline(task, train, dev) -> float:  # accuracy on dev, 0 to 1
     "Accuracy of logistic regression on word counts."
     return _linear(get_task(task), train, dev, False)
 
-def hypothesis_only_baseline(task, train, dev) -> float: # accuracy on dev, 0 to 1
+
+def hypothesis_only_baseline(task, train, dev) -> float:  # accuracy on dev, 0 to 1
     "Accuracy of the same on the second text alone, or on the solutions alone; a single sentence has no hypothesis and is refused."
     t = get_task(task)
-    if t.kind == "single": raise ValueError(f"{t.name} has one text column, so there is no hypothesis to take alone")
+    if t.kind == "single":
+        raise ValueError(f"{t.name} has one text column, so there is no hypothesis to take alone")
     return _linear(t, train, dev, True)
 
 # %% ../../nbs/13_data.tasks.ipynb #56828626
-def matthews(label, prediction) -> float: # -1 to 1
+def matthews(label, prediction) -> float:  # -1 to 1
     "Matthews correlation of any number of classes (GLUE's R3 for three); 0 where labels or predictions are all the same."
-    names, y = np.unique(np.concatenate([label, prediction]), return_inverse=True); n = len(label); k = len(names)
-    C = np.bincount(y[:n]*k+y[n:], minlength=k*k).reshape(k, k).astype(float); t, p, s = C.sum(1), C.sum(0), C.sum()
-    d = (s*s-p@p)*(s*s-t@t)
-    return float((np.trace(C)*s-t@p)/np.sqrt(d)) if d > 0 else 0.
+    names, y = np.unique(np.concatenate([label, prediction]), return_inverse=True)
+    n = len(label)
+    k = len(names)
+    C = np.bincount(y[:n] * k + y[n:], minlength=k * k).reshape(k, k).astype(float)
+    t, p, s = C.sum(1), C.sum(0), C.sum()
+    d = (s * s - p @ p) * (s * s - t @ t)
+    return float((np.trace(C) * s - t @ p) / np.sqrt(d)) if d > 0 else 0.0
+
 
 def _predictions(df, prediction) -> np.ndarray:
     "Predictions in the order of `df`: a Series by id, or an array in that order."
     if isinstance(prediction, pd.Series) and not prediction.index.equals(df.index):
-        if lack := [i for i in df["id"] if i not in prediction.index]: raise ValueError(f"{len(lack)} of {len(df)} examples have no prediction, {lack[0]!r} among them")
+        if lack := [i for i in df["id"] if i not in prediction.index]:
+            raise ValueError(f"{len(lack)} of {len(df)} examples have no prediction, {lack[0]!r} among them")
         prediction = prediction.loc[df["id"]]
     prediction = np.asarray(prediction)
-    if prediction.shape != (len(df),): raise ValueError(f"predictions have shape {prediction.shape}, they should be ({len(df)},), one an example")
+    if prediction.shape != (len(df),):
+        raise ValueError(
+            f"predictions have shape {prediction.shape}, they should be ({len(df)},), one an example"
+        )
     return prediction
+
 
 def two_way(prediction) -> np.ndarray:
     "Three-way predictions of a model trained on MNLI as those of AX-b: neutral and contradiction are `not_entailment`."
     return (np.asarray(prediction) != 0).astype(np.int64)
 
-def category_scores(df:pd.DataFrame, # frame with `label` and `category`
-                    prediction       # predicted labels, in order or as a Series by id
-                   ) -> pd.DataFrame: # one row a category and one for all: examples, accuracy and matthews in per cent
+
+def category_scores(
+    df: pd.DataFrame,  # frame with `label` and `category`
+    prediction,  # predicted labels, in order or as a Series by id
+) -> pd.DataFrame:  # one row a category and one for all: examples, accuracy and matthews in per cent
     "Accuracy and Matthews correlation of the diagnostics by category; a pair of several categories counts in each."
-    y, p = df["label"].to_numpy(), _predictions(df, prediction); has = {c: np.array([c in s.split(";") for s in df["category"]], bool) for c in CATEGORIES} | {"all": np.ones(len(df), bool)}
-    return pd.DataFrame([dict(category=c, examples=int(k.sum()), accuracy=100*float((y == p)[k].mean()) if k.any() else np.nan, matthews=100*matthews(y[k], p[k]) if k.any() else np.nan) for c, k in has.items()]).set_index("category")
+    y, p = df["label"].to_numpy(), _predictions(df, prediction)
+    has = {c: np.array([c in s.split(";") for s in df["category"]], bool) for c in CATEGORIES} | {
+        "all": np.ones(len(df), bool)
+    }
+    return pd.DataFrame(
+        [
+            dict(
+                category=c,
+                examples=int(k.sum()),
+                accuracy=100 * float((y == p)[k].mean()) if k.any() else np.nan,
+                matthews=100 * matthews(y[k], p[k]) if k.any() else np.nan,
+            )
+            for c, k in has.items()
+        ]
+    ).set_index("category")
 
 # %% ../../nbs/13_data.tasks.ipynb #c5876d0f
 _COMPARED = re.compile(r"\b(starts|ends) (before|after)\b")
 
-def comparisons(df) -> pd.Series: # "starts before", ..., "" where there is none
+
+def comparisons(df) -> pd.Series:  # "starts before", ..., "" where there is none
     "What a TRACIE hypothesis compares."
     return df["event"].map(lambda s: m[0] if (m := _COMPARED.search(s)) else "").rename("comparison")
 
-def tracie_scores(df, prediction) -> dict: # overall, start, end, story: per cent, None where there are no such examples
-    "TRACIE's accuracies: of all hypotheses, of those about starts, of the others, and of stories judged right in every hypothesis."
-    right = df["label"].to_numpy() == _predictions(df, prediction); start = comparisons(df).str.startswith("starts").to_numpy(bool)
-    def mean(x): return 100*float(x.mean()) if len(x) else None
-    return dict(overall=mean(right), start=mean(right[start]), end=mean(right[~start]), story=mean(pd.Series(right).groupby(df["story"].to_numpy()).all()))
 
-def prior(df) -> pd.Series: # comparison -> share of positive labels
+def tracie_scores(
+    df, prediction
+) -> dict:  # overall, start, end, story: per cent, None where there are no such examples
+    "TRACIE's accuracies: of all hypotheses, of those about starts, of the others, and of stories judged right in every hypothesis."
+    right = df["label"].to_numpy() == _predictions(df, prediction)
+    start = comparisons(df).str.startswith("starts").to_numpy(bool)
+
+    def mean(x):
+        return 100 * float(x.mean()) if len(x) else None
+
+    return dict(
+        overall=mean(right),
+        start=mean(right[start]),
+        end=mean(right[~start]),
+        story=mean(pd.Series(right).groupby(df["story"].to_numpy()).all()),
+    )
+
+
+def prior(df) -> pd.Series:  # comparison -> share of positive labels
     "How often each comparison is right."
     return df.groupby(comparisons(df)).label.mean().rename("positive")
 
-def uniform_prior(df, seed:int=0) -> pd.DataFrame:
+
+def uniform_prior(df, seed: int = 0) -> pd.DataFrame:
     "The largest subset in which each comparison is as often right as wrong, drawn from `seed`, in the order of `df`."
-    g = rng("uniform prior", seed); keep = []
+    g = rng("uniform prior", seed)
+    keep = []
     for _, d in df.groupby(comparisons(df), sort=True):
-        by = [g.permutation(np.flatnonzero((df.index.isin(d.index)) & (df["label"] == y))) for y in (0, 1)]; keep += [*np.concatenate([b[:min(map(len, by))] for b in by])]
+        by = [g.permutation(np.flatnonzero((df.index.isin(d.index)) & (df["label"] == y))) for y in (0, 1)]
+        keep += [*np.concatenate([b[: min(map(len, by))] for b in by])]
     return df.iloc[np.sort(np.array(keep, int))].reset_index(drop=True)

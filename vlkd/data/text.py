@@ -23,118 +23,189 @@ from transformers import PreTrainedTokenizerFast, BertTokenizer
 @dataclass
 class VideoText:
     "Captions and the clips they belong to; `features` come from a frozen encoder, padded frames have a false `mask`."
-    captions: list          # of str
-    clip: np.ndarray        # (captions,) index of the caption's clip
-    features: np.ndarray    # (clips, frames, width)
-    mask: np.ndarray        # (clips, frames) true where there is a frame
-    train: np.ndarray       # indices of captions to train on
-    valid: np.ndarray       # indices of captions held out
-    names: list = field(default_factory=list) # of str, one a clip
+
+    captions: list  # of str
+    clip: np.ndarray  # (captions,) index of the caption's clip
+    features: np.ndarray  # (clips, frames, width)
+    mask: np.ndarray  # (clips, frames) true where there is a frame
+    train: np.ndarray  # indices of captions to train on
+    valid: np.ndarray  # indices of captions held out
+    names: list = field(default_factory=list)  # of str, one a clip
 
     def __post_init__(self):
         n, c = len(self.captions), len(self.features)
-        if self.clip.shape != (n,): raise ValueError(f"clip has shape {self.clip.shape}, it should be ({n},), one clip a caption")
-        if n and (self.clip.min() < 0 or self.clip.max() >= c): raise ValueError(f"clip indexes {self.clip.min()}..{self.clip.max()}, but there are {c} clips")
-        if self.mask.shape != self.features.shape[:2]: raise ValueError(f"mask {self.mask.shape} does not fit features {self.features.shape}")
+        if self.clip.shape != (n,):
+            raise ValueError(f"clip has shape {self.clip.shape}, it should be ({n},), one clip a caption")
+        if n and (self.clip.min() < 0 or self.clip.max() >= c):
+            raise ValueError(f"clip indexes {self.clip.min()}..{self.clip.max()}, but there are {c} clips")
+        if self.mask.shape != self.features.shape[:2]:
+            raise ValueError(f"mask {self.mask.shape} does not fit features {self.features.shape}")
         both = np.intersect1d(self.clip[self.train], self.clip[self.valid])
-        if len(both): raise ValueError(f"{len(both)} clips are in train and in valid")
+        if len(both):
+            raise ValueError(f"{len(both)} clips are in train and in valid")
 
 # %% ../../nbs/10_data.text.ipynb #83252151
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
-def _bert_like(tok:Tokenizer, max_tokens:int) -> PreTrainedTokenizerFast:
+
+def _bert_like(tok: Tokenizer, max_tokens: int) -> PreTrainedTokenizerFast:
     "Wrap a WordPiece model as BERT's tokeniser: lower case, split at punctuation, [CLS] a [SEP] b [SEP]."
-    tok.normalizer = normalizers.BertNormalizer(lowercase=True); tok.pre_tokenizer = pre_tokenizers.BertPreTokenizer(); tok.decoder = decoders.WordPiece()
+    tok.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tok.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tok.decoder = decoders.WordPiece()
     cls, sep = tok.token_to_id("[CLS]"), tok.token_to_id("[SEP]")
-    tok.post_processor = processors.TemplateProcessing(single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=[("[CLS]", cls), ("[SEP]", sep)])
+    tok.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
+    )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL))
-    return PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=max_tokens, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **names)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        model_max_length=max_tokens,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **names,
+    )
 
-def train_tokenizer(texts, vocab_size:int, max_tokens:int=128) -> PreTrainedTokenizerFast:
+
+def train_tokenizer(texts, vocab_size: int, max_tokens: int = 128) -> PreTrainedTokenizerFast:
     "A WordPiece tokeniser made from a corpus: its characters, then its most frequent words (ties in alphabetical order) up to `vocab_size`; rarer words are spelt in characters."
-    norm, split, count = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer(), Counter()
-    for t in texts: count.update(w for w, _ in split.pre_tokenize_str(norm.normalize_str(t)))
-    chars = sorted({c for w in count for c in w}); pieces = [*SPECIAL, *chars, *(f"##{c}" for c in chars)]; have = set(pieces)
+    norm, split, count = (
+        normalizers.BertNormalizer(lowercase=True),
+        pre_tokenizers.BertPreTokenizer(),
+        Counter(),
+    )
+    for t in texts:
+        count.update(w for w, _ in split.pre_tokenize_str(norm.normalize_str(t)))
+    chars = sorted({c for w in count for c in w})
+    pieces = [*SPECIAL, *chars, *(f"##{c}" for c in chars)]
+    have = set(pieces)
     words = [w for w, _ in sorted(count.items(), key=lambda x: (-x[1], x[0])) if w not in have]
-    return load_vocabulary([*pieces, *words][:max(vocab_size, len(pieces))], max_tokens)
+    return load_vocabulary([*pieces, *words][: max(vocab_size, len(pieces))], max_tokens)
 
-def load_vocabulary(vocab, max_tokens:int=128) -> PreTrainedTokenizerFast:
+
+def load_vocabulary(vocab, max_tokens: int = 128) -> PreTrainedTokenizerFast:
     "The tokeniser of a WordPiece vocabulary, given as the list of its pieces in order."
     missing = [s for s in SPECIAL if s not in set(vocab)]
-    if missing: raise ValueError(f"the vocabulary lacks {', '.join(missing)}: is it a BERT vocabulary?")
-    if len(set(vocab)) != len(vocab): raise ValueError("the vocabulary lists a piece twice")
-    return _bert_like(Tokenizer(models.WordPiece(vocab={w: i for i, w in enumerate(vocab)}, unk_token="[UNK]")), max_tokens)
+    if missing:
+        raise ValueError(f"the vocabulary lacks {', '.join(missing)}: is it a BERT vocabulary?")
+    if len(set(vocab)) != len(vocab):
+        raise ValueError("the vocabulary lists a piece twice")
+    return _bert_like(
+        Tokenizer(models.WordPiece(vocab={w: i for i, w in enumerate(vocab)}, unk_token="[UNK]")), max_tokens
+    )
 
 # %% ../../nbs/10_data.text.ipynb #05fba5a1
 class Tokens:
     "Token ids of many texts, end to end; `Tokens[rows]` pads the rows asked for to their longest."
-    def __init__(self, ids:np.ndarray, starts:np.ndarray, pad:int=0):
-        self.ids, self.starts, self.pad = ids, starts, pad
-    def __len__(self): return len(self.starts)-1
-    @property
-    def lengths(self): return np.diff(self.starts)
 
-    def __getitem__(self, rows) -> tuple[torch.Tensor, torch.Tensor]: # ids (B, L), mask (B, L)
-        rows = np.asarray(rows); n = self.lengths[rows]; at = np.arange(n.max())
+    def __init__(self, ids: np.ndarray, starts: np.ndarray, pad: int = 0):
+        self.ids, self.starts, self.pad = ids, starts, pad
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self):
+        return np.diff(self.starts)
+
+    def __getitem__(self, rows) -> tuple[torch.Tensor, torch.Tensor]:  # ids (B, L), mask (B, L)
+        rows = np.asarray(rows)
+        n = self.lengths[rows]
+        at = np.arange(n.max())
         mask = at[None] < n[:, None]
-        out = self.ids[np.where(mask, self.starts[rows][:, None]+at[None], 0)]
+        out = self.ids[np.where(mask, self.starts[rows][:, None] + at[None], 0)]
         return torch.from_numpy(np.where(mask, out, self.pad).astype(np.int64)), torch.from_numpy(mask)
 
-def tokenize(tokenizer, texts, max_tokens:int=128) -> Tokens:
+
+def tokenize(tokenizer, texts, max_tokens: int = 128) -> Tokens:
     "Tokenise texts with [CLS] and [SEP], truncated to `max_tokens`; an empty corpus or an empty text is an error."
     texts = list(texts)
-    if not texts: raise ValueError("there is no text to tokenise")
+    if not texts:
+        raise ValueError("there is no text to tokenise")
     for i, t in enumerate(texts):
-        if not t.strip(): raise ValueError(f"text {i} is empty")
-    ids = tokenizer(texts, truncation=True, max_length=max_tokens, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+        if not t.strip():
+            raise ValueError(f"text {i} is empty")
+    ids = tokenizer(
+        texts,
+        truncation=True,
+        max_length=max_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )["input_ids"]
     n = np.fromiter((len(i) for i in ids), np.int64, len(ids))
     flat = np.fromiter((t for i in ids for t in i), np.int32, n.sum())
     return Tokens(flat, np.concatenate([[0], n.cumsum()]), tokenizer.pad_token_id)
 
 # %% ../../nbs/10_data.text.ipynb #6cc95c38
-def _splitmix(x:np.ndarray) -> np.ndarray:
+def _splitmix(x: np.ndarray) -> np.ndarray:
     "splitmix64's output function: well-mixed 64 bits of a 64-bit counter."
-    x = (x + np.uint64(0x9E3779B97F4A7C15)); x = (x ^ (x >> np.uint64(30)))*np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27)))*np.uint64(0x94D049BB133111EB); return x ^ (x >> np.uint64(31))
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
-def uniform(seed:int, epoch, example, position, stream:int=0) -> np.ndarray: # in [0, 1), broadcast shape
+
+def uniform(seed: int, epoch, example, position, stream: int = 0) -> np.ndarray:  # in [0, 1), broadcast shape
     "Uniform numbers that depend on nothing but their coordinates."
     with np.errstate(over="ignore"):
-        h = np.uint64(seed & (2**64-1))
-        for part in (stream, epoch, example, position): h = _splitmix(h ^ _splitmix(np.asarray(part).astype(np.uint64)))
-    return (h >> np.uint64(11))*2.0**-53
+        h = np.uint64(seed & (2**64 - 1))
+        for part in (stream, epoch, example, position):
+            h = _splitmix(h ^ _splitmix(np.asarray(part).astype(np.uint64)))
+    return (h >> np.uint64(11)) * 2.0**-53
 
 # %% ../../nbs/10_data.text.ipynb #ece48344
-def mask_tokens(ids, mask, tokenizer, *, seed:int, epoch, example, prob:float=.15, scheme:str="80-10-10"):
+def mask_tokens(
+    ids, mask, tokenizer, *, seed: int, epoch, example, prob: float = 0.15, scheme: str = "80-10-10"
+):
     "Masked input (B, L) and its targets' places (B, L), true where the loss is computed. `epoch` and `example` are (B,) or scalar."
-    if scheme not in ("all", "80-10-10"): raise ValueError(f"scheme {scheme!r}: it should be 'all' or '80-10-10'")
-    e, x = (np.broadcast_to(np.asarray(v), len(ids))[:, None] for v in (epoch, example)); at = np.arange(ids.shape[1])[None]
+    if scheme not in ("all", "80-10-10"):
+        raise ValueError(f"scheme {scheme!r}: it should be 'all' or '80-10-10'")
+    e, x = (np.broadcast_to(np.asarray(v), len(ids))[:, None] for v in (epoch, example))
+    at = np.arange(ids.shape[1])[None]
     special = np.isin(ids.numpy(), tokenizer.all_special_ids)
     chosen = (uniform(seed, e, x, at, 1) < prob) & ~special & mask.numpy()
-    out = ids.numpy().copy(); how = uniform(seed, e, x, at, 2)
-    out[chosen & ((how < .8) | (scheme == "all"))] = tokenizer.mask_token_id
+    out = ids.numpy().copy()
+    how = uniform(seed, e, x, at, 2)
+    out[chosen & ((how < 0.8) | (scheme == "all"))] = tokenizer.mask_token_id
     if scheme != "all":
         ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
-        swap = chosen & (how >= .9)
-        out[swap] = ordinary[(uniform(seed, e, x, at, 3)*len(ordinary)).astype(int)][swap]
+        swap = chosen & (how >= 0.9)
+        out[swap] = ordinary[(uniform(seed, e, x, at, 3) * len(ordinary)).astype(int)][swap]
     return torch.from_numpy(out), torch.from_numpy(chosen)
 
 # %% ../../nbs/10_data.text.ipynb #724396b3
 class Draws(torch.utils.data.Dataset):
     "Draw k of a training: (example, epoch). Epochs are permutations drawn from (seed, epoch); with `lengths`, batches hold examples of similar length and an epoch leaves out n mod batch examples."
-    def __init__(self, n:int, draws:int, seed:int, batch:int=1, lengths=None):
-        if n < 1: raise ValueError("there is nothing to draw from: n = 0")
-        if lengths is not None and len(lengths) != n: raise ValueError(f"{len(lengths)} lengths for {n} examples")
+
+    def __init__(self, n: int, draws: int, seed: int, batch: int = 1, lengths=None):
+        if n < 1:
+            raise ValueError("there is nothing to draw from: n = 0")
+        if lengths is not None and len(lengths) != n:
+            raise ValueError(f"{len(lengths)} lengths for {n} examples")
         self.n, self.draws, self.seed, self.batch, self.perms = n, draws, seed, batch, {}
-        self.lengths = None if lengths is None or n < 2*batch else np.asarray(lengths)
-        self.size = n if self.lengths is None else n//batch*batch
-    def _epoch(self, e:int) -> np.ndarray:
-        r = rng("order", self.seed, e); p = r.permutation(self.n)
-        if self.lengths is None: return p
-        w = 16*self.batch; rows = np.concatenate([c[np.argsort(self.lengths[c], kind="stable")] for c in (p[:self.size][k:k+w] for k in range(0, self.size, w))]).reshape(-1, self.batch)
+        self.lengths = None if lengths is None or n < 2 * batch else np.asarray(lengths)
+        self.size = n if self.lengths is None else n // batch * batch
+
+    def _epoch(self, e: int) -> np.ndarray:
+        r = rng("order", self.seed, e)
+        p = r.permutation(self.n)
+        if self.lengths is None:
+            return p
+        w = 16 * self.batch
+        rows = np.concatenate(
+            [
+                c[np.argsort(self.lengths[c], kind="stable")]
+                for c in (p[: self.size][k : k + w] for k in range(0, self.size, w))
+            ]
+        ).reshape(-1, self.batch)
         return rows[r.permutation(len(rows))].ravel()
-    def __len__(self): return self.draws
-    def __getitem__(self, k:int) -> tuple[int, int]:
-        e = k//self.size
-        if e not in self.perms: self.perms = {**{o: p for o, p in self.perms.items() if abs(o-e) < 2}, e: self._epoch(e)}
+
+    def __len__(self):
+        return self.draws
+
+    def __getitem__(self, k: int) -> tuple[int, int]:
+        e = k // self.size
+        if e not in self.perms:
+            self.perms = {**{o: p for o, p in self.perms.items() if abs(o - e) < 2}, e: self._epoch(e)}
         return int(self.perms[e][k % self.size]), e

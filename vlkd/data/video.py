@@ -20,49 +20,72 @@ from ..core import *
 class VideoError(ValueError):
     "No frame can be read from this video; the message names the file and the reason."
 
+
 class VideoWarning(UserWarning):
     "Only a part of this video could be read; the message names the file and the reason."
 
+
 def _av():
-    try: import av
-    except ImportError: raise ImportError("reading and writing video files needs PyAV: install the `video` extra of this library (or `av` itself)") from None
-    av.logging.set_level(av.logging.PANIC)     # ffmpeg's own complaints come back as exceptions
+    try:
+        import av
+    except ImportError:
+        raise ImportError(
+            "reading and writing video files needs PyAV: install the `video` extra of this library (or `av` itself)"
+        ) from None
+    av.logging.set_level(av.logging.PANIC)  # ffmpeg's own complaints come back as exceptions
     return av
+
 
 def _open(path):
     "Container and first real video stream of a file."
     av, p = _av(), Path(path)
-    if not p.is_file(): raise FileNotFoundError(f"{p}: no such video file")
-    if not p.stat().st_size: raise VideoError(f"{p}: the file is empty")
-    try: c = av.open(str(p), metadata_errors="ignore")
-    except (av.FFmpegError, ValueError) as e: raise VideoError(f"{p}: not a readable video file, or cut off before its index ({getattr(e, 'strerror', None) or e})") from None
+    if not p.is_file():
+        raise FileNotFoundError(f"{p}: no such video file")
+    if not p.stat().st_size:
+        raise VideoError(f"{p}: the file is empty")
+    try:
+        c = av.open(str(p), metadata_errors="ignore")
+    except (av.FFmpegError, ValueError) as e:
+        raise VideoError(
+            f"{p}: not a readable video file, or cut off before its index ({getattr(e, 'strerror', None) or e})"
+        ) from None
     streams = [s for s in c.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    if not streams: c.close(); raise VideoError(f"{p}: no video stream in this file")
+    if not streams:
+        c.close()
+        raise VideoError(f"{p}: no video stream in this file")
     return c, streams[0]
 
 # %% ../../nbs/11_data.video.ipynb #64c677a2
-def write_mp4(path,         # where the file goes
-              frames,       # uint8 (T, H, W, 3), RGB; H and W even
-              fps:float,    # frames a second
-              crf:int=12    # H.264 quality, 0 (lossless luma) to 51
-             ) -> Path:
+def write_mp4(
+    path,  # where the file goes
+    frames,  # uint8 (T, H, W, 3), RGB; H and W even
+    fps: float,  # frames a second
+    crf: int = 12,  # H.264 quality, 0 (lossless luma) to 51
+) -> Path:
     "Write frames as an H.264 mp4, whole or not at all."
     a = np.asarray(frames)
-    if a.dtype != np.uint8 or a.ndim != 4 or a.shape[-1] != 3 or not len(a): raise ValueError(f"frames should be uint8 (T, H, W, 3) with T > 0, got {a.dtype} {a.shape}")
-    if a.shape[1] % 2 or a.shape[2] % 2: raise ValueError(f"H.264 needs an even height and width, got {a.shape[1]} x {a.shape[2]}")
-    if not (math.isfinite(fps) and fps > 0): raise ValueError(f"fps should be a positive number, got {fps}")
+    if a.dtype != np.uint8 or a.ndim != 4 or a.shape[-1] != 3 or not len(a):
+        raise ValueError(f"frames should be uint8 (T, H, W, 3) with T > 0, got {a.dtype} {a.shape}")
+    if a.shape[1] % 2 or a.shape[2] % 2:
+        raise ValueError(f"H.264 needs an even height and width, got {a.shape[1]} x {a.shape[2]}")
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps should be a positive number, got {fps}")
     av = _av()
     with atomic(path, "wb") as f, av.open(f, "w", format="mp4") as c:
-        s = c.add_stream("h264", rate=Fraction(fps).limit_denominator(1001), options=dict(crf=str(crf), threads="1"))
+        s = c.add_stream(
+            "h264", rate=Fraction(fps).limit_denominator(1001), options=dict(crf=str(crf), threads="1")
+        )
         s.height, s.width, s.pix_fmt = a.shape[1], a.shape[2], "yuv420p"
-        for x in a: c.mux(s.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(x), format="rgb24")))
+        for x in a:
+            c.mux(s.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(x), format="rgb24")))
         c.mux(s.encode())
     return Path(path)
 
 # %% ../../nbs/11_data.video.ipynb #c726a947
 def _period(s) -> Fraction:
     "Seconds a frame lasts by the stream's own rate; 1/25 where it states none."
-    return 1/Fraction(s.guessed_rate or s.average_rate or 25)
+    return 1 / Fraction(s.guessed_rate or s.average_rate or 25)
+
 
 def _stamps(frames):
     "Yield (timestamp or None, frame): the pts, or the dts from where more pts than dts have run backwards, as they do in old AVI files."
@@ -70,20 +93,32 @@ def _stamps(frames):
     for f in frames:
         both = [f.pts, f.dts]
         for i, x in enumerate(both):
-            if x is not None: faults[i] += lasts[i] is not None and x <= lasts[i]; lasts[i] = x
+            if x is not None:
+                faults[i] += lasts[i] is not None and x <= lasts[i]
+                lasts[i] = x
         use = 0 if both[0] is not None and (faults[0] <= faults[1] or both[1] is None) else 1
         yield (both[use] if f.time_base else None), f
+
 
 def _timeline(c, s):
     "Yield (seconds as a Fraction, frame) in the order in which the decoder gives them, times never running backwards."
     last, shift, period = None, Fraction(0), _period(s)
     for n, f in _stamps(c.decode(s)):
-        t = None if n is None else n*f.time_base + shift
-        if t is None: t = Fraction(0) if last is None else last + period
-        elif last is not None and t < last: shift += last + period - t; t = last + period
-        last = t; yield t, f
+        t = None if n is None else n * f.time_base + shift
+        if t is None:
+            t = Fraction(0) if last is None else last + period
+        elif last is not None and t < last:
+            shift += last + period - t
+            t = last + period
+        last = t
+        yield t, f
 
-def _turns(f) -> int: return round((f.rotation or 0)/90) % 4     # counterclockwise quarter turns that its rotation entry asks for
+
+def _turns(f) -> int:
+    return (
+        round((f.rotation or 0) / 90) % 4
+    )  # counterclockwise quarter turns that its rotation entry asks for
+
 
 def _rgb(f, size):
     "A decoded frame as uint8 (H, W, 3), scaled to `size`, turned as its rotation entry asks (in quarter turns)."
@@ -93,134 +128,214 @@ def _rgb(f, size):
 
 # %% ../../nbs/11_data.video.ipynb #0c6561ec
 def _check_sampling(fps, size, start, end, max_frames):
-    if not (math.isfinite(fps) and fps > 0): raise ValueError(f"fps should be a positive number, got {fps}")
-    if max_frames < 1: raise ValueError(f"max_frames should be at least 1, got {max_frames}")
-    if start is not None and not (math.isfinite(start) and start >= 0): raise ValueError(f"start should be 0 s or later, got {start}")
-    if end is not None and not end > (start or 0): raise ValueError(f"end should be later than start, got start={start}, end={end}")
-    if isinstance(size, int): size = (size, size)
-    if size is not None and (len(size) != 2 or min(size) < 1): raise ValueError(f"size should be None, one number or (height, width), got {size}")
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps should be a positive number, got {fps}")
+    if max_frames < 1:
+        raise ValueError(f"max_frames should be at least 1, got {max_frames}")
+    if start is not None and not (math.isfinite(start) and start >= 0):
+        raise ValueError(f"start should be 0 s or later, got {start}")
+    if end is not None and not end > (start or 0):
+        raise ValueError(f"end should be later than start, got start={start}, end={end}")
+    if isinstance(size, int):
+        size = (size, size)
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"size should be None, one number or (height, width), got {size}")
     return size
+
 
 def _seek(c, s, path, lo):
     "Jump to a key frame before `lo` seconds; returns the container, its stream and the time of the first frame (None: start from the beginning)."
-    with contextlib.suppress(_av().FFmpegError, StopIteration, TypeError):      # TypeError: a frame without a timestamp
-        f = next(c.decode(s)); t0 = f.pts*f.time_base
-        c.seek(int((t0 + lo)/s.time_base), stream=s, backward=True)
+    with contextlib.suppress(
+        _av().FFmpegError, StopIteration, TypeError
+    ):  # TypeError: a frame without a timestamp
+        f = next(c.decode(s))
+        t0 = f.pts * f.time_base
+        c.seek(int((t0 + lo) / s.time_base), stream=s, backward=True)
         g = next(c.decode(s))
-        if g.pts is not None and g.pts*g.time_base <= t0 + lo:
-            c.seek(int((t0 + lo)/s.time_base), stream=s, backward=True); return c, s, t0
-    c.close(); return *_open(path), None
+        if g.pts is not None and g.pts * g.time_base <= t0 + lo:
+            c.seek(int((t0 + lo) / s.time_base), stream=s, backward=True)
+            return c, s, t0
+    c.close()
+    return *_open(path), None
 
 # %% ../../nbs/11_data.video.ipynb #aae22d8d
 class Sample:
     "A decoded frame and the second at which it is shown; consecutive samples of one frame share their pixels."
-    def __init__(self, frame, time:float, seen:dict): self.frame, self.time, self.seen = frame, time, seen
+
+    def __init__(self, frame, time: float, seen: dict):
+        self.frame, self.time, self.seen = frame, time, seen
+
     @property
-    def shape(self) -> tuple: # (height, width), after rotation
-        f = self.frame; return (f.width, f.height) if _turns(f) % 2 else (f.height, f.width)
-    def rgb(self, size=None) -> np.ndarray: # uint8 (H, W, 3)
+    def shape(self) -> tuple:  # (height, width), after rotation
+        f = self.frame
+        return (f.width, f.height) if _turns(f) % 2 else (f.height, f.width)
+
+    def rgb(self, size=None) -> np.ndarray:  # uint8 (H, W, 3)
         "Its pixels, scaled to `size` (height, width)."
-        if size not in self.seen: self.seen[size] = _rgb(self.frame, size)
+        if size not in self.seen:
+            self.seen[size] = _rgb(self.frame, size)
         return self.seen[size]
 
-def stream_frames(path,                    # any container and codec that ffmpeg reads
-                  fps:float=1.0,           # samples a second
-                  start:float=None,        # seconds from the first frame
-                  end:float=None,          # samples lie before this second
-                  max_frames:int=512       # later samples are left out
-                 ):
+
+def stream_frames(
+    path,  # any container and codec that ffmpeg reads
+    fps: float = 1.0,  # samples a second
+    start: float = None,  # seconds from the first frame
+    end: float = None,  # samples lie before this second
+    max_frames: int = 512,  # later samples are left out
+):
     "Yield a `Sample` for start, start + 1/fps, ...; `VideoError` where there are none, `VideoWarning` at the end where the file breaks off."
     _check_sampling(fps, None, start, end, max_frames)
-    av = _av(); c, s = _open(path)
-    step, lo = 1/Fraction(fps).limit_denominator(10**6), Fraction(start or 0)
+    av = _av()
+    c, s = _open(path)
+    step, lo = 1 / Fraction(fps).limit_denominator(10**6), Fraction(start or 0)
     hi = Fraction(end) if end is not None else math.inf
     n, prev, seen, t0, stop, bad, broken = 0, None, {}, None, Fraction(0), 0, ""
-    due = lambda until: n < max_frames and lo + n*step < min(until, hi)
+    due = lambda until: n < max_frames and lo + n * step < min(until, hi)
     try:
         try:
-            if lo > 5: c, s, t0 = _seek(c, s, path, lo)
+            if lo > 5:
+                c, s, t0 = _seek(c, s, path, lo)
             for t, f in _timeline(c, s):
-                if t0 is None: t0 = t
+                if t0 is None:
+                    t0 = t
                 t -= t0
-                while prev is not None and due(t): yield Sample(prev, float(lo + n*step), seen); n += 1
+                while prev is not None and due(t):
+                    yield Sample(prev, float(lo + n * step), seen)
+                    n += 1
                 prev, seen, bad = f, {}, bad + bool(f.is_corrupt and t >= lo)
-                stop = t + (f.duration*f.time_base if f.duration and f.time_base else _period(s))
-                if not due(math.inf): break
-            while prev is not None and due(stop): yield Sample(prev, float(lo + n*step), seen); n += 1
-        except av.FFmpegError as e: broken = f"decoding breaks off at {float(stop):.2f} s ({e.strerror})"
-        whole = float(s.duration*s.time_base) if s.duration and s.time_base else (c.duration or 0)/1e6
-        if not n and prev is not None and not broken: raise VideoError(f"{path}: start={start} s lies after the end of the video ({float(stop):.2f} s)")
-        if not n and prev is not None and not lo: yield Sample(prev, 0., seen); n = 1     # it broke off within the first frame's time
-        if not n: raise VideoError(f"{path}: no frame could be decoded" + (f": {broken}" if broken else ""))
-        if not broken and due(math.inf) and float(stop + max(t0, 0)) < 0.9*whole: broken = f"the frames end at {float(stop):.2f} s of {whole:.2f} s"
-        if not broken and bad: broken = f"{bad} frames are damaged"
-        if broken: warnings.warn(f"{path}: {broken}; {n} frames were read", VideoWarning, stacklevel=2)
-    finally: c.close()
+                stop = t + (f.duration * f.time_base if f.duration and f.time_base else _period(s))
+                if not due(math.inf):
+                    break
+            while prev is not None and due(stop):
+                yield Sample(prev, float(lo + n * step), seen)
+                n += 1
+        except av.FFmpegError as e:
+            broken = f"decoding breaks off at {float(stop):.2f} s ({e.strerror})"
+        whole = float(s.duration * s.time_base) if s.duration and s.time_base else (c.duration or 0) / 1e6
+        if not n and prev is not None and not broken:
+            raise VideoError(f"{path}: start={start} s lies after the end of the video ({float(stop):.2f} s)")
+        if not n and prev is not None and not lo:
+            yield Sample(prev, 0.0, seen)
+            n = 1  # it broke off within the first frame's time
+        if not n:
+            raise VideoError(f"{path}: no frame could be decoded" + (f": {broken}" if broken else ""))
+        if not broken and due(math.inf) and float(stop + max(t0, 0)) < 0.9 * whole:
+            broken = f"the frames end at {float(stop):.2f} s of {whole:.2f} s"
+        if not broken and bad:
+            broken = f"{bad} frames are damaged"
+        if broken:
+            warnings.warn(f"{path}: {broken}; {n} frames were read", VideoWarning, stacklevel=2)
+    finally:
+        c.close()
 
 # %% ../../nbs/11_data.video.ipynb #0b80f82b
-def read_frames(path,                    # any container and codec that ffmpeg reads
-                fps:float=1.0,           # samples a second
-                size=None,               # None: as stored; one number: square; (height, width)
-                start:float=None,        # seconds from the first frame
-                end:float=None,          # samples lie before this second
-                max_frames:int=512       # later samples are left out
-               ) -> tuple[np.ndarray, np.ndarray]: # frames uint8 (T, H, W, 3), times (T,) in seconds
+def read_frames(
+    path,  # any container and codec that ffmpeg reads
+    fps: float = 1.0,  # samples a second
+    size=None,  # None: as stored; one number: square; (height, width)
+    start: float = None,  # seconds from the first frame
+    end: float = None,  # samples lie before this second
+    max_frames: int = 512,  # later samples are left out
+) -> tuple[np.ndarray, np.ndarray]:  # frames uint8 (T, H, W, 3), times (T,) in seconds
     "Decode the frames shown at start, start + 1/fps, ...; `VideoError` where there are none, `VideoWarning` where the file breaks off."
-    size = _check_sampling(fps, size, start, end, max_frames); out, times = [], []
-    for x in stream_frames(path, fps, start, end, max_frames): out.append(x.rgb(None if size is None else tuple(size))); times.append(x.time)
+    size = _check_sampling(fps, size, start, end, max_frames)
+    out, times = [], []
+    for x in stream_frames(path, fps, start, end, max_frames):
+        out.append(x.rgb(None if size is None else tuple(size)))
+        times.append(x.time)
     return np.stack(out), np.array(times)
 
 # %% ../../nbs/11_data.video.ipynb #fd1ee53e
-def read_photos(paths,      # a photo or several
-                size=None   # None: as stored, all alike; one number: square; (height, width)
-               ) -> tuple[np.ndarray, np.ndarray]: # frames uint8 (T, H, W, 3), times 0, 1, ...
+def read_photos(
+    paths,  # a photo or several
+    size=None,  # None: as stored, all alike; one number: square; (height, width)
+) -> tuple[np.ndarray, np.ndarray]:  # frames uint8 (T, H, W, 3), times 0, 1, ...
     "Read photos as the frames of a clip; `VideoError` names the one that cannot be read."
     from PIL import Image
+
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    size = _check_sampling(1, size, None, None, 1); out = []
-    if not paths: raise ValueError("read_photos needs at least one photo")
+    size = _check_sampling(1, size, None, None, 1)
+    out = []
+    if not paths:
+        raise ValueError("read_photos needs at least one photo")
     for p in map(Path, paths):
-        if not p.is_file(): raise FileNotFoundError(f"{p}: no such photo")
+        if not p.is_file():
+            raise FileNotFoundError(f"{p}: no such photo")
         try:
             with Image.open(p) as im:
                 im = im.convert("RGB")
-                out.append(np.asarray(im if size is None else im.resize(size[::-1], Image.Resampling.BILINEAR)))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise VideoError(f"{p}: not a readable photo ({e})") from None
-        if out[-1].shape != out[0].shape: raise VideoError(f"{p}: {out[-1].shape[:2]} pixels, but {paths[0]} has {out[0].shape[:2]}; pass size")
+                out.append(
+                    np.asarray(im if size is None else im.resize(size[::-1], Image.Resampling.BILINEAR))
+                )
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+            raise VideoError(f"{p}: not a readable photo ({e})") from None
+        if out[-1].shape != out[0].shape:
+            raise VideoError(
+                f"{p}: {out[-1].shape[:2]} pixels, but {paths[0]} has {out[0].shape[:2]}; pass size"
+            )
     return np.stack(out), np.arange(len(out), dtype=float)
 
 # %% ../../nbs/11_data.video.ipynb #a91c0191
-def _manifest(out) -> Path: return Path(out)/"manifest.json"
+def _manifest(out) -> Path:
+    return Path(out) / "manifest.json"
 
-def _shard_rows(f:Path, info:dict) -> np.ndarray:
+
+def _shard_rows(f: Path, info: dict) -> np.ndarray:
     "Rows (R, F) of one shard, after its checksum has been compared."
     from safetensors.numpy import load
+
     b = f.read_bytes() if f.is_file() else None
-    if b is None: raise ValueError(f"{f}: this shard is missing; run `extract` again to rebuild it")
+    if b is None:
+        raise ValueError(f"{f}: this shard is missing; run `extract` again to rebuild it")
     import hashlib
-    if hashlib.sha256(b).hexdigest() != info["sha256"]: raise ValueError(f"{f}: this shard is damaged (its checksum differs); run `extract` again to rebuild it")
+
+    if hashlib.sha256(b).hexdigest() != info["sha256"]:
+        raise ValueError(
+            f"{f}: this shard is damaged (its checksum differs); run `extract` again to rebuild it"
+        )
     return load(b)["features"]
 
 # %% ../../nbs/11_data.video.ipynb #0cb3c3db
 class Features(Mapping):
     "Features of a folder made by `extract`: id -> (T, F) array. A shard's checksum is compared when it is first read."
+
     def __init__(self, out):
         self.folder = Path(out)
-        if not _manifest(out).is_file(): raise FileNotFoundError(f"{_manifest(out)}: no features here; run `extract` first")
-        self.manifest = read_json(_manifest(out)); self._rows = {}
+        if not _manifest(out).is_file():
+            raise FileNotFoundError(f"{_manifest(out)}: no features here; run `extract` first")
+        self.manifest = read_json(_manifest(out))
+        self._rows = {}
+
     @property
-    def errors(self) -> dict: return self.manifest["errors"]
+    def errors(self) -> dict:
+        return self.manifest["errors"]
+
     @property
-    def dim(self) -> int: return self.manifest["dim"]
-    def __len__(self): return len(self.manifest["items"])
-    def __iter__(self): return iter(self.manifest["items"])
-    def __repr__(self): return f"Features({self.folder.name}: {len(self)} items, {len(self.errors)} errors, {self.manifest['encoder']})"
+    def dim(self) -> int:
+        return self.manifest["dim"]
+
+    def __len__(self):
+        return len(self.manifest["items"])
+
+    def __iter__(self):
+        return iter(self.manifest["items"])
+
+    def __repr__(self):
+        return f"Features({self.folder.name}: {len(self)} items, {len(self.errors)} errors, {self.manifest['encoder']})"
+
     def __getitem__(self, id):
         it = self.manifest["items"].get(id)
-        if it is None: raise KeyError(f"{self.folder}: no features of {id!r}" + (f": {self.errors[id]}" if id in self.errors else ""))
+        if it is None:
+            raise KeyError(
+                f"{self.folder}: no features of {id!r}"
+                + (f": {self.errors[id]}" if id in self.errors else "")
+            )
         s = it["shard"]
-        if s not in self._rows: self._rows[s] = _shard_rows(self.folder/s, self.manifest["shards"][s])
-        return self._rows[s][it["row"]:it["row"]+it["length"]]
+        if s not in self._rows:
+            self._rows[s] = _shard_rows(self.folder / s, self.manifest["shards"][s])
+        return self._rows[s][it["row"] : it["row"] + it["length"]]
+
 
 def load_features(out) -> Features:
     "Open the features in folder `out`: a mapping from id to (T, F) that verifies checksums."
@@ -228,91 +343,145 @@ def load_features(out) -> Features:
 
 # %% ../../nbs/11_data.video.ipynb #c432f694
 @contextlib.contextmanager
-def _locked(folder:Path, name:str=".lock"):
+def _locked(folder: Path, name: str = ".lock"):
     "One process at a time works in `folder`, or at what `name` stands for; others say that they wait. The lock falls with the process."
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/name, "w") as f:
+    with open(folder / name, "w") as f:
         with contextlib.suppress(ImportError):
             import fcntl
-            try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError: print(f"another process works in {folder}: waiting", file=sys.stderr, flush=True); fcntl.flock(f, fcntl.LOCK_EX)
+
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process works in {folder}: waiting", file=sys.stderr, flush=True)
+                fcntl.flock(f, fcntl.LOCK_EX)
         yield
+
 
 def _source(p) -> list:
     "What tells that an item's files changed: name, size and modification time."
     ps = [p] if isinstance(p, (str, os.PathLike)) else list(p)
-    return [[Path(q).name, *((Path(q).stat().st_size, Path(q).stat().st_mtime_ns) if Path(q).is_file() else (-1, -1))] for q in ps]
+    return [
+        [
+            Path(q).name,
+            *((Path(q).stat().st_size, Path(q).stat().st_mtime_ns) if Path(q).is_file() else (-1, -1)),
+        ]
+        for q in ps
+    ]
+
 
 def _items(paths) -> dict:
-    if isinstance(paths, Mapping): return {str(k): v for k, v in paths.items()}
+    if isinstance(paths, Mapping):
+        return {str(k): v for k, v in paths.items()}
     out = {}
     for p in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
-        if p.stem in out: raise ValueError(f"{out[p.stem]} and {p} share the name {p.stem!r}; pass a dict from id to path")
+        if p.stem in out:
+            raise ValueError(f"{out[p.stem]} and {p} share the name {p.stem!r}; pass a dict from id to path")
         out[p.stem] = p
     return out
+
 
 def _encode(id, path, encoder, read, dtype):
     "Features (T, F) of one item, and the reader's warning if there was one."
     with warnings.catch_warnings(record=True) as w:
-        warnings.simplefilter("always"); frames, _ = read(path)
+        warnings.simplefilter("always")
+        frames, _ = read(path)
     note = "; ".join(str(i.message) for i in w if issubclass(i.category, VideoWarning))
     x = np.asarray(encoder.encode(frames))
-    if x.shape != (len(frames), encoder.dim): raise ValueError(f"{id}: {encoder.name} gave {x.shape} for {len(frames)} frames, not {(len(frames), encoder.dim)}")
-    with np.errstate(over="ignore"): x = x.astype(dtype)
-    if not np.isfinite(x).all(): raise ValueError(f"{id}: {encoder.name} gave values that are not finite in {np.dtype(dtype).name}")
+    if x.shape != (len(frames), encoder.dim):
+        raise ValueError(
+            f"{id}: {encoder.name} gave {x.shape} for {len(frames)} frames, not {(len(frames), encoder.dim)}"
+        )
+    with np.errstate(over="ignore"):
+        x = x.astype(dtype)
+    if not np.isfinite(x).all():
+        raise ValueError(f"{id}: {encoder.name} gave values that are not finite in {np.dtype(dtype).name}")
     return x, note
 
 # %% ../../nbs/11_data.video.ipynb #8b4b7f60
-def _resume(out:Path, head:dict) -> dict:
+def _resume(out: Path, head: dict) -> dict:
     "The manifest of `out` without what its damaged shards held; a new one where there is none."
-    if not _manifest(out).is_file(): return dict(head, shards={}, items={}, errors={}, warnings={})
+    if not _manifest(out).is_file():
+        return dict(head, shards={}, items={}, errors={}, warnings={})
     m = read_json(_manifest(out))
     diff = [f"{k} {m.get(k)!r} instead of {v!r}" for k, v in head.items() if m.get(k) != v]
-    if diff: raise ValueError(f"{out} holds other features ({'; '.join(diff)}): give another folder, or delete this one")
+    if diff:
+        raise ValueError(
+            f"{out} holds other features ({'; '.join(diff)}): give another folder, or delete this one"
+        )
     for s in list(m["shards"]):
-        try: _shard_rows(out/s, m["shards"][s])
+        try:
+            _shard_rows(out / s, m["shards"][s])
         except ValueError as e:
-            print(f"{e}: rebuilding"); del m["shards"][s]
+            print(f"{e}: rebuilding")
+            del m["shards"][s]
             m["items"] = {k: v for k, v in m["items"].items() if v["shard"] != s}
     return m
 
-def extract(paths,               # paths of videos (id = name without suffix), or a dict id -> path
-            encoder,             # has name, dim, encode(frames) -> (T, dim)
-            out,                 # folder of the shards
-            fps:float=1.0,       # samples a second
-            max_frames:int=512,  # at most so many samples a video
-            shard_size:int=256,  # items a shard
-            dtype="float16",     # of the stored features
-            read=None            # path -> (frames, times); None: `read_frames`
-           ) -> Features:
+
+def extract(
+    paths,  # paths of videos (id = name without suffix), or a dict id -> path
+    encoder,  # has name, dim, encode(frames) -> (T, dim)
+    out,  # folder of the shards
+    fps: float = 1.0,  # samples a second
+    max_frames: int = 512,  # at most so many samples a video
+    shard_size: int = 256,  # items a shard
+    dtype="float16",  # of the stored features
+    read=None,  # path -> (frames, times); None: `read_frames`
+) -> Features:
     "Encode every video into checksummed shards under `out`; unreadable files are printed and listed in the manifest's `errors`, and the rest go on."
     from safetensors.numpy import save
     from tqdm import tqdm
+
     out, items, size = Path(out), _items(paths), getattr(encoder, "size", None)
     _check_sampling(fps, size, None, None, max_frames)
-    if shard_size < 1: raise ValueError(f"shard_size should be at least 1, got {shard_size}")
+    if shard_size < 1:
+        raise ValueError(f"shard_size should be at least 1, got {shard_size}")
     reader = read or (lambda p: read_frames(p, fps=fps, size=size, max_frames=max_frames))
-    head = dict(encoder=encoder.name, dim=encoder.dim, fps=fps, max_frames=max_frames, dtype=np.dtype(dtype).name, reader=getattr(read, "__name__", "read_frames"))
+    head = dict(
+        encoder=encoder.name,
+        dim=encoder.dim,
+        fps=fps,
+        max_frames=max_frames,
+        dtype=np.dtype(dtype).name,
+        reader=getattr(read, "__name__", "read_frames"),
+    )
     with _locked(out):
         m = _resume(out, head)
-        for f in set(out.glob("shard-*")) - {out/s for s in m["shards"]}: f.unlink()      # left by a run that was killed before it could list them
+        for f in set(out.glob("shard-*")) - {out / s for s in m["shards"]}:
+            f.unlink()  # left by a run that was killed before it could list them
         todo = [k for k, p in items.items() if k not in m["items"] or m["items"][k]["source"] != _source(p)]
         rows, found = [], {}
+
         def flush():
             if rows:
                 s = f"shard-{fingerprint(sorted(found), [v['source'] for v in found.values()])}.safetensors"
                 b = save({"features": np.concatenate(rows)})
-                with atomic(out/s, "wb") as f: f.write(b)
-                m["shards"][s] = dict(sha256=sha256_file(out/s), rows=sum(map(len, rows)))
-                m["items"].update({k: dict(v, shard=s) for k, v in found.items()}); rows.clear(); found.clear()
+                with atomic(out / s, "wb") as f:
+                    f.write(b)
+                m["shards"][s] = dict(sha256=sha256_file(out / s), rows=sum(map(len, rows)))
+                m["items"].update({k: dict(v, shard=s) for k, v in found.items()})
+                rows.clear()
+                found.clear()
             write_json(_manifest(out), m, seal=True)
+
         for k in tqdm(todo, desc=f"features of {out.name}", disable=None):
-            src = _source(items[k]); m["errors"].pop(k, None); m["warnings"].pop(k, None)
-            try: x, note = _encode(k, items[k], encoder, reader, dtype)
+            src = _source(items[k])
+            m["errors"].pop(k, None)
+            m["warnings"].pop(k, None)
+            try:
+                x, note = _encode(k, items[k], encoder, reader, dtype)
             except (VideoError, FileNotFoundError) as e:
-                print(f"no features of {k}: {e}"); m["errors"][k] = str(e); m["items"].pop(k, None); continue
-            if note: print(note); m["warnings"][k] = note
-            found[k] = dict(row=sum(map(len, rows)), length=len(x), source=src); rows.append(x)
-            if len(found) == shard_size: flush()
+                print(f"no features of {k}: {e}")
+                m["errors"][k] = str(e)
+                m["items"].pop(k, None)
+                continue
+            if note:
+                print(note)
+                m["warnings"][k] = note
+            found[k] = dict(row=sum(map(len, rows)), length=len(x), source=src)
+            rows.append(x)
+            if len(found) == shard_size:
+                flush()
         flush()
     return Features(out)

@@ -31,209 +31,523 @@ from .retrieval import ridge, spaces
 from .stats import _paired
 
 # %% ../../nbs/55a_eval.examples.ipynb #9391ff87
-def outcome_counts(a, b) -> pd.DataFrame: # kind, n, both, only_a, only_b, none, a, b: counts, and the accuracies in per cent
+def outcome_counts(
+    a, b
+) -> pd.DataFrame:  # kind, n, both, only_a, only_b, none, a, b: counts, and the accuracies in per cent
     "The four outcomes of the same questions under two runs' records, for all questions and by kind. ValueError where the records are not aligned."
-    m = _paired(a, b); x, y = m["right"].to_numpy(bool), m["right_b"].to_numpy(bool)
-    def row(kind, at): p, q = x[at], y[at]; return dict(kind=kind, n=len(p), both=int((p & q).sum()), only_a=int((p & ~q).sum()), only_b=int((~p & q).sum()), none=int((~p & ~q).sum()), a=100*p.mean(), b=100*q.mean())
-    return pd.DataFrame([row("all", np.ones(len(m), bool)), *(row(k, (m["kind"] == k).to_numpy()) for k in sorted(set(m["kind"])) if k)])
+    m = _paired(a, b)
+    x, y = m["right"].to_numpy(bool), m["right_b"].to_numpy(bool)
+
+    def row(kind, at):
+        p, q = x[at], y[at]
+        return dict(
+            kind=kind,
+            n=len(p),
+            both=int((p & q).sum()),
+            only_a=int((p & ~q).sum()),
+            only_b=int((~p & q).sum()),
+            none=int((~p & ~q).sum()),
+            a=100 * p.mean(),
+            b=100 * q.mean(),
+        )
+
+    return pd.DataFrame(
+        [
+            row("all", np.ones(len(m), bool)),
+            *(row(k, (m["kind"] == k).to_numpy()) for k in sorted(set(m["kind"])) if k),
+        ]
+    )
 
 # %% ../../nbs/55a_eval.examples.ipynb #d48e3e68
-def differing(a, b, n:int=3) -> pd.DataFrame: # task, id, group, kind, label, a, b (predictions), sure_a, sure_b, lead
+def differing(
+    a, b, n: int = 3
+) -> pd.DataFrame:  # task, id, group, kind, label, a, b (predictions), sure_a, sure_b, lead
     "The `n` questions that `b` answers rightly and `a` wrongly with the largest difference of the right answer's probability, at most one a group."
     for d in (a, b):
-        if "sure" not in d: raise ValueError(f"records of {d['run'].iloc[0]} have no column 'sure', the probability of the right answer; run the student again")
-    m = _paired(a, b); m = m[~m["right"].astype(bool) & m["right_b"].astype(bool)]
-    m = pd.DataFrame(dict(seed=m["seed"], task=m["task"], id=m["id"], group=m["group"], kind=m["kind"], label=m["label"], a=m["prediction"], b=m["prediction_b"], sure_a=m["sure"], sure_b=m["sure_b"], lead=m["sure_b"]-m["sure"]))
-    return m.sort_values(["lead", "id"], ascending=[False, True], kind="stable").drop_duplicates("group").head(n).reset_index(drop=True)
+        if "sure" not in d:
+            raise ValueError(
+                f"records of {d['run'].iloc[0]} have no column 'sure', the probability of the right answer; run the student again"
+            )
+    m = _paired(a, b)
+    m = m[~m["right"].astype(bool) & m["right_b"].astype(bool)]
+    m = pd.DataFrame(
+        dict(
+            seed=m["seed"],
+            task=m["task"],
+            id=m["id"],
+            group=m["group"],
+            kind=m["kind"],
+            label=m["label"],
+            a=m["prediction"],
+            b=m["prediction_b"],
+            sure_a=m["sure"],
+            sure_b=m["sure_b"],
+            lead=m["sure_b"] - m["sure"],
+        )
+    )
+    return (
+        m.sort_values(["lead", "id"], ascending=[False, True], kind="stable")
+        .drop_duplicates("group")
+        .head(n)
+        .reset_index(drop=True)
+    )
 
 # %% ../../nbs/55a_eval.examples.ipynb #2c6f7901
-def answer_name(task, label:int) -> str:
+def answer_name(task, label: int) -> str:
     "How the paper's tables call an answer."
     t = get_task(task)
-    if not 0 <= label < len(t.labels): raise ValueError(f"label {label!r} of {t.name} should be from 0 to {len(t.labels)-1}")
-    return f"({'abcdefgh'[label]})" if t.kind == "choice" else ("Con.", "Ent.")[label] if t.name == "tracie" else t.labels[label]
+    if not 0 <= label < len(t.labels):
+        raise ValueError(f"label {label!r} of {t.name} should be from 0 to {len(t.labels) - 1}")
+    return (
+        f"({'abcdefgh'[label]})"
+        if t.kind == "choice"
+        else ("Con.", "Ent.")[label]
+        if t.name == "tracie"
+        else t.labels[label]
+    )
 
-def with_texts(examples, df) -> pd.DataFrame: # the rows of `examples` with the text columns of the task's frame
+
+def with_texts(
+    examples, df
+) -> pd.DataFrame:  # the rows of `examples` with the text columns of the task's frame
     "Look up the texts of records by id; an id that the frame lacks, or another label there, raises ValueError."
-    if not len(examples): return examples.copy()
-    t = get_task(examples["task"].iloc[0]); at = df.assign(id=df["id"].astype(str)).set_index("id")
+    if not len(examples):
+        return examples.copy()
+    t = get_task(examples["task"].iloc[0])
+    at = df.assign(id=df["id"].astype(str)).set_index("id")
     for i, y in zip(examples["id"], examples["label"]):
-        if i not in at.index: raise ValueError(f"{t.name} has no question {i!r} in these data: the records were made with others")
-        if at.loc[i, "label"] != y: raise ValueError(f"{t.name}, question {i!r}: the label is {at.loc[i, 'label']} in the data and {y} in the records")
+        if i not in at.index:
+            raise ValueError(
+                f"{t.name} has no question {i!r} in these data: the records were made with others"
+            )
+        if at.loc[i, "label"] != y:
+            raise ValueError(
+                f"{t.name}, question {i!r}: the label is {at.loc[i, 'label']} in the data and {y} in the records"
+            )
     return examples.assign(**{c: [at.loc[i, c] for i in examples["id"]] for c in t.columns})
 
-def question_table(examples, a:str, b:str) -> pd.DataFrame: # one row an example
+
+def question_table(examples, a: str, b: str) -> pd.DataFrame:  # one row an example
     "The paper's columns: context, hypotheses, ground truth and both models' answers, with the probability of the right answer."
     rows = []
     for n, x in enumerate(examples.to_dict("records"), 1):
-        t = get_task(x["task"]); said = {m: f"{answer_name(t, x[k])} ({x['sure_'+k]:.2f})" for m, k in ((a, "a"), (b, "b"))}
-        body = {"Context": x[t.columns[0]], **{f"Hypothesis {k}": f"({'abcdefgh'[k-1]}) {x[c]}" for k, c in enumerate(t.columns[1:], 1)}} if t.kind == "choice" else {"Context (Premise)": x[t.columns[0]], "Hypothesis": x[t.columns[1]]}
-        rows.append({"": n, **body, "GT": answer_name(t, x["label"]), **said, **({"kind": x["kind"]} if x["kind"] else {})})
+        t = get_task(x["task"])
+        said = {m: f"{answer_name(t, x[k])} ({x['sure_' + k]:.2f})" for m, k in ((a, "a"), (b, "b"))}
+        body = (
+            {
+                "Context": x[t.columns[0]],
+                **{
+                    f"Hypothesis {k}": f"({'abcdefgh'[k - 1]}) {x[c]}" for k, c in enumerate(t.columns[1:], 1)
+                },
+            }
+            if t.kind == "choice"
+            else {"Context (Premise)": x[t.columns[0]], "Hypothesis": x[t.columns[1]]}
+        )
+        rows.append(
+            {
+                "": n,
+                **body,
+                "GT": answer_name(t, x["label"]),
+                **said,
+                **({"kind": x["kind"]} if x["kind"] else {}),
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/55a_eval.examples.ipynb #c631a4d7
-def _named(words): # event -> regular expression of its names; some enclose the object: "put the kettle under water"
+def _named(
+    words,
+):  # event -> regular expression of its names; some enclose the object: "put the kettle under water"
     def one(e, k):
         v, _, rest = words[e][k].partition(" ")
-        return rf"\b{v}(?: \w+){{1,4}} {rest}\b" if e in ("dunk", "heat", "squeeze") and k else rf"\b{words[e][k]}\b"
+        return (
+            rf"\b{v}(?: \w+){{1,4}} {rest}\b"
+            if e in ("dunk", "heat", "squeeze") and k
+            else rf"\b{words[e][k]}\b"
+        )
+
     return {e: re.compile("|".join(one(e, k) for k in range(len(words[e])))) for e in words}
+
+
 _SPOKEN, _WRITTEN = _named(BASE), _named(PAST)
 
-def scene(world:World, sentence:str) -> dict: # noun, event, spoken, told
-    "What a sentence is about; `noun` and `event` are None where it names none or several, `told` says whether it says a dynamic outcome."
-    nouns = set(re.findall(r"\w+", sentence)) & world.things.keys(); spoken = {e for e, p in _SPOKEN.items() if p.search(sentence)}; events = spoken | {e for e, p in _WRITTEN.items() if p.search(sentence)}
-    return dict(noun=nouns.pop() if len(nouns) == 1 else None, event=events.pop() if len(events) == 1 else None, spoken=bool(spoken), told=any(p in sentence for e in EVENTS for o in EVENTS[e] for p in SAID[o]))
 
-def filmed(world:World, noun, event) -> bool: # whether there are clips of this thing in this event
+def scene(world: World, sentence: str) -> dict:  # noun, event, spoken, told
+    "What a sentence is about; `noun` and `event` are None where it names none or several, `told` says whether it says a dynamic outcome."
+    nouns = set(re.findall(r"\w+", sentence)) & world.things.keys()
+    spoken = {e for e, p in _SPOKEN.items() if p.search(sentence)}
+    events = spoken | {e for e, p in _WRITTEN.items() if p.search(sentence)}
+    return dict(
+        noun=nouns.pop() if len(nouns) == 1 else None,
+        event=events.pop() if len(events) == 1 else None,
+        spoken=bool(spoken),
+        told=any(p in sentence for e in EVENTS for o in EVENTS[e] for p in SAID[o]),
+    )
+
+
+def filmed(world: World, noun, event) -> bool:  # whether there are clips of this thing in this event
     return noun is not None and event in FILMED and bool(world.things[noun]["filmed"])
 
 # %% ../../nbs/55a_eval.examples.ipynb #6219c253
-def text_queries(world:World, texts, n:int=500, seed:int=0) -> pd.DataFrame: # row (in `texts`), text, noun, event, spoken, stated (whether any text states outcomes of this thing)
+def text_queries(
+    world: World, texts, n: int = 500, seed: int = 0
+) -> (
+    pd.DataFrame
+):  # row (in `texts`), text, noun, event, spoken, stated (whether any text states outcomes of this thing)
     "Draw `n` different sentences about one filmed thing in one filmed event; fewer where there are no more. ValueError where there is none."
     rows, seen = [], set()
     for i in rng("text queries", seed).permutation(len(texts)):
-        t = texts[i]; c = scene(world, t)
-        if t in seen or c["told"] or not filmed(world, c["noun"], c["event"]): continue
-        seen.add(t); rows.append(dict(row=int(i), text=t, noun=c["noun"], event=c["event"], spoken=c["spoken"], stated=world.things[c["noun"]]["split"] == "train"))
-        if len(rows) == n: break
-    if not rows: raise ValueError(f"none of {len(texts)} sentences is about one filmed thing in one filmed event")
+        t = texts[i]
+        c = scene(world, t)
+        if t in seen or c["told"] or not filmed(world, c["noun"], c["event"]):
+            continue
+        seen.add(t)
+        rows.append(
+            dict(
+                row=int(i),
+                text=t,
+                noun=c["noun"],
+                event=c["event"],
+                spoken=c["spoken"],
+                stated=world.things[c["noun"]]["split"] == "train",
+            )
+        )
+        if len(rows) == n:
+            break
+    if not rows:
+        raise ValueError(f"none of {len(texts)} sentences is about one filmed thing in one filmed event")
     return pd.DataFrame(rows)
 
 # %% ../../nbs/55a_eval.examples.ipynb #cf17de1f
-def nearest_clips(found:dict,    # space -> (sentences (Q, D), clips (N, D))
-                  clips,         # (N,) their indices
-                  k:int=3,
-                  allowed=None   # (Q, N) boolean: which clips count for which sentence; None: all
-                 ) -> pd.DataFrame: # space, query, rank, clip, score
+def nearest_clips(
+    found: dict,  # space -> (sentences (Q, D), clips (N, D))
+    clips,  # (N,) their indices
+    k: int = 3,
+    allowed=None,  # (Q, N) boolean: which clips count for which sentence; None: all
+) -> pd.DataFrame:  # space, query, rank, clip, score
     "The `k` clips nearest to each sentence by cosine, in every space. ValueError where a sentence has fewer than `k` allowed clips."
-    if allowed is not None and (few := (np.asarray(allowed).sum(1) < k)).any(): raise ValueError(f"sentence {few.argmax()} has {int(np.asarray(allowed)[few.argmax()].sum())} clips to choose from, fewer than {k}")
+    if allowed is not None and (few := (np.asarray(allowed).sum(1) < k)).any():
+        raise ValueError(
+            f"sentence {few.argmax()} has {int(np.asarray(allowed)[few.argmax()].sum())} clips to choose from, fewer than {k}"
+        )
     out = []
     for space, (q, v) in found.items():
-        if allowed is None: s, i = nearest(q, v, k)
-        else: s, i = (unit(q.float()) @ unit(v.float()).T).masked_fill(~torch.as_tensor(allowed), -2).sort(dim=1, descending=True, stable=True); s, i = s[:, :k], i[:, :k]
-        out.append(pd.DataFrame(dict(space=space, query=np.repeat(np.arange(len(q)), k), rank=np.tile(np.arange(1, k+1), len(q)), clip=np.asarray(clips)[i.numpy().ravel()], score=s.numpy().ravel())))
+        if allowed is None:
+            s, i = nearest(q, v, k)
+        else:
+            s, i = (
+                (unit(q.float()) @ unit(v.float()).T)
+                .masked_fill(~torch.as_tensor(allowed), -2)
+                .sort(dim=1, descending=True, stable=True)
+            )
+            s, i = s[:, :k], i[:, :k]
+        out.append(
+            pd.DataFrame(
+                dict(
+                    space=space,
+                    query=np.repeat(np.arange(len(q)), k),
+                    rank=np.tile(np.arange(1, k + 1), len(q)),
+                    clip=np.asarray(clips)[i.numpy().ravel()],
+                    score=s.numpy().ravel(),
+                )
+            )
+        )
     return pd.concat(out, ignore_index=True)
 
-def fits(world:World, clips, nouns, events) -> pd.DataFrame: # noun, event, outcome: booleans
+
+def fits(world: World, clips, nouns, events) -> pd.DataFrame:  # noun, event, outcome: booleans
     "What each clip shows of the sentence beside it. ValueError on an index that is no clip of this world."
     clips = np.asarray(clips)
-    if len(clips) and not (0 <= clips.min() and clips.max() < len(world.clips)): raise ValueError(f"clips run from 0 to {len(world.clips)-1}, got {clips.min()} to {clips.max()}")
-    c = world.clips.iloc[clips]; event = c.event.to_numpy() == np.asarray(events)
-    return pd.DataFrame(dict(noun=c.noun.to_numpy() == np.asarray(nouns), event=event, outcome=event & (c.outcome.to_numpy() == np.array([world.things[n][e] for n, e in zip(nouns, events)]))))
+    if len(clips) and not (0 <= clips.min() and clips.max() < len(world.clips)):
+        raise ValueError(f"clips run from 0 to {len(world.clips) - 1}, got {clips.min()} to {clips.max()}")
+    c = world.clips.iloc[clips]
+    event = c.event.to_numpy() == np.asarray(events)
+    return pd.DataFrame(
+        dict(
+            noun=c.noun.to_numpy() == np.asarray(nouns),
+            event=event,
+            outcome=event
+            & (c.outcome.to_numpy() == np.array([world.things[n][e] for n, e in zip(nouns, events)])),
+        )
+    )
 
 # %% ../../nbs/55a_eval.examples.ipynb #bdd01741
-KINSHIP = dict(own="#009E73", same="#0072B2", half="#B35900", no="#777777") # colours of titles
+KINSHIP = dict(own="#009E73", same="#0072B2", half="#B35900", no="#777777")  # colours of titles
 
-def kinship(world:World, clip:int, noun, event) -> str: # own, same, half or no
+
+def kinship(world: World, clip: int, noun, event) -> str:  # own, same, half or no
     "How near a clip is to a sentence about `noun` and `event`; None where the sentence names none."
     c = world.clips.iloc[clip]
-    if c.noun == noun and c.event == event: return "own"
-    if c.event == event and noun is not None and c.outcome == world.things[noun][event]: return "same"
+    if c.noun == noun and c.event == event:
+        return "own"
+    if c.event == event and noun is not None and c.outcome == world.things[noun][event]:
+        return "same"
     return "half" if c.noun == noun or c.event == event else "no"
 
-def own_film(world:World, noun, event): # index of a clip, or None
+
+def own_film(world: World, noun, event):  # index of a clip, or None
     "The first take of a thing in an event among the training clips; None where it was not filmed."
-    if not filmed(world, noun, event): return None
-    c = world.clips; return int(c[(c.noun == noun) & (c.event == event) & ~c.held_out].sort_values("take").index[0])
+    if not filmed(world, noun, event):
+        return None
+    c = world.clips
+    return int(c[(c.noun == noun) & (c.event == event) & ~c.held_out].sort_values("take").index[0])
 
 # %% ../../nbs/55a_eval.examples.ipynb #bc12ba75
-def peers(world:World, queries, clips) -> np.ndarray: # (Q, N) boolean
+def peers(world: World, queries, clips) -> np.ndarray:  # (Q, N) boolean
     "For each query, the clips that show its event with another thing."
     c = world.clips.iloc[np.asarray(clips)]
-    return (c.event.to_numpy()[None] == queries["event"].to_numpy()[:, None]) & (c.noun.to_numpy()[None] != queries["noun"].to_numpy()[:, None])
+    return (c.event.to_numpy()[None] == queries["event"].to_numpy()[:, None]) & (
+        c.noun.to_numpy()[None] != queries["noun"].to_numpy()[:, None]
+    )
 
-def rate_table(top, by=("model", "space"), ks=(1, 3)) -> pd.DataFrame: # by, queries, noun@k, event@k, outcome@k in per cent
+
+def rate_table(
+    top, by=("model", "space"), ks=(1, 3)
+) -> pd.DataFrame:  # by, queries, noun@k, event@k, outcome@k in per cent
     "Shares of right clips among the first k of each query."
-    rows = [dict(zip(by, key if isinstance(key, tuple) else (key,)), queries=d["query"].nunique(), **{f"{c}@{k}": 100*d.loc[d["rank"] <= k, c].mean() for c in ("noun", "event", "outcome") for k in ks}) for key, d in top.groupby(list(by), sort=False)]
+    rows = [
+        dict(
+            zip(by, key if isinstance(key, tuple) else (key,)),
+            queries=d["query"].nunique(),
+            **{
+                f"{c}@{k}": 100 * d.loc[d["rank"] <= k, c].mean()
+                for c in ("noun", "event", "outcome")
+                for k in ks
+            },
+        )
+        for key, d in top.groupby(list(by), sort=False)
+    ]
     return pd.DataFrame(rows)
 
-def chance_rates(world:World, queries, clips) -> dict: # noun, event, outcome, peer in per cent
+
+def chance_rates(world: World, queries, clips) -> dict:  # noun, event, outcome, peer in per cent
     "What a clip drawn at random from `clips` shows of a sentence, mean over the queries; `peer` is the outcome of a clip drawn from the sentence's `peers`."
     rows = []
     for (a, e), n in queries.groupby(["noun", "event"]).size().items():
-        f = fits(world, clips, [a]*len(clips), [e]*len(clips)); rows.append((n, *f.mean(), f["outcome"][f["event"] & ~f["noun"]].mean()))
-    x = np.array(rows, float); return dict(zip(("noun", "event", "outcome", "peer"), (100*np.average(x[:, 1:], axis=0, weights=x[:, 0])).tolist()))
+        f = fits(world, clips, [a] * len(clips), [e] * len(clips))
+        rows.append((n, *f.mean(), f["outcome"][f["event"] & ~f["noun"]].mean()))
+    x = np.array(rows, float)
+    return dict(
+        zip(
+            ("noun", "event", "outcome", "peer"),
+            (100 * np.average(x[:, 1:], axis=0, weights=x[:, 0])).tolist(),
+        )
+    )
 
 # %% ../../nbs/55a_eval.examples.ipynb #77031100
-def constant_rates(world:World, queries) -> dict: # noun, event, outcome, peer in per cent
+def constant_rates(world: World, queries) -> dict:  # noun, event, outcome, peer in per cent
     "The best that one clip for all queries can do; for `peer`, one clip for each event."
-    q = queries.assign(outcome=[world.things[n][e] for n, e in zip(queries["noun"], queries["event"])]); best = lambda d, c: 100*d.groupby(c).size().max()/len(q)
-    return dict(noun=best(q, "noun"), event=best(q, "event"), outcome=best(q, ["event", "outcome"]), peer=sum(best(d, "outcome") for _, d in q.groupby("event")))
+    q = queries.assign(outcome=[world.things[n][e] for n, e in zip(queries["noun"], queries["event"])])
+    best = lambda d, c: 100 * d.groupby(c).size().max() / len(q)
+    return dict(
+        noun=best(q, "noun"),
+        event=best(q, "event"),
+        outcome=best(q, ["event", "outcome"]),
+        peer=sum(best(d, "outcome") for _, d in q.groupby("event")),
+    )
 
 # %% ../../nbs/55a_eval.examples.ipynb #210a8f48
-def own_and_others(top, pool, right) -> pd.DataFrame: # model, space, own, others in per cent
+def own_and_others(top, pool, right) -> pd.DataFrame:  # model, space, own, others in per cent
     "Share of each query's clips that are `right` (Q, N; columns as `pool`) for it, and the same with the clips of all other queries; one row a model and space."
     at, right, rows = {int(c): i for i, c in enumerate(pool)}, np.asarray(right, float), []
     for (m, sp), d in top.groupby(["model", "space"], sort=False):
-        s = np.zeros_like(right); s[d["query"], d["clip"].map(at)] = 1
-        if (bare := s.sum(1) == 0).any(): raise ValueError(f"{m}, {sp}: no clip for query {bare.argmax()} of {len(right)}")
-        x = s/s.sum(1, keepdims=True) @ right.T; n = len(x); rows.append(dict(model=m, space=sp, own=100*x.trace()/n, others=100*(x.sum()-x.trace())/(n*(n-1)) if n > 1 else np.nan))
+        s = np.zeros_like(right)
+        s[d["query"], d["clip"].map(at)] = 1
+        if (bare := s.sum(1) == 0).any():
+            raise ValueError(f"{m}, {sp}: no clip for query {bare.argmax()} of {len(right)}")
+        x = s / s.sum(1, keepdims=True) @ right.T
+        n = len(x)
+        rows.append(
+            dict(
+                model=m,
+                space=sp,
+                own=100 * x.trace() / n,
+                others=100 * (x.sum() - x.trace()) / (n * (n - 1)) if n > 1 else np.nan,
+            )
+        )
     return pd.DataFrame(rows)
 
-def found_by(top, pool, model:str, space:str, n:int) -> np.ndarray: # (n, N) boolean
+
+def found_by(top, pool, model: str, space: str, n: int) -> np.ndarray:  # (n, N) boolean
     "Which clips of `pool` a model found for each of `n` queries: what `own_and_others` takes to measure agreement with it."
     d = top[(top["model"] == model) & (top["space"] == space)]
-    if not len(d): raise ValueError(f"no {model}, {space} in the table; there are {', '.join(sorted(set(top['model']+', '+top['space'])))}")
-    out = np.zeros((n, len(pool)), bool); out[d["query"], d["clip"].map({int(c): i for i, c in enumerate(pool)})] = True; return out
+    if not len(d):
+        raise ValueError(
+            f"no {model}, {space} in the table; there are {', '.join(sorted(set(top['model'] + ', ' + top['space'])))}"
+        )
+    out = np.zeros((n, len(pool)), bool)
+    out[d["query"], d["clip"].map({int(c): i for i, c in enumerate(pool)})] = True
+    return out
 
-def shared_words(texts, captions, rare:float=.1) -> np.ndarray: # (texts, captions) boolean
+
+def shared_words(texts, captions, rare: float = 0.1) -> np.ndarray:  # (texts, captions) boolean
     "Whether a text and a caption share a word of at least four letters that stands in fewer than a share `rare` of the captions."
-    words = [set(re.findall(r"[^\W\d_]{4,}", t.lower())) for t in (*texts, *captions)]; a, b = words[:len(texts)], words[len(texts):]; count = {}
+    words = [set(re.findall(r"[^\W\d_]{4,}", t.lower())) for t in (*texts, *captions)]
+    a, b = words[: len(texts)], words[len(texts) :]
+    count = {}
     for s in b:
-        for x in s: count[x] = count.get(x, 0)+1
-    b = [{x for x in s if count[x] < rare*len(b)} for s in b]; return np.array([[bool(x & y) for y in b] for x in a]).reshape(len(a), len(b))
+        for x in s:
+            count[x] = count.get(x, 0) + 1
+    b = [{x for x in s if count[x] < rare * len(b)} for s in b]
+    return np.array([[bool(x & y) for y in b] for x in a]).reshape(len(a), len(b))
 
 # %% ../../nbs/55a_eval.examples.ipynb #27dd9770
-def crossed(x, nouns,            # (Q, D) student states of the queries, and the thing that each names
-            fit_x, fit_y,        # (N, D), (N, E) student and teacher states of other sentences
-            fit_nouns,           # the things that each of those names, a collection
-            folds:int=2, seed:int=0) -> torch.Tensor: # (Q, E)
+def crossed(
+    x,
+    nouns,  # (Q, D) student states of the queries, and the thing that each names
+    fit_x,
+    fit_y,  # (N, D), (N, E) student and teacher states of other sentences
+    fit_nouns,  # the things that each of those names, a collection
+    folds: int = 2,
+    seed: int = 0,
+) -> torch.Tensor:  # (Q, E)
     "Map each query by ridge regression over sentences that name nothing of its fold. ValueError where a fold leaves nothing to fit."
-    names = sorted({n for n in nouns} | {n for s in fit_nouns for n in s}); fold = dict(zip(rng("folds", seed).permutation(names), np.arange(len(names)) % folds)); out = torch.empty(len(x), fit_y.shape[1])
+    names = sorted({n for n in nouns} | {n for s in fit_nouns for n in s})
+    fold = dict(zip(rng("folds", seed).permutation(names), np.arange(len(names)) % folds))
+    out = torch.empty(len(x), fit_y.shape[1])
     for f in sorted({fold[n] for n in nouns}):
-        keep = torch.tensor([all(fold[n] != f for n in s) for s in fit_nouns]); at = torch.tensor([fold[n] == f for n in nouns])
-        if int(keep.sum()) < 2: raise ValueError(f"fold {f}: {int(keep.sum())} sentences name none of its things; at least 2 are needed to fit a map")
-        w, b = ridge(fit_x[keep], fit_y[keep]); out[at] = x[at] @ w+b
+        keep = torch.tensor([all(fold[n] != f for n in s) for s in fit_nouns])
+        at = torch.tensor([fold[n] == f for n in nouns])
+        if int(keep.sum()) < 2:
+            raise ValueError(
+                f"fold {f}: {int(keep.sum())} sentences name none of its things; at least 2 are needed to fit a map"
+            )
+        w, b = ridge(fit_x[keep], fit_y[keep])
+        out[at] = x[at] @ w + b
     return out
 
 # %% ../../nbs/55a_eval.examples.ipynb #e8f39f74
-def shown_answer(world:World, question:dict, clip:int) -> int: # 0, 1 or -1
+def shown_answer(world: World, question: dict, clip: int) -> int:  # 0, 1 or -1
     "Which solution of a PIQA question a clip shows; -1 where it shows another event, or neither outcome."
     c = world.clips.iloc[clip]
-    if scene(world, question["goal"])["event"] != c.event: return -1
-    says = [any(p in question[s] for p in SAID[c.outcome]) for s in ("sol1", "sol2")]; return says.index(True) if sum(says) == 1 else -1
+    if scene(world, question["goal"])["event"] != c.event:
+        return -1
+    says = [any(p in question[s] for p in SAID[c.outcome]) for s in ("sol1", "sol2")]
+    return says.index(True) if sum(says) == 1 else -1
 
-def clip_answers(world:World, df, clips, seed:int, run:str="nearest-clip") -> pd.DataFrame: # records like those of a student
+
+def clip_answers(
+    world: World, df, clips, seed: int, run: str = "nearest-clip"
+) -> pd.DataFrame:  # records like those of a student
     "Records of the answers that `clips` (one a question of `df`) show."
     p = [shown_answer(world, q, c) for q, c in zip(df.to_dict("records"), clips)]
-    return pd.DataFrame(dict(run=run, seed=seed, task="piqa", id=df["id"].astype(str).to_numpy(), group=df["group"].to_numpy(), kind=df["kind"].to_numpy(), label=df["label"].to_numpy(), prediction=p)).assign(right=lambda d: d.label == d.prediction)
+    return pd.DataFrame(
+        dict(
+            run=run,
+            seed=seed,
+            task="piqa",
+            id=df["id"].astype(str).to_numpy(),
+            group=df["group"].to_numpy(),
+            kind=df["kind"].to_numpy(),
+            label=df["label"].to_numpy(),
+            prediction=p,
+        )
+    ).assign(right=lambda d: d.label == d.prediction)
 
 # %% ../../nbs/55a_eval.examples.ipynb #82df8c09
-def sentences_of(task, row:dict) -> list[str]:
+def sentences_of(task, row: dict) -> list[str]:
     "The sentences of a question for which clips are looked up: the first text column, in sentences."
-    t = get_task(task); text = row[t.columns[0]]
-    return [text] if t.kind == "choice" else [p for s in sentences(text) for p in re.split(r"(?<= [.!?]) ", s) if p]
+    t = get_task(task)
+    text = row[t.columns[0]]
+    return (
+        [text]
+        if t.kind == "choice"
+        else [p for s in sentences(text) for p in re.split(r"(?<= [.!?]) ", s) if p]
+    )
 
 # %% ../../nbs/55a_eval.examples.ipynb #9a1e1973
-def text_retrieval(data, teacher:Teacher, students:dict, n:int=500, k:int=3, fit:int=2000) -> dict: # queries, pool, top, among
+def text_retrieval(
+    data, teacher: Teacher, students: dict, n: int = 500, k: int = 3, fit: int = 2000
+) -> dict:  # queries, pool, top, among
     "Retrieve the clips of `n` sentences of the students' text by the teacher and by `students` (name -> StudentObjective). `top` holds the nearest `k` clips, `among` the nearest among clips of other things in the event (None without a world)."
-    world = getattr(data, "world", None); r = rng("text queries", data.seed).permutation(len(data.sentences))
-    queries = text_queries(world, data.sentences, n, data.seed) if world else pd.DataFrame(dict(row=r[:n], text=[data.sentences[i] for i in r[:n]]))
-    pool = np.flatnonzero(world.clips.held_out) if world else pool_of(data.pairs, data.s.clip_pool)[0]; v = video_states(teacher.video, data.pairs, pool); rows, asked = queries["row"].to_numpy(), set(queries["text"])
-    others = np.array([i for i in rng("map", data.seed).permutation(len(data.sentences)) if data.sentences[i] not in asked][:fit]); found = {"teacher": {"raw": (sentence_states(teacher.lm, data.tokens, rows), v)}}
+    world = getattr(data, "world", None)
+    r = rng("text queries", data.seed).permutation(len(data.sentences))
+    queries = (
+        text_queries(world, data.sentences, n, data.seed)
+        if world
+        else pd.DataFrame(dict(row=r[:n], text=[data.sentences[i] for i in r[:n]]))
+    )
+    pool = np.flatnonzero(world.clips.held_out) if world else pool_of(data.pairs, data.s.clip_pool)[0]
+    v = video_states(teacher.video, data.pairs, pool)
+    rows, asked = queries["row"].to_numpy(), set(queries["text"])
+    others = np.array(
+        [i for i in rng("map", data.seed).permutation(len(data.sentences)) if data.sentences[i] not in asked][
+            :fit
+        ]
+    )
+    found = {"teacher": {"raw": (sentence_states(teacher.lm, data.tokens, rows), v)}}
     for name, o in students.items():
         found[name] = spaces(o, teacher, data, data.tokens, rows, pool, others)
-        if world: x, y = sentence_states(o.lm, data.tokens, others), sentence_states(teacher.lm, data.tokens, others); found[name]["crossed map"] = (crossed(found[name]["raw"][0], queries["noun"], x, y, [set(data.sentences[i].split()) & world.things.keys() for i in others]), v)
+        if world:
+            x, y = (
+                sentence_states(o.lm, data.tokens, others),
+                sentence_states(teacher.lm, data.tokens, others),
+            )
+            found[name]["crossed map"] = (
+                crossed(
+                    found[name]["raw"][0],
+                    queries["noun"],
+                    x,
+                    y,
+                    [set(data.sentences[i].split()) & world.things.keys() for i in others],
+                ),
+                v,
+            )
+
     def judge(f, **kw):
-        t = pd.concat([nearest_clips(d, pool, **kw).assign(model=m) for m, d in f.items()], ignore_index=True); t.insert(0, "model", t.pop("model"))
-        return t if world is None else pd.concat([t, fits(world, t["clip"], queries["noun"].to_numpy()[t["query"]], queries["event"].to_numpy()[t["query"]])], axis=1)
-    return dict(queries=queries, pool=pool, top=judge(found, k=min(k, len(pool))), among=judge(found, k=1, allowed=peers(world, queries, pool)) if world else None)
+        t = pd.concat([nearest_clips(d, pool, **kw).assign(model=m) for m, d in f.items()], ignore_index=True)
+        t.insert(0, "model", t.pop("model"))
+        return (
+            t
+            if world is None
+            else pd.concat(
+                [
+                    t,
+                    fits(
+                        world,
+                        t["clip"],
+                        queries["noun"].to_numpy()[t["query"]],
+                        queries["event"].to_numpy()[t["query"]],
+                    ),
+                ],
+                axis=1,
+            )
+        )
+
+    return dict(
+        queries=queries,
+        pool=pool,
+        top=judge(found, k=min(k, len(pool))),
+        among=judge(found, k=1, allowed=peers(world, queries, pool)) if world else None,
+    )
 
 # %% ../../nbs/55a_eval.examples.ipynb #e171b8d0
-def retrieval_records(run:str, seed:int, queries, top, among) -> pd.DataFrame: # run, seed, task, id, group, kind, label, prediction, right
+def retrieval_records(
+    run: str, seed: int, queries, top, among
+) -> pd.DataFrame:  # run, seed, task, id, group, kind, label, prediction, right
     "Records of one model and space: `retrieval-noun`, `-event` and `-outcome` from the first clips `top`, `retrieval-peer` from the first clips `among` peers, each with one row a query in order."
     kind, out = np.where(queries["stated"], "stated", "hidden"), []
-    for task, d in (("noun", top["noun"]), ("event", top["event"]), ("outcome", top["outcome"]), ("peer", among["outcome"])):
-        if len(d) != len(queries): raise ValueError(f"{run}: {len(d)} first clips for {len(queries)} sentences")
-        out.append(pd.DataFrame(dict(run=run, seed=seed, task=f"retrieval-{task}", id=[f"text-{i}" for i in queries["row"]], group=queries["noun"].to_numpy(), kind=kind, label=1, prediction=d.to_numpy(int), right=d.to_numpy(bool))))
+    for task, d in (
+        ("noun", top["noun"]),
+        ("event", top["event"]),
+        ("outcome", top["outcome"]),
+        ("peer", among["outcome"]),
+    ):
+        if len(d) != len(queries):
+            raise ValueError(f"{run}: {len(d)} first clips for {len(queries)} sentences")
+        out.append(
+            pd.DataFrame(
+                dict(
+                    run=run,
+                    seed=seed,
+                    task=f"retrieval-{task}",
+                    id=[f"text-{i}" for i in queries["row"]],
+                    group=queries["noun"].to_numpy(),
+                    kind=kind,
+                    label=1,
+                    prediction=d.to_numpy(int),
+                    right=d.to_numpy(bool),
+                )
+            )
+        )
     return pd.concat(out, ignore_index=True)

@@ -25,83 +25,204 @@ from .squad import bert_with_head, finetune_squad, squad_recipe
 from transformers import AutoTokenizer, BertForMultipleChoice, BertForSequenceClassification
 
 # %% ../../nbs/50_eval.language.ipynb #b4ee6b23
-def encode(tokenizer, task, df:pd.DataFrame, max_tokens:int=128) -> Tokens: # one row an example, or one an answer
+def encode(
+    tokenizer, task, df: pd.DataFrame, max_tokens: int = 128
+) -> Tokens:  # one row an example, or one an answer
     "Tokenise a task's frame; of a pair that is too long the longer side is cut."
-    t = get_task(task); cols = [df[c].astype(str).tolist() for c in t.columns]
-    if t.kind == "single": a, b = cols[0], None
-    elif t.kind == "pair": a, b = cols
-    else: a, b = [g for g in cols[0] for _ in cols[1:]], [x for row in zip(*cols[1:]) for x in row]
-    ids = tokenizer(a, b, truncation=True, max_length=max_tokens, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
-    return Tokens(np.fromiter((x for i in ids for x in i), np.int32), np.cumsum([0, *map(len, ids)]), tokenizer.pad_token_id)
+    t = get_task(task)
+    cols = [df[c].astype(str).tolist() for c in t.columns]
+    if t.kind == "single":
+        a, b = cols[0], None
+    elif t.kind == "pair":
+        a, b = cols
+    else:
+        a, b = [g for g in cols[0] for _ in cols[1:]], [x for row in zip(*cols[1:]) for x in row]
+    ids = tokenizer(
+        a, b, truncation=True, max_length=max_tokens, return_attention_mask=False, return_token_type_ids=False
+    )["input_ids"]
+    return Tokens(
+        np.fromiter((x for i in ids for x in i), np.int32),
+        np.cumsum([0, *map(len, ids)]),
+        tokenizer.pad_token_id,
+    )
 
-def segments(ids, sep:int) -> torch.Tensor: # (B, L) 0 up to the first [SEP], 1 after it
+
+def segments(ids, sep: int) -> torch.Tensor:  # (B, L) 0 up to the first [SEP], 1 after it
     "Token types of BERT."
-    s = (ids == sep).int(); return ((s.cumsum(1)-s) > 0).long()
+    s = (ids == sep).int()
+    return ((s.cumsum(1) - s) > 0).long()
 
 # %% ../../nbs/50_eval.language.ipynb #48c0eed0
 class TaskObjective(nn.Module):
     "A `transformers` classifier whose forward returns its loss, for `train.loop.fit`."
-    def __init__(self, net, choices:int=0): super().__init__(); self.net, self.choices = net, choices
-    def logits(self, ids, mask, types): # what the classifier's own forward computes, with sentences packed
-        x = self.net.classifier(self.net.dropout(self.net.bert.pooler(hidden_states(self.net, ids, mask, types)))); return x.view(-1, self.choices) if self.choices else x
-    def forward(self, ids, mask, types, labels): return dict(loss=nn.functional.cross_entropy(self.logits(ids, mask, types).float(), labels))
 
-def task_batch(tokens:Tokens, task, sep:int, rows, labels=None) -> dict:
+    def __init__(self, net, choices: int = 0):
+        super().__init__()
+        self.net, self.choices = net, choices
+
+    def logits(self, ids, mask, types):  # what the classifier's own forward computes, with sentences packed
+        x = self.net.classifier(
+            self.net.dropout(self.net.bert.pooler(hidden_states(self.net, ids, mask, types)))
+        )
+        return x.view(-1, self.choices) if self.choices else x
+
+    def forward(self, ids, mask, types, labels):
+        return dict(loss=nn.functional.cross_entropy(self.logits(ids, mask, types).float(), labels))
+
+
+def task_batch(tokens: Tokens, task, sep: int, rows, labels=None) -> dict:
     "A batch of examples `rows`, cut to its longest."
-    t = get_task(task); k = len(t.columns)-1 if t.kind == "choice" else 1; rows = np.asarray(rows)
-    ids, mask = tokens[(rows[:, None]*k+np.arange(k)).ravel()]
-    return dict(ids=ids, mask=mask, types=segments(ids, sep)) | ({} if labels is None else dict(labels=torch.from_numpy(labels[rows])))
+    t = get_task(task)
+    k = len(t.columns) - 1 if t.kind == "choice" else 1
+    rows = np.asarray(rows)
+    ids, mask = tokens[(rows[:, None] * k + np.arange(k)).ravel()]
+    return dict(ids=ids, mask=mask, types=segments(ids, sep)) | (
+        {} if labels is None else dict(labels=torch.from_numpy(labels[rows]))
+    )
 
-def classifier(folder, task, seed:int) -> TaskObjective:
+
+def classifier(folder, task, seed: int) -> TaskObjective:
     "A saved student with a new head for a task, drawn from `seed`."
-    t = get_task(task); new = ("classifier.", "bert.pooler.")                            # pre-training has no pooler
-    if t.kind == "choice": return TaskObjective(bert_with_head(BertForMultipleChoice, folder, seed, new), len(t.columns)-1)
-    return TaskObjective(bert_with_head(BertForSequenceClassification, folder, seed, new, num_labels=len(t.labels)))
+    t = get_task(task)
+    new = ("classifier.", "bert.pooler.")  # pre-training has no pooler
+    if t.kind == "choice":
+        return TaskObjective(bert_with_head(BertForMultipleChoice, folder, seed, new), len(t.columns) - 1)
+    return TaskObjective(
+        bert_with_head(BertForSequenceClassification, folder, seed, new, num_labels=len(t.labels))
+    )
+
 
 @torch.no_grad()
-def predict(o:TaskObjective, task, tokens:Tokens, n:int, sep:int, batch:int=256) -> np.ndarray: # (n, classes) probabilities
+def predict(
+    o: TaskObjective, task, tokens: Tokens, n: int, sep: int, batch: int = 256
+) -> np.ndarray:  # (n, classes) probabilities
     "Class probabilities of the first `n` examples."
-    dev = next(o.parameters()).device; o.eval()
-    return np.concatenate([o.logits(**{k: v.to(dev) for k, v in task_batch(tokens, task, sep, np.arange(i, min(i+batch, n))).items()}).float().softmax(-1).cpu().numpy() for i in range(0, n, batch)])
+    dev = next(o.parameters()).device
+    o.eval()
+    return np.concatenate(
+        [
+            o.logits(
+                **{
+                    k: v.to(dev)
+                    for k, v in task_batch(tokens, task, sep, np.arange(i, min(i + batch, n))).items()
+                }
+            )
+            .float()
+            .softmax(-1)
+            .cpu()
+            .numpy()
+            for i in range(0, n, batch)
+        ]
+    )
 
 # %% ../../nbs/50_eval.language.ipynb #b8ce057a
-def answers(o:TaskObjective, tokenizer, task:str, test:pd.DataFrame, s:Scale, *, seed:int=0, run:str="") -> pd.DataFrame:
+def answers(
+    o: TaskObjective, tokenizer, task: str, test: pd.DataFrame, s: Scale, *, seed: int = 0, run: str = ""
+) -> pd.DataFrame:
     "What a classifier says of `test`: one row an example with run, seed, task, id, group, kind, label, prediction, right, sure (probability of the label), and category where the task has them. For `axb` the three classes of MNLI become two."
-    p = predict(o, task, encode(tokenizer, task, test, s.ft_tokens), len(test), tokenizer.sep_token_id); said, y = p.argmax(1), test.label.to_numpy()
-    if task == "axb": said, p = two_way(said), np.stack([p[:, 0], 1-p[:, 0]], 1)
+    p = predict(o, task, encode(tokenizer, task, test, s.ft_tokens), len(test), tokenizer.sep_token_id)
+    said, y = p.argmax(1), test.label.to_numpy()
+    if task == "axb":
+        said, p = two_way(said), np.stack([p[:, 0], 1 - p[:, 0]], 1)
     text = {c: test[c].astype(str).to_numpy() for c in get_task(task).extra if c in test}
-    return pd.DataFrame(dict(run=run, seed=seed, task=task, id=test.id.astype(str).to_numpy(), group=test.group.astype(str).to_numpy(), kind=test.kind.to_numpy(), label=y, prediction=said, right=said == y, sure=p[np.arange(len(y)), y], **text))
+    return pd.DataFrame(
+        dict(
+            run=run,
+            seed=seed,
+            task=task,
+            id=test.id.astype(str).to_numpy(),
+            group=test.group.astype(str).to_numpy(),
+            kind=test.kind.to_numpy(),
+            label=y,
+            prediction=said,
+            right=said == y,
+            sure=p[np.arange(len(y)), y],
+            **text,
+        )
+    )
 
-def finetune(folder,             # a transformers folder with its tokeniser
-             task:str, train:pd.DataFrame, test:pd.DataFrame|dict, s:Scale, out, *, seed:int=0, run:str="") -> pd.DataFrame:
+
+def finetune(
+    folder,  # a transformers folder with its tokeniser
+    task: str,
+    train: pd.DataFrame,
+    test: pd.DataFrame | dict,
+    s: Scale,
+    out,
+    *,
+    seed: int = 0,
+    run: str = "",
+) -> pd.DataFrame:
     "Fine-tune on `train`, predict `test`: records as from `answers`. `test` may be a dict from task to frame, of tasks that the same classifier answers."
-    tok = AutoTokenizer.from_pretrained(folder); o = classifier(folder, task, seed); tokens = encode(tok, task, train, s.ft_tokens); labels = train.label.to_numpy(np.int64)
-    steps = s.ft_steps or -(-len(train)//s.ft_batch)*s.ft_epochs
+    tok = AutoTokenizer.from_pretrained(folder)
+    o = classifier(folder, task, seed)
+    tokens = encode(tok, task, train, s.ft_tokens)
+    labels = train.label.to_numpy(np.int64)
+    steps = s.ft_steps or -(-len(train) // s.ft_batch) * s.ft_epochs
     seed_everything(seed)
-    fit(o, lambda items: task_batch(tokens, task, tok.sep_token_id, [i for i, _ in items], labels), len(train), Path(out)/task, steps=steps, batch=s.ft_batch, lr=s.ft_lr, warmup=max(1, steps//10), weight_decay=s.weight_decay, seed=seed, what=f"{run} {task}".strip())
-    return pd.concat([answers(o, tok, t, x, s, seed=seed, run=run) for t, x in (test if isinstance(test, dict) else {task: test}).items()], ignore_index=True)
+    fit(
+        o,
+        lambda items: task_batch(tokens, task, tok.sep_token_id, [i for i, _ in items], labels),
+        len(train),
+        Path(out) / task,
+        steps=steps,
+        batch=s.ft_batch,
+        lr=s.ft_lr,
+        warmup=max(1, steps // 10),
+        weight_decay=s.weight_decay,
+        seed=seed,
+        what=f"{run} {task}".strip(),
+    )
+    return pd.concat(
+        [
+            answers(o, tok, t, x, s, seed=seed, run=run)
+            for t, x in (test if isinstance(test, dict) else {task: test}).items()
+        ],
+        ignore_index=True,
+    )
 
 # %% ../../nbs/50_eval.language.ipynb #b1e02c5a
-ALSO = dict(mnli=("mnli_mm", "diagnostics", "axb")) # task -> test sets that its classifier answers
+ALSO = dict(mnli=("mnli_mm", "diagnostics", "axb"))  # task -> test sets that its classifier answers
 
-def finetune_all(folder, data, out, *, seed:int=0, run:str="", split:str="test", tasks=None) -> pd.DataFrame:
+
+def finetune_all(
+    folder, data, out, *, seed: int = 0, run: str = "", split: str = "test", tasks=None
+) -> pd.DataFrame:
     """Fine-tune on `tasks` (any of `data.tasks.TASKS`, `squad1`, `squad2`), one after another, and join the records. Whoever names `mnli` also gets those of `ALSO` that the data have; without `tasks` those of `data.tasks` are run, and no others.
     Records are those of `finetune` and `finetune_squad`, NaN in the columns of the other. All data are read before anything is trained: a task without training or test data raises FileNotFoundError, an unknown one ValueError."""
-    known = [*TASKS, "squad1", "squad2"]; wanted = list(dict.fromkeys(data.tasks if tasks is None else [tasks] if isinstance(tasks, str) else tasks))
-    if not wanted: raise ValueError(f"no tasks to fine-tune on; there are {', '.join(known)}")
+    known = [*TASKS, "squad1", "squad2"]
+    wanted = list(
+        dict.fromkeys(data.tasks if tasks is None else [tasks] if isinstance(tasks, str) else tasks)
+    )
+    if not wanted:
+        raise ValueError(f"no tasks to fine-tune on; there are {', '.join(known)}")
     for t in wanted:
-        if t not in known: raise _unknown("task", t, known)
-    by = {}                                                                                      # task to train on -> test sets
-    for t in wanted: by.setdefault(next((k for k, v in ALSO.items() if t in v), t), {})[t] = data.task(t, split)
+        if t not in known:
+            raise _unknown("task", t, known)
+    by = {}  # task to train on -> test sets
+    for t in wanted:
+        by.setdefault(next((k for k, v in ALSO.items() if t in v), t), {})[t] = data.task(t, split)
     for t in by:
         for x in ALSO.get(t, ()) if tasks is not None and t in wanted else ():
-            if x in by[t]: continue
-            try: by[t][x] = data.task(x, split)
-            except FileNotFoundError: pass                                                       # these data have none
-    train = {t: data.task(t, "train") for t in by}; recipe = squad_recipe(data.s)
-    return pd.concat([finetune_squad(folder, train[t], test[t], out, recipe, seed=seed, run=run, task=t) if t.startswith("squad") else finetune(folder, t, train[t], test, data.s, out, seed=seed, run=run) for t, test in by.items()], ignore_index=True)
+            if x in by[t]:
+                continue
+            try:
+                by[t][x] = data.task(x, split)
+            except FileNotFoundError:
+                pass  # these data have none
+    train = {t: data.task(t, "train") for t in by}
+    recipe = squad_recipe(data.s)
+    return pd.concat(
+        [
+            finetune_squad(folder, train[t], test[t], out, recipe, seed=seed, run=run, task=t)
+            if t.startswith("squad")
+            else finetune(folder, t, train[t], test, data.s, out, seed=seed, run=run)
+            for t, test in by.items()
+        ],
+        ignore_index=True,
+    )
 
 # %% ../../nbs/50_eval.language.ipynb #0716eda4
-def accuracies(examples:pd.DataFrame, by=("run", "seed", "task")) -> pd.DataFrame:
+def accuracies(examples: pd.DataFrame, by=("run", "seed", "task")) -> pd.DataFrame:
     "Accuracy in per cent by run, seed and task."
     return examples.groupby(list(by), sort=False).right.mean().mul(100).rename("accuracy").reset_index()

@@ -19,23 +19,52 @@ from ..models.language import *
 # %% ../../nbs/53_eval.probe.ipynb #aaad32a5
 STATIC_ATTRIBUTES = ("push", "shape", "size", "category")
 
-@torch.no_grad()
-def noun_states(lm, tokenizer, nouns, sentence:str="the {noun} ") -> np.ndarray: # (N, D)
-    "State of each noun's first piece in a sentence with a place for it."
-    tokens = tokenize(tokenizer, [sentence.format(noun=n) for n in nouns], 64); ids, mask = tokens[np.arange(len(tokens))]; dev = next(lm.parameters()).device; lm.eval()
-    first = torch.tensor([tokenizer(n, add_special_tokens=False).input_ids[0] for n in nouns]); hit = ids == first[:, None]
-    if not hit.any(1).all(): raise ValueError(f"the tokeniser does not keep {list(nouns)[int((~hit.any(1)).nonzero()[0])]!r} as a piece of {sentence!r}")
-    h = hidden_states(lm, ids.to(dev), mask.to(dev)).float().cpu(); return h[torch.arange(len(h)), hit.float().argmax(1)].numpy()
 
-def probe(lm, tokenizer, world:World, *, penalty:float=1.) -> pd.DataFrame: # attribute, type, kind, accuracy, majority, n
+@torch.no_grad()
+def noun_states(lm, tokenizer, nouns, sentence: str = "the {noun} ") -> np.ndarray:  # (N, D)
+    "State of each noun's first piece in a sentence with a place for it."
+    tokens = tokenize(tokenizer, [sentence.format(noun=n) for n in nouns], 64)
+    ids, mask = tokens[np.arange(len(tokens))]
+    dev = next(lm.parameters()).device
+    lm.eval()
+    first = torch.tensor([tokenizer(n, add_special_tokens=False).input_ids[0] for n in nouns])
+    hit = ids == first[:, None]
+    if not hit.any(1).all():
+        raise ValueError(
+            f"the tokeniser does not keep {list(nouns)[int((~hit.any(1)).nonzero()[0])]!r} as a piece of {sentence!r}"
+        )
+    h = hidden_states(lm, ids.to(dev), mask.to(dev)).float().cpu()
+    return h[torch.arange(len(h)), hit.float().argmax(1)].numpy()
+
+
+def probe(
+    lm, tokenizer, world: World, *, penalty: float = 1.0
+) -> pd.DataFrame:  # attribute, type, kind, accuracy, majority, n
     "Probe accuracy for every attribute on test nouns, filmed and unfilmed apart, with the majority rate of the train nouns' answer."
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
-    n, rows = world.nouns, []; train = (n.split == "train").to_numpy()
+
+    n, rows = world.nouns, []
+    train = (n.split == "train").to_numpy()
     for a in (*EVENTS, *STATIC_ATTRIBUTES):
-        x = noun_states(lm, tokenizer, n.noun, f"let us {BASE[a][0]} the {{noun}}" if a in BASE else "the {noun} is"); y = n[a].to_numpy(); sc = StandardScaler().fit(x[train])
-        clf = LogisticRegression(max_iter=300, C=penalty/10).fit(sc.transform(x[train]), y[train]); common = pd.Series(y[train]).mode()[0]
+        x = noun_states(
+            lm, tokenizer, n.noun, f"let us {BASE[a][0]} the {{noun}}" if a in BASE else "the {noun} is"
+        )
+        y = n[a].to_numpy()
+        sc = StandardScaler().fit(x[train])
+        clf = LogisticRegression(max_iter=300, C=penalty / 10).fit(sc.transform(x[train]), y[train])
+        common = pd.Series(y[train]).mode()[0]
         for kind, filmed in (("filmed", True), ("unfilmed", False)):
-            at = ((n.split == "test") & (n.filmed == filmed)).to_numpy(); p = clf.predict(sc.transform(x[at]))
-            rows.append(dict(attribute=a, type="dynamic" if a in EVENTS else "static", kind=kind, accuracy=float((p == y[at]).mean()), majority=float((y[at] == common).mean()), n=int(at.sum())))
+            at = ((n.split == "test") & (n.filmed == filmed)).to_numpy()
+            p = clf.predict(sc.transform(x[at]))
+            rows.append(
+                dict(
+                    attribute=a,
+                    type="dynamic" if a in EVENTS else "static",
+                    kind=kind,
+                    accuracy=float((p == y[at]).mean()),
+                    majority=float((y[at] == common).mean()),
+                    n=int(at.sum()),
+                )
+            )
     return pd.DataFrame(rows)

@@ -21,54 +21,114 @@ from ..train.teacher import sentence_states, video_states, pool_of
 from ..train.student import StudentObjective
 
 # %% ../../nbs/51_eval.retrieval.ipynb #429c2ec9
-def ridge(x, y, penalty:float=1.) -> tuple: # (D, E) weights and (E,) bias of y = x w + b
+def ridge(x, y, penalty: float = 1.0) -> tuple:  # (D, E) weights and (E,) bias of y = x w + b
     "Linear map of x (N, D) to y (N, E) by ridge regression, in float64."
-    x, y = x.double(), y.double(); mx, my = x.mean(0), y.mean(0); x, y = x-mx, y-my
-    w = torch.linalg.solve(x.T @ x+penalty*torch.eye(x.shape[1], dtype=x.dtype), x.T @ y); return w.float(), (my-mx @ w).float()
+    x, y = x.double(), y.double()
+    mx, my = x.mean(0), y.mean(0)
+    x, y = x - mx, y - my
+    w = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
+    return w.float(), (my - mx @ w).float()
+
 
 @torch.no_grad()
-def head_states(o:StudentObjective, k:str, tokens:Tokens, rows, batch:int=256) -> torch.Tensor:
+def head_states(o: StudentObjective, k: str, tokens: Tokens, rows, batch: int = 256) -> torch.Tensor:
     "Masked mean of what head `k` makes of a sentence's states."
-    dev = next(o.parameters()).device; o.eval(); out = []
+    dev = next(o.parameters()).device
+    o.eval()
+    out = []
     for i in range(0, len(rows), batch):
-        ids, m = (t.to(dev) for t in tokens[rows[i:i+batch]]); out.append(masked_mean(o.heads[k](hidden_states(o.lm, ids, m)).float(), m).cpu())
+        ids, m = (t.to(dev) for t in tokens[rows[i : i + batch]])
+        out.append(masked_mean(o.heads[k](hidden_states(o.lm, ids, m)).float(), m).cpu())
     return torch.cat(out)
 
+
 @torch.no_grad()
-def spaces(o:StudentObjective, teacher:Teacher, data, queries:Tokens, rows, clips, fit_rows) -> dict: # space -> (sentences, videos)
+def spaces(
+    o: StudentObjective, teacher: Teacher, data, queries: Tokens, rows, clips, fit_rows
+) -> dict:  # space -> (sentences, videos)
     "Sentence and video features of the queries `rows` and `clips` in each space the student has; `fit_rows` of the student's own corpus fit the map."
-    v = video_states(teacher.video, data.pairs, clips); raw = sentence_states(o.lm, queries, rows); out = {"raw": (raw, v)}
-    if "crd" in o.kd: f = o.crd.cpu().eval(); out["head"] = f.features(head_states(o, "crd", queries, rows), v); o.to(device())
-    elif k := next((k for k in ("regression", "nst", "nt_xent") if k in o.kd), None): out["head"] = (head_states(o, k, queries, rows), v)
-    w, b = ridge(sentence_states(o.lm, data.tokens, fit_rows), sentence_states(teacher.lm, data.tokens, fit_rows)); out["map"] = (raw @ w+b, v)
+    v = video_states(teacher.video, data.pairs, clips)
+    raw = sentence_states(o.lm, queries, rows)
+    out = {"raw": (raw, v)}
+    if "crd" in o.kd:
+        f = o.crd.cpu().eval()
+        out["head"] = f.features(head_states(o, "crd", queries, rows), v)
+        o.to(device())
+    elif k := next((k for k in ("regression", "nst", "nt_xent") if k in o.kd), None):
+        out["head"] = (head_states(o, k, queries, rows), v)
+    w, b = ridge(
+        sentence_states(o.lm, data.tokens, fit_rows), sentence_states(teacher.lm, data.tokens, fit_rows)
+    )
+    out["map"] = (raw @ w + b, v)
     return out
 
 # %% ../../nbs/51_eval.retrieval.ipynb #f7aaa140
-def recall_table(found:dict, ks=(1, 5, 10)) -> pd.DataFrame: # space, queries, pool, R@k in per cent, median rank
+def recall_table(
+    found: dict, ks=(1, 5, 10)
+) -> pd.DataFrame:  # space, queries, pool, R@k in per cent, median rank
     "Recall of each query's own clip: sentence i belongs to video i."
     rows = []
     for space, (q, v) in found.items():
-        sim = torch.nn.functional.normalize(q.float(), dim=1) @ torch.nn.functional.normalize(v.float(), dim=1).T; own = sim.diag()[:, None]
-        rank = (sim > own).sum(1)+((sim == own).sum(1)-1)/2 # ties count half
-        rows.append(dict(space=space, queries=len(q), pool=len(v), **{f"R@{k}": 100*float((rank < k).float().mean()) for k in ks}, median_rank=float(rank.median())+1))
+        sim = (
+            torch.nn.functional.normalize(q.float(), dim=1)
+            @ torch.nn.functional.normalize(v.float(), dim=1).T
+        )
+        own = sim.diag()[:, None]
+        rank = (sim > own).sum(1) + ((sim == own).sum(1) - 1) / 2  # ties count half
+        rows.append(
+            dict(
+                space=space,
+                queries=len(q),
+                pool=len(v),
+                **{f"R@{k}": 100 * float((rank < k).float().mean()) for k in ks},
+                median_rank=float(rank.median()) + 1,
+            )
+        )
     return pd.DataFrame(rows)
 
-def top_table(found:dict, clips, texts, names, k:int=3, n:int=8) -> pd.DataFrame: # space, query, text, rank, clip, name, right
+
+def top_table(
+    found: dict, clips, texts, names, k: int = 3, n: int = 8
+) -> pd.DataFrame:  # space, query, text, rank, clip, name, right
     "The `k` nearest clips of the first `n` queries in each space."
     rows = []
     for space, (q, v) in found.items():
         _, idx = nearest(q[:n], v, k)
-        rows += [dict(space=space, query=i, text=texts[i], rank=r+1, clip=int(clips[j]), name=names[clips[j]], right=int(j) == i) for i in range(len(idx)) for r, j in enumerate(idx[i].tolist())]
+        rows += [
+            dict(
+                space=space,
+                query=i,
+                text=texts[i],
+                rank=r + 1,
+                clip=int(clips[j]),
+                name=names[clips[j]],
+                right=int(j) == i,
+            )
+            for i in range(len(idx))
+            for r, j in enumerate(idx[i].tolist())
+        ]
     return pd.DataFrame(rows)
 
-def retrieval(o:StudentObjective, teacher:Teacher, data, *, n:int=8) -> tuple: # recall table, top table
-    "Recall and nearest clips of held-out captions against held-out clips, in every space of the student."
-    clips, caps = pool_of(data.pairs, data.s.clip_pool); fit = rng("map", data.seed).permutation(len(data.tokens))[:2000]
-    found = spaces(o, teacher, data, data.caption_tokens, caps, clips, fit)
-    return recall_table(found), top_table(found, clips, [data.pairs.captions[c] for c in caps], data.pairs.names, n=n)
 
-def teacher_retrieval(teacher:Teacher, data, *, n:int=8) -> tuple:
+def retrieval(o: StudentObjective, teacher: Teacher, data, *, n: int = 8) -> tuple:  # recall table, top table
+    "Recall and nearest clips of held-out captions against held-out clips, in every space of the student."
+    clips, caps = pool_of(data.pairs, data.s.clip_pool)
+    fit = rng("map", data.seed).permutation(len(data.tokens))[:2000]
+    found = spaces(o, teacher, data, data.caption_tokens, caps, clips, fit)
+    return recall_table(found), top_table(
+        found, clips, [data.pairs.captions[c] for c in caps], data.pairs.names, n=n
+    )
+
+
+def teacher_retrieval(teacher: Teacher, data, *, n: int = 8) -> tuple:
     "The same for a teacher, whose sentences and videos share one space."
     clips, caps = pool_of(data.pairs, data.s.clip_pool)
-    found = {"raw": (sentence_states(teacher.lm, data.caption_tokens, caps), video_states(teacher.video, data.pairs, clips))}
-    return recall_table(found), top_table(found, clips, [data.pairs.captions[c] for c in caps], data.pairs.names, n=n)
+    found = {
+        "raw": (
+            sentence_states(teacher.lm, data.caption_tokens, caps),
+            video_states(teacher.video, data.pairs, clips),
+        )
+    }
+    return recall_table(found), top_table(
+        found, clips, [data.pairs.captions[c] for c in caps], data.pairs.names, n=n
+    )

@@ -29,116 +29,260 @@ from transformers.utils import logging
 @dataclass(frozen=True)
 class SquadRecipe:
     "How to fine-tune on SQuAD and how to choose a span."
-    lr:float=1e-4
-    epochs:int=3
-    steps:int=0          # instead of epochs, where it is not 0
-    batch:int=32         # windows a step
-    warmup:float=.1      # share of the steps
-    weight_decay:float=.01
-    max_tokens:int=0     # of a window; 0: as many as the model has positions for, at most 384
-    stride:int=0         # tokens from one window's beginning to the next; 0: a third of the window, 128 of 384
-    max_question:int=64  # tokens
-    max_answer:int=30    # tokens
-    n_best:int=20        # first and last tokens that are tried in each window
 
-RECIPES = dict(paper=SquadRecipe(), released=SquadRecipe(lr=3e-5, epochs=2, batch=12, warmup=0., weight_decay=0.))
+    lr: float = 1e-4
+    epochs: int = 3
+    steps: int = 0  # instead of epochs, where it is not 0
+    batch: int = 32  # windows a step
+    warmup: float = 0.1  # share of the steps
+    weight_decay: float = 0.01
+    max_tokens: int = 0  # of a window; 0: as many as the model has positions for, at most 384
+    stride: int = 0  # tokens from one window's beginning to the next; 0: a third of the window, 128 of 384
+    max_question: int = 64  # tokens
+    max_answer: int = 30  # tokens
+    n_best: int = 20  # first and last tokens that are tried in each window
 
-def squad_recipe(s:Scale|str="paper", **change) -> SquadRecipe:
+
+RECIPES = dict(
+    paper=SquadRecipe(), released=SquadRecipe(lr=3e-5, epochs=2, batch=12, warmup=0.0, weight_decay=0.0)
+)
+
+
+def squad_recipe(s: Scale | str = "paper", **change) -> SquadRecipe:
     "A recipe by name (`paper`, `released`) or from a scale's fine-tuning settings (`squad_steps` and `squad_lr` where they are not 0, else `ft_steps` and `ft_lr`), with changes."
     if isinstance(s, str):
-        if s not in RECIPES: raise _unknown("recipe", s, RECIPES)
+        if s not in RECIPES:
+            raise _unknown("recipe", s, RECIPES)
         r = RECIPES[s]
-    else: r = SquadRecipe(lr=s.squad_lr or s.ft_lr, epochs=s.ft_epochs, steps=s.squad_steps or s.ft_steps, batch=s.ft_batch, weight_decay=s.weight_decay, max_answer=s.squad_answer)
+    else:
+        r = SquadRecipe(
+            lr=s.squad_lr or s.ft_lr,
+            epochs=s.ft_epochs,
+            steps=s.squad_steps or s.ft_steps,
+            batch=s.ft_batch,
+            weight_decay=s.weight_decay,
+            max_answer=s.squad_answer,
+        )
     names = [f.name for f in dataclasses.fields(SquadRecipe)]
     for k in change:
-        if k not in names: raise _unknown("setting of a SQuAD recipe", k, names)
+        if k not in names:
+            raise _unknown("setting of a SQuAD recipe", k, names)
     return dataclasses.replace(r, **change)
 
 # %% ../../nbs/49_eval.squad.ipynb #81d16168
-def best_span(start, end, offset:int, lo:int, hi:int, n:int, max_answer:int=30, n_best:int=20) -> tuple[float, int, int]: # score, first and last context token
+def best_span(
+    start, end, offset: int, lo: int, hi: int, n: int, max_answer: int = 30, n_best: int = 20
+) -> tuple[float, int, int]:  # score, first and last context token
     "The best span of one window: `start` and `end` are logits by token, the context begins at `offset` and has `n` tokens, of which lo..hi-1 may begin an answer (counted from the window's first). (-inf, 0, 0) where none may."
-    b, e = np.asarray(start, float)[offset:offset+n], np.asarray(end, float)[offset:offset+n]; b = np.where((np.arange(n) >= lo) & (np.arange(n) < hi), b, -np.inf)
+    b, e = np.asarray(start, float)[offset : offset + n], np.asarray(end, float)[offset : offset + n]
+    b = np.where((np.arange(n) >= lo) & (np.arange(n) < hi), b, -np.inf)
     i, j = np.argsort(-b, kind="stable")[:n_best], np.argsort(-e, kind="stable")[:n_best]
-    score = np.where((j[None] >= i[:, None]) & (j[None]-i[:, None] < max_answer), b[i][:, None]+e[j][None], -np.inf); k = np.unravel_index(score.argmax(), score.shape)
+    score = np.where(
+        (j[None] >= i[:, None]) & (j[None] - i[:, None] < max_answer), b[i][:, None] + e[j][None], -np.inf
+    )
+    k = np.unravel_index(score.argmax(), score.shape)
     return float(score[k]), int(i[k[0]]), int(j[k[1]])
 
-def decode_spans(df:pd.DataFrame, w:Windows, logits, r:SquadRecipe) -> pd.DataFrame: # id, span, no_answer
+
+def decode_spans(df: pd.DataFrame, w: Windows, logits, r: SquadRecipe) -> pd.DataFrame:  # id, span, no_answer
     "The best span of each question, cut from its context, and the probability that there is no answer; `logits` are one (L, 2) array a window."
     best, none = {}, {}
     for k, x in enumerate(logits):
-        q = int(w.question[k]); none[q] = min(none.get(q, np.inf), float(x[0, 0])+float(x[0, 1])); f = w.first[k]
-        s, i, j = best_span(x[:, 0], x[:, 1], w.offset(k), w.lo[k]-f, w.hi[k]-f, w.n[k], r.max_answer, r.n_best)
-        if s > best.get(q, (-np.inf,))[0]: c = w.characters(k); best[q] = (s, int(c[i, 0]), int(c[j, 1]))
+        q = int(w.question[k])
+        none[q] = min(none.get(q, np.inf), float(x[0, 0]) + float(x[0, 1]))
+        f = w.first[k]
+        s, i, j = best_span(
+            x[:, 0], x[:, 1], w.offset(k), w.lo[k] - f, w.hi[k] - f, w.n[k], r.max_answer, r.n_best
+        )
+        if s > best.get(q, (-np.inf,))[0]:
+            c = w.characters(k)
+            best[q] = (s, int(c[i, 0]), int(c[j, 1]))
     rows = []
     for q, (id, context) in enumerate(zip(df["id"], df["context"])):
-        s, a, b = best.get(q, (-np.inf, 0, 0)); rows.append(dict(id=id, span=context[a:b], begin=a, no_answer=float(1/(1+np.exp(np.clip(s-none[q], -700, 700))))))
+        s, a, b = best.get(q, (-np.inf, 0, 0))
+        rows.append(
+            dict(
+                id=id,
+                span=context[a:b],
+                begin=a,
+                no_answer=float(1 / (1 + np.exp(np.clip(s - none[q], -700, 700)))),
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/49_eval.squad.ipynb #fc60f89d
 class SpanObjective(nn.Module):
     "A span classifier whose forward returns its loss, for `train.loop.fit`: cross entropy of the answer's first token and of its last, averaged."
-    def __init__(self, net): super().__init__(); self.net = net
-    def logits(self, ids, mask, types): # (B, L, 2), -inf on padding
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def logits(self, ids, mask, types):  # (B, L, 2), -inf on padding
         o = self.net(input_ids=ids, attention_mask=mask, token_type_ids=types)
-        return torch.stack([o.start_logits, o.end_logits], -1).float().masked_fill(~mask[..., None], torch.finfo(torch.float32).min)
+        return (
+            torch.stack([o.start_logits, o.end_logits], -1)
+            .float()
+            .masked_fill(~mask[..., None], torch.finfo(torch.float32).min)
+        )
+
     def forward(self, ids, mask, types, labels):
         x = self.logits(ids, mask, types)
-        return dict(loss=(nn.functional.cross_entropy(x[..., 0], labels[:, 0])+nn.functional.cross_entropy(x[..., 1], labels[:, 1]))/2)
+        return dict(
+            loss=(
+                nn.functional.cross_entropy(x[..., 0], labels[:, 0])
+                + nn.functional.cross_entropy(x[..., 1], labels[:, 1])
+            )
+            / 2
+        )
 
-def span_batch(w:Windows, rows, labels:bool=False) -> dict:
+
+def span_batch(w: Windows, rows, labels: bool = False) -> dict:
     "Windows `rows` as tensors."
     ids, mask, types = (torch.from_numpy(x) for x in w.batch(rows))
-    return dict(ids=ids, mask=mask, types=types) | (dict(labels=torch.from_numpy(w.labels[np.asarray(rows)])) if labels else {})
+    return dict(ids=ids, mask=mask, types=types) | (
+        dict(labels=torch.from_numpy(w.labels[np.asarray(rows)])) if labels else {}
+    )
 
-def bert_with_head(cls, folder, seed:int, head:tuple, **kw) -> nn.Module:
+
+def bert_with_head(cls, folder, seed: int, head: tuple, **kw) -> nn.Module:
     "A saved BERT as the `transformers` class `cls`; the weights whose names begin with one of `head` are drawn from `seed`. A folder without a BERT, of another architecture, or whose tokeniser does not fit is an error."
     f = Path(folder)
-    if not (f/"config.json").is_file(): raise FileNotFoundError(f"{f} holds no model: config.json is missing")
-    if (kind := (c := read_json(f/"config.json")).get("model_type")) != "bert": raise ValueError(f"{f} holds a {kind!r} model; a BERT is wanted")
-    if (n := len(AutoTokenizer.from_pretrained(f))) != c["vocab_size"]: raise ValueError(f"{f}: the tokeniser has {n} pieces, the model {c['vocab_size']}: they do not belong together")
+    if not (f / "config.json").is_file():
+        raise FileNotFoundError(f"{f} holds no model: config.json is missing")
+    if (kind := (c := read_json(f / "config.json")).get("model_type")) != "bert":
+        raise ValueError(f"{f} holds a {kind!r} model; a BERT is wanted")
+    if (n := len(AutoTokenizer.from_pretrained(f))) != c["vocab_size"]:
+        raise ValueError(
+            f"{f}: the tokeniser has {n} pieces, the model {c['vocab_size']}: they do not belong together"
+        )
     level = logging.get_verbosity()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); logging.set_verbosity_error()                                    # that the head is new is no news
-        try: net, info = cls.from_pretrained(f, output_loading_info=True, **kw)
-        finally: logging.set_verbosity(level)
-    if lost := [k for k in info["missing_keys"] if not k.startswith(head)]: raise ValueError(f"{f}: the checkpoint lacks {len(lost)} weights, {sorted(lost)[0]} among them: it belongs to another architecture")
+        torch.manual_seed(seed)
+        logging.set_verbosity_error()  # that the head is new is no news
+        try:
+            net, info = cls.from_pretrained(f, output_loading_info=True, **kw)
+        finally:
+            logging.set_verbosity(level)
+    if lost := [k for k in info["missing_keys"] if not k.startswith(head)]:
+        raise ValueError(
+            f"{f}: the checkpoint lacks {len(lost)} weights, {sorted(lost)[0]} among them: it belongs to another architecture"
+        )
     return net
 
-def span_classifier(folder, seed:int) -> SpanObjective:
+
+def span_classifier(folder, seed: int) -> SpanObjective:
     "A saved BERT with a new span head drawn from `seed`."
     return SpanObjective(bert_with_head(BertForQuestionAnswering, folder, seed, ("qa_outputs.",)))
 
+
 @torch.no_grad()
-def span_logits(o:SpanObjective, w:Windows, batch:int=128) -> list: # one (L, 2) array a window
+def span_logits(o: SpanObjective, w: Windows, batch: int = 128) -> list:  # one (L, 2) array a window
     "Logits of every window, those of similar length together."
-    dev = next(o.parameters()).device; o.eval(); out = [None]*len(w); order = np.argsort(-w.lengths, kind="stable"); n = w.lengths
+    dev = next(o.parameters()).device
+    o.eval()
+    out = [None] * len(w)
+    order = np.argsort(-w.lengths, kind="stable")
+    n = w.lengths
     for k in range(0, len(w), batch):
-        rows = order[k:k+batch]; x = o.logits(**{a: b.to(dev) for a, b in span_batch(w, rows).items()}).cpu().numpy()
-        for i, r in enumerate(rows): out[r] = x[i, :n[r]]
+        rows = order[k : k + batch]
+        x = o.logits(**{a: b.to(dev) for a, b in span_batch(w, rows).items()}).cpu().numpy()
+        for i, r in enumerate(rows):
+            out[r] = x[i, : n[r]]
     return out
 
 # %% ../../nbs/49_eval.squad.ipynb #0ff03605
-def finetune_squad(folder,                  # a transformers folder with its tokeniser
-                   train:pd.DataFrame, test:pd.DataFrame, # questions as from `read_squad`
-                   out,                     # folder for checkpoints and progress
-                   recipe:SquadRecipe=SquadRecipe(), *, seed:int=0, run:str="", task:str="squad1") -> pd.DataFrame:
+def finetune_squad(
+    folder,  # a transformers folder with its tokeniser
+    train: pd.DataFrame,
+    test: pd.DataFrame,  # questions as from `read_squad`
+    out,  # folder for checkpoints and progress
+    recipe: SquadRecipe = SquadRecipe(),
+    *,
+    seed: int = 0,
+    run: str = "",
+    task: str = "squad1",
+) -> pd.DataFrame:
     """Fine-tune on `train`, answer `test`: one row a question with run, seed, task, id, group, kind, label (always 1), prediction (1 for an exact match, else 0), right, and said (the text answered, "" for none), answer (the first of the true ones), span (the best one, whatever its rival "no answer" scores), begin, no_answer (its probability), exact, f1.
     In `squad2` a question may have no answer: `right`, `exact` and `f1` are at the threshold .5 of `no_answer`, which no test question decides; `best_exact` is at the threshold that is best for these very questions, as the official script searches it."""
-    if task not in ("squad1", "squad2"): raise ValueError(f"task {task!r}: it should be squad1 or squad2")
-    if task == "squad1" and (train.impossible.any() or test.impossible.any()): raise ValueError("squad1 has no unanswerable questions, and these data have some: call it squad2")
-    tok = AutoTokenizer.from_pretrained(folder); o = span_classifier(folder, seed); r = recipe; room = o.net.config.max_position_embeddings
-    if r.max_tokens > room: raise ValueError(f"windows of {r.max_tokens} tokens do not fit {folder}, which has {room} positions; set max_tokens to {room} or less, or to 0")
-    size = r.max_tokens or min(384, room); cut = dict(max_tokens=size, stride=r.stride or max(1, size//3), max_question=r.max_question); w = squad_windows(tok, train, **cut)
-    if not w.labels.any() and not train.impossible.all(): raise ValueError(f"no answer of the {len(train)} training questions lies whole in a window of {size} tokens")
-    steps = r.steps or -(-len(w)//r.batch)*r.epochs; seed_everything(seed)
-    fit(o, lambda items: span_batch(w, [i for i, _ in items], True), len(w), Path(out)/task, steps=steps, batch=r.batch, lr=r.lr, warmup=int(r.warmup*steps), weight_decay=r.weight_decay, seed=seed, lengths=w.lengths, what=f"{run} {task}".strip())
-    v = squad_windows(tok, test, **cut); p = decode_spans(test, v, span_logits(o, v), r); threshold = .5 if task == "squad2" else 1.
-    span, none = p.span.tolist(), p.no_answer.tolist(); s = squad_scores(test, span, none, threshold); best = s.exact if task == "squad1" else squad_scores(test, span, none, best_threshold(test, span, none, squad_scores(test, span).exact)[1]).exact
-    right = (s.exact == 1).to_numpy(); text = dict(said=np.where(p.no_answer > threshold, "", p.span), answer=[a[0] if len(a) else "" for a in test.answers], span=p.span)
-    return pd.DataFrame(dict(run=run, seed=seed, task=task, id=test.id.astype(str).to_numpy(), group=test.group.astype(str).to_numpy(), kind=test.kind.to_numpy(), label=1, prediction=right.astype(int), right=right, **text, begin=p.begin, no_answer=p.no_answer, exact=s.exact, f1=s.f1, best_exact=best))
+    if task not in ("squad1", "squad2"):
+        raise ValueError(f"task {task!r}: it should be squad1 or squad2")
+    if task == "squad1" and (train.impossible.any() or test.impossible.any()):
+        raise ValueError("squad1 has no unanswerable questions, and these data have some: call it squad2")
+    tok = AutoTokenizer.from_pretrained(folder)
+    o = span_classifier(folder, seed)
+    r = recipe
+    room = o.net.config.max_position_embeddings
+    if r.max_tokens > room:
+        raise ValueError(
+            f"windows of {r.max_tokens} tokens do not fit {folder}, which has {room} positions; set max_tokens to {room} or less, or to 0"
+        )
+    size = r.max_tokens or min(384, room)
+    cut = dict(max_tokens=size, stride=r.stride or max(1, size // 3), max_question=r.max_question)
+    w = squad_windows(tok, train, **cut)
+    if not w.labels.any() and not train.impossible.all():
+        raise ValueError(
+            f"no answer of the {len(train)} training questions lies whole in a window of {size} tokens"
+        )
+    steps = r.steps or -(-len(w) // r.batch) * r.epochs
+    seed_everything(seed)
+    fit(
+        o,
+        lambda items: span_batch(w, [i for i, _ in items], True),
+        len(w),
+        Path(out) / task,
+        steps=steps,
+        batch=r.batch,
+        lr=r.lr,
+        warmup=int(r.warmup * steps),
+        weight_decay=r.weight_decay,
+        seed=seed,
+        lengths=w.lengths,
+        what=f"{run} {task}".strip(),
+    )
+    v = squad_windows(tok, test, **cut)
+    p = decode_spans(test, v, span_logits(o, v), r)
+    threshold = 0.5 if task == "squad2" else 1.0
+    span, none = p.span.tolist(), p.no_answer.tolist()
+    s = squad_scores(test, span, none, threshold)
+    best = (
+        s.exact
+        if task == "squad1"
+        else squad_scores(
+            test, span, none, best_threshold(test, span, none, squad_scores(test, span).exact)[1]
+        ).exact
+    )
+    right = (s.exact == 1).to_numpy()
+    text = dict(
+        said=np.where(p.no_answer > threshold, "", p.span),
+        answer=[a[0] if len(a) else "" for a in test.answers],
+        span=p.span,
+    )
+    return pd.DataFrame(
+        dict(
+            run=run,
+            seed=seed,
+            task=task,
+            id=test.id.astype(str).to_numpy(),
+            group=test.group.astype(str).to_numpy(),
+            kind=test.kind.to_numpy(),
+            label=1,
+            prediction=right.astype(int),
+            right=right,
+            **text,
+            begin=p.begin,
+            no_answer=p.no_answer,
+            exact=s.exact,
+            f1=s.f1,
+            best_exact=best,
+        )
+    )
 
-def squad_summary(test:pd.DataFrame, records:pd.DataFrame) -> dict: # per cent
+
+def squad_summary(test: pd.DataFrame, records: pd.DataFrame) -> dict:  # per cent
     "The official script's numbers for the records of one run; for squad2 with the best threshold."
-    two = (records.task == "squad2").any(); r = records.set_index("id")
-    if not r.index.is_unique: raise ValueError("the records hold a question twice: give those of one run and seed")
-    return evaluate_squad(test, r.span, r.no_answer if two else None, .5 if two else 1.)
+    two = (records.task == "squad2").any()
+    r = records.set_index("id")
+    if not r.index.is_unique:
+        raise ValueError("the records hold a question twice: give those of one run and seed")
+    return evaluate_squad(test, r.span, r.no_answer if two else None, 0.5 if two else 1.0)

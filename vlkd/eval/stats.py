@@ -21,238 +21,496 @@ from ..data.tasks import TASKS
 # %% ../../nbs/52_eval.stats.ipynb #662bbda9
 COLUMNS = ("run", "seed", "task", "id", "group", "kind", "label", "prediction", "right")
 
-def check_examples(df, where="examples"): # df itself
+
+def check_examples(df, where="examples"):  # df itself
     "Check a frame of per-example records; missing columns, gaps, doubles and a `right` that contradicts the prediction raise ValueError."
-    if lack := [c for c in COLUMNS if c not in df]: raise ValueError(f"{where}: column {lack[0]!r} is missing; expected {', '.join(COLUMNS)}")
-    if not len(df): raise ValueError(f"{where}: no examples")
-    if (gaps := df[list(COLUMNS)].isna().any()).any(): raise ValueError(f"{where}: missing values in {', '.join(gaps[gaps].index)}; use '' where there is no kind")
+    if lack := [c for c in COLUMNS if c not in df]:
+        raise ValueError(f"{where}: column {lack[0]!r} is missing; expected {', '.join(COLUMNS)}")
+    if not len(df):
+        raise ValueError(f"{where}: no examples")
+    if (gaps := df[list(COLUMNS)].isna().any()).any():
+        raise ValueError(
+            f"{where}: missing values in {', '.join(gaps[gaps].index)}; use '' where there is no kind"
+        )
     wrong = (df["right"].astype(bool) != (df["label"] == df["prediction"])).to_numpy()
-    if wrong.any(): raise ValueError(f"{where}, row {wrong.argmax()}: `right` contradicts label and prediction")
+    if wrong.any():
+        raise ValueError(f"{where}, row {wrong.argmax()}: `right` contradicts label and prediction")
     twice = df.duplicated(["run", "seed", "task", "id"]).to_numpy()
-    if twice.any(): r = df.iloc[twice.argmax()]; raise ValueError(f"{where}, row {twice.argmax()}: run {r.run}, seed {r.seed}, task {r.task}, id {r.id} occurs a second time")
+    if twice.any():
+        r = df.iloc[twice.argmax()]
+        raise ValueError(
+            f"{where}, row {twice.argmax()}: run {r.run}, seed {r.seed}, task {r.task}, id {r.id} occurs a second time"
+        )
     return df
 
-def accuracy_table(examples) -> pd.DataFrame: # a row per run and task
+
+def accuracy_table(examples) -> pd.DataFrame:  # a row per run and task
     "Accuracy in points, mean and standard deviation over worlds, with the numbers of worlds and examples."
-    w = check_examples(examples).groupby(["run", "task", "seed"], sort=False)["right"].agg(["mean", "size"]).reset_index()
-    t = w.assign(mean=100*w["mean"]).groupby(["run", "task"], sort=False).agg(accuracy=("mean", "mean"), sd=("mean", "std"), worlds=("mean", "size"), examples=("size", "sum"))
+    w = (
+        check_examples(examples)
+        .groupby(["run", "task", "seed"], sort=False)["right"]
+        .agg(["mean", "size"])
+        .reset_index()
+    )
+    t = (
+        w.assign(mean=100 * w["mean"])
+        .groupby(["run", "task"], sort=False)
+        .agg(accuracy=("mean", "mean"), sd=("mean", "std"), worlds=("mean", "size"), examples=("size", "sum"))
+    )
     return t.reset_index()
 
 # %% ../../nbs/52_eval.stats.ipynb #1b09da1f
-def _cells(df, cluster): # world -> list of (sums, counts), each (clusters, tasks), one pair per block of tasks that share clusters
+def _cells(
+    df, cluster
+):  # world -> list of (sums, counts), each (clusters, tasks), one pair per block of tasks that share clusters
     "Sums of `value` and counts per cluster and task; all that the bootstrap needs of the examples."
-    agg = df.groupby(["seed", "task", cluster], sort=True)["value"].agg(["sum", "size"]).reset_index(); out = {}
+    agg = df.groupby(["seed", "task", cluster], sort=True)["value"].agg(["sum", "size"]).reset_index()
+    out = {}
     for w, d in agg.groupby("seed"):
-        s = d.pivot(index=cluster, columns="task", values="sum").fillna(0); n = d.pivot(index=cluster, columns="task", values="size").fillna(0).to_numpy()
-        if lack := set(agg["task"]) - set(s.columns): raise ValueError(f"world {w} has no examples of {', '.join(sorted(lack))}, which other worlds have")
+        s = d.pivot(index=cluster, columns="task", values="sum").fillna(0)
+        n = d.pivot(index=cluster, columns="task", values="size").fillna(0).to_numpy()
+        if lack := set(agg["task"]) - set(s.columns):
+            raise ValueError(
+                f"world {w} has no examples of {', '.join(sorted(lack))}, which other worlds have"
+            )
         joint = ((n > 0).T.astype(int) @ (n > 0)) > 0
-        for _ in range(len(joint)): joint = (joint.astype(int) @ joint) > 0     # tasks linked through a third one
+        for _ in range(len(joint)):
+            joint = (joint.astype(int) @ joint) > 0  # tasks linked through a third one
         out[w] = []
         for cols in {tuple(np.flatnonzero(r)) for r in joint}:
-            rows = n[:, cols].sum(1) > 0; out[w].append((s.to_numpy()[rows][:, cols], n[rows][:, cols]))
+            rows = n[:, cols].sum(1) > 0
+            out[w].append((s.to_numpy()[rows][:, cols], n[rows][:, cols]))
         out[w].sort(key=lambda b: b[0].shape)
     return out
 
-def _resample(s, n, m, g): # (m, tasks) means of m resamples of the clusters
-    k, step = len(s), max(1, 4_000_000//len(s)); out = []
+
+def _resample(s, n, m, g):  # (m, tasks) means of m resamples of the clusters
+    k, step = len(s), max(1, 4_000_000 // len(s))
+    out = []
     for i in range(0, m, step):
-        b = min(step, m-i); at = g.integers(k, size=(b, k)) + k*np.arange(b)[:, None]
-        w = np.bincount(at.ravel(), minlength=b*k).reshape(b, k).astype(float)  # how often each cluster was drawn
-        with np.errstate(invalid="ignore"): out.append((w @ s)/(w @ n))         # a task that was not drawn at all is nan
+        b = min(step, m - i)
+        at = g.integers(k, size=(b, k)) + k * np.arange(b)[:, None]
+        w = (
+            np.bincount(at.ravel(), minlength=b * k).reshape(b, k).astype(float)
+        )  # how often each cluster was drawn
+        with np.errstate(invalid="ignore"):
+            out.append((w @ s) / (w @ n))  # a task that was not drawn at all is nan
     return np.concatenate(out)
 
-def _bootstrap(df, cluster, n_boot, seed): # estimate per world (worlds,), replicates (n_boot,)
+
+def _bootstrap(df, cluster, n_boot, seed):  # estimate per world (worlds,), replicates (n_boot,)
     "Hierarchical bootstrap of the mean of `value` in a frame with seed, task, cluster and value."
     cells, g = _cells(df, cluster), rng("bootstrap", seed)
-    per_world = np.array([np.concatenate([s.sum(0)/n.sum(0) for s, n in b]).mean() for b in cells.values()])
-    pick = g.integers(len(cells), size=(n_boot, len(cells))); theta = np.empty(pick.shape)
+    per_world = np.array([np.concatenate([s.sum(0) / n.sum(0) for s, n in b]).mean() for b in cells.values()])
+    pick = g.integers(len(cells), size=(n_boot, len(cells)))
+    theta = np.empty(pick.shape)
     for k, blocks in enumerate(cells.values()):
         m = int((pick == k).sum())
-        if m: theta[pick == k] = np.nanmean(np.concatenate([_resample(s, n, m, g) for s, n in blocks], 1), axis=1)
-    return per_world, np.round(theta.mean(1), 9)                                # rounded, so that exact ties stay ties
+        if m:
+            theta[pick == k] = np.nanmean(
+                np.concatenate([_resample(s, n, m, g) for s, n in blocks], 1), axis=1
+            )
+    return per_world, np.round(theta.mean(1), 9)  # rounded, so that exact ties stay ties
 
 # %% ../../nbs/52_eval.stats.ipynb #9af8e4bc
-def _t_quantile(p, df): # quantile of Student's t, by the substitution t = sqrt(df) tan(angle)
-    a = np.linspace(-np.pi/2, np.pi/2, 40001); f = np.cos(a).clip(0)**(df-1); c = np.concatenate([[0], np.cumsum((f[1:]+f[:-1])/2)])
-    return float(np.sqrt(df)*np.tan(np.interp(p, c/c[-1], a)))
+def _t_quantile(p, df):  # quantile of Student's t, by the substitution t = sqrt(df) tan(angle)
+    a = np.linspace(-np.pi / 2, np.pi / 2, 40001)
+    f = np.cos(a).clip(0) ** (df - 1)
+    c = np.concatenate([[0], np.cumsum((f[1:] + f[:-1]) / 2)])
+    return float(np.sqrt(df) * np.tan(np.interp(p, c / c[-1], a)))
 
-def _summary(df, cluster, level, n_boot, seed, zero=0.): # dict, replicates
-    if not 0 < level < 1: raise ValueError(f"level should lie between 0 and 1, got {level}")
-    if cluster not in df: raise ValueError(f"no column {cluster!r} to cluster by; there are {', '.join(df.columns)}")
-    per, draws = _bootstrap(df, cluster, n_boot, seed); w = sorted(df["seed"].unique()); n = len(w); mean = float(per.mean())
-    low, high = (float(q) for q in np.quantile(draws, [(1-level)/2, (1+level)/2]))
-    half = _t_quantile((1+level)/2, n-1)*per.std(ddof=1)/n**.5 if n > 1 else None
-    p = min(1., 2*(1+min((draws <= zero).sum(), (draws >= zero).sum()))/(n_boot+1))
-    return dict(low=low, high=high, p=float(p), se=float(draws.std()), level=level, n_worlds=n, n_clusters=int(df.groupby("seed")[cluster].nunique().sum()), n_examples=len(df), n_boot=n_boot,
-                worlds_resampled=n > 1, world_low=None if n < 2 else float(mean-half), world_high=None if n < 2 else float(mean+half),
-                per_world=[dict(seed=int(s), value=float(v)) for s, v in zip(w, per)]), mean, draws
+
+def _summary(df, cluster, level, n_boot, seed, zero=0.0):  # dict, replicates
+    if not 0 < level < 1:
+        raise ValueError(f"level should lie between 0 and 1, got {level}")
+    if cluster not in df:
+        raise ValueError(f"no column {cluster!r} to cluster by; there are {', '.join(df.columns)}")
+    per, draws = _bootstrap(df, cluster, n_boot, seed)
+    w = sorted(df["seed"].unique())
+    n = len(w)
+    mean = float(per.mean())
+    low, high = (float(q) for q in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
+    half = _t_quantile((1 + level) / 2, n - 1) * per.std(ddof=1) / n**0.5 if n > 1 else None
+    p = min(1.0, 2 * (1 + min((draws <= zero).sum(), (draws >= zero).sum())) / (n_boot + 1))
+    return (
+        dict(
+            low=low,
+            high=high,
+            p=float(p),
+            se=float(draws.std()),
+            level=level,
+            n_worlds=n,
+            n_clusters=int(df.groupby("seed")[cluster].nunique().sum()),
+            n_examples=len(df),
+            n_boot=n_boot,
+            worlds_resampled=n > 1,
+            world_low=None if n < 2 else float(mean - half),
+            world_high=None if n < 2 else float(mean + half),
+            per_world=[dict(seed=int(s), value=float(v)) for s, v in zip(w, per)],
+        ),
+        mean,
+        draws,
+    )
 
 # %% ../../nbs/52_eval.stats.ipynb #37ab5092
-def _one(df, name): # records of a single run
-    check_examples(df, name); runs = df["run"].unique()
-    if len(runs) != 1: raise ValueError(f"{name}: expected the records of one run, got {', '.join(map(str, runs))}")
+def _one(df, name):  # records of a single run
+    check_examples(df, name)
+    runs = df["run"].unique()
+    if len(runs) != 1:
+        raise ValueError(f"{name}: expected the records of one run, got {', '.join(map(str, runs))}")
     return df
 
-def _paired(a, b): # frame with value = 100 * (right of a - right of b)
-    key = ["seed", "task", "id"]; ra, rb = _one(a, "a")["run"].iloc[0], _one(b, "b")["run"].iloc[0]
+
+def _paired(a, b):  # frame with value = 100 * (right of a - right of b)
+    key = ["seed", "task", "id"]
+    ra, rb = _one(a, "a")["run"].iloc[0], _one(b, "b")["run"].iloc[0]
     m = a.merge(b, on=key, how="outer", suffixes=("", "_b"), indicator=True)
     if (odd := m["_merge"] != "both").any():
-        r = m[odd].iloc[0]; has, lacks = (ra, rb) if r["_merge"] == "left_only" else (rb, ra)
-        raise ValueError(f"{ra} and {rb} are not aligned: {int(odd.sum())} examples are in one only; first: seed {r.seed}, task {r.task}, id {r.id} is in {has}, not in {lacks}")
+        r = m[odd].iloc[0]
+        has, lacks = (ra, rb) if r["_merge"] == "left_only" else (rb, ra)
+        raise ValueError(
+            f"{ra} and {rb} are not aligned: {int(odd.sum())} examples are in one only; first: seed {r.seed}, task {r.task}, id {r.id} is in {has}, not in {lacks}"
+        )
     for c in ("label", "group", "kind"):
-        if (bad := (m[c] != m[f"{c}_b"]).to_numpy()).any(): r = m.iloc[bad.argmax()]; raise ValueError(f"{ra} and {rb} are not aligned: seed {r.seed}, task {r.task}, id {r.id} has {c} {r[c]!r} and {r[c+'_b']!r}")
-    return m.assign(value=100*(m["right"].astype(float)-m["right_b"].astype(float)))
+        if (bad := (m[c] != m[f"{c}_b"]).to_numpy()).any():
+            r = m.iloc[bad.argmax()]
+            raise ValueError(
+                f"{ra} and {rb} are not aligned: seed {r.seed}, task {r.task}, id {r.id} has {c} {r[c]!r} and {r[c + '_b']!r}"
+            )
+    return m.assign(value=100 * (m["right"].astype(float) - m["right_b"].astype(float)))
 
-def _difference(a, b, cluster, level, n_boot, seed): # dict, replicates
-    r, mean, draws = _summary(_paired(a, b), cluster, level, n_boot, seed); z = NormalDist().inv_cdf
-    for w in r["per_world"]: w["diff"] = w.pop("value")
-    return dict(diff=mean, **r, detectable=(z(.975)+z(.8))*r["se"]), draws
 
-def paired_difference(a, b,            # records of two runs over the same examples
-                      *, cluster="group", # column whose values are drawn together
-                      level=.95,       # of the interval
-                      n_boot=2000, seed=0) -> dict: # diff, low, high, p, se, n_worlds, n_clusters, n_examples, per_world, ...
+def _difference(a, b, cluster, level, n_boot, seed):  # dict, replicates
+    r, mean, draws = _summary(_paired(a, b), cluster, level, n_boot, seed)
+    z = NormalDist().inv_cdf
+    for w in r["per_world"]:
+        w["diff"] = w.pop("value")
+    return dict(diff=mean, **r, detectable=(z(0.975) + z(0.8)) * r["se"]), draws
+
+
+def paired_difference(
+    a,
+    b,  # records of two runs over the same examples
+    *,
+    cluster="group",  # column whose values are drawn together
+    level=0.95,  # of the interval
+    n_boot=2000,
+    seed=0,
+) -> dict:  # diff, low, high, p, se, n_worlds, n_clusters, n_examples, per_world, ...
     """Accuracy of `a` minus accuracy of `b` in points: mean over worlds of the mean over tasks, with a percentile interval of the hierarchical bootstrap and its two-sided p.
     `world_low`, `world_high` are a t interval over worlds (None for one world, where `worlds_resampled` is False); `detectable` is the smallest difference found with 80 % power at this standard error."""
     return _difference(a, b, cluster, level, n_boot, seed)[0]
 
 # %% ../../nbs/52_eval.stats.ipynb #e5f028e7
-def _mean(a, cluster, level, n_boot, seed, zero=0.): # dict, replicates
-    r, mean, draws = _summary(_one(a, "a").assign(value=100*a["right"].astype(float)), cluster, level, n_boot, seed, zero)
+def _mean(a, cluster, level, n_boot, seed, zero=0.0):  # dict, replicates
+    r, mean, draws = _summary(
+        _one(a, "a").assign(value=100 * a["right"].astype(float)), cluster, level, n_boot, seed, zero
+    )
     return dict(mean=mean, **r), draws
 
-def mean_interval(a, *, cluster="group", level=.95, n_boot=2000, seed=0, chance=0.) -> dict: # mean, low, high, ... in points
+
+def mean_interval(
+    a, *, cluster="group", level=0.95, n_boot=2000, seed=0, chance=0.0
+) -> dict:  # mean, low, high, ... in points
     "Accuracy of one run with its bootstrap interval; `p` is two-sided against `chance` (points)."
     return _mean(a, cluster, level, n_boot, seed, chance)[0]
 
-def detectable_effect(n_clusters,    # per world
-                      sd,            # of a cluster's mean difference, points
-                      n_worlds=1, sd_worlds=0., # worlds, and how much the true difference varies between them, points
-                      power=.8, level=.95) -> float: # points
+
+def detectable_effect(
+    n_clusters,  # per world
+    sd,  # of a cluster's mean difference, points
+    n_worlds=1,
+    sd_worlds=0.0,  # worlds, and how much the true difference varies between them, points
+    power=0.8,
+    level=0.95,
+) -> float:  # points
     "Smallest difference that a two-sided test at `level` finds with probability `power`."
-    if n_clusters < 1 or n_worlds < 1 or sd < 0 or sd_worlds < 0: raise ValueError(f"needs at least one cluster and world and sd >= 0, got {n_clusters}, {n_worlds}, {sd}, {sd_worlds}")
+    if n_clusters < 1 or n_worlds < 1 or sd < 0 or sd_worlds < 0:
+        raise ValueError(
+            f"needs at least one cluster and world and sd >= 0, got {n_clusters}, {n_worlds}, {sd}, {sd_worlds}"
+        )
     z = NormalDist().inv_cdf
-    return (z((1+level)/2)+z(power))*(sd**2/(n_clusters*n_worlds)+sd_worlds**2/n_worlds)**.5
+    return (z((1 + level) / 2) + z(power)) * (
+        sd**2 / (n_clusters * n_worlds) + sd_worlds**2 / n_worlds
+    ) ** 0.5
 
 # %% ../../nbs/52_eval.stats.ipynb #3e402319
-def equivalence(a, b, bound, *, cluster="group", n_boot=2000, seed=0) -> dict: # paired_difference at 90 %, with bound, verdict and the p of the two one-sided tests
-    "Is |a - b| < `bound` points? verdict: \"equivalent\" (90 % interval within), \"different\" (wholly outside), else \"undecided\"."
-    if not bound > 0: raise ValueError(f"bound should be a positive number of points, got {bound}")
-    r, x = _difference(a, b, cluster, .9, n_boot, seed)
-    p = (1+max((x >= bound).sum(), (x <= -bound).sum()))/(n_boot+1)
-    v = "equivalent" if -bound < r["low"] and r["high"] < bound else "different" if r["low"] > bound or r["high"] < -bound else "undecided"
+def equivalence(
+    a, b, bound, *, cluster="group", n_boot=2000, seed=0
+) -> dict:  # paired_difference at 90 %, with bound, verdict and the p of the two one-sided tests
+    'Is |a - b| < `bound` points? verdict: "equivalent" (90 % interval within), "different" (wholly outside), else "undecided".'
+    if not bound > 0:
+        raise ValueError(f"bound should be a positive number of points, got {bound}")
+    r, x = _difference(a, b, cluster, 0.9, n_boot, seed)
+    p = (1 + max((x >= bound).sum(), (x <= -bound).sum())) / (n_boot + 1)
+    v = (
+        "equivalent"
+        if -bound < r["low"] and r["high"] < bound
+        else "different"
+        if r["low"] > bound or r["high"] < -bound
+        else "undecided"
+    )
     return r | dict(p=float(min(1, p)), bound=float(bound), verdict=v)
 
-def holm(pvalues) -> np.ndarray: # adjusted, same order
+
+def holm(pvalues) -> np.ndarray:  # adjusted, same order
     "Holm's adjusted p-values: the k-th smallest of n times n-k+1, made monotone and at most 1."
     p = np.asarray(pvalues, float)
-    if p.ndim != 1 or np.isnan(p).any() or (p < 0).any() or (p > 1).any(): raise ValueError(f"p-values should be a list of numbers in 0..1, got {pvalues}")
-    order = np.argsort(p, kind="stable"); out = np.empty_like(p)
-    out[order] = np.minimum(1, np.maximum.accumulate(p[order]*np.arange(len(p), 0, -1)))
+    if p.ndim != 1 or np.isnan(p).any() or (p < 0).any() or (p > 1).any():
+        raise ValueError(f"p-values should be a list of numbers in 0..1, got {pvalues}")
+    order = np.argsort(p, kind="stable")
+    out = np.empty_like(p)
+    out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return out
 
 # %% ../../nbs/52_eval.stats.ipynb #8dbce4a3
 _TEXT = ("id", "table", "paper", "where", "text", "kind")
-_ANY = dict(not_at=dict) # of a claim of any kind: scale -> why it cannot be tested there
-_KINDS = dict( # kind of claim -> required keys, optional keys
+_ANY = dict(not_at=dict)  # of a claim of any kind: scale -> why it cannot be tested there
+_KINDS = dict(  # kind of claim -> required keys, optional keys
     greater=(dict(better=str, worse=str, tasks=list, min_effect=float), dict(subset=str)),
     equivalent=(dict(a=str, b=str, tasks=list, bound=float), dict(subset=str)),
     above_chance=(dict(run=str, tasks=list, chance=float), dict(subset=str, min_effect=float)),
-    noted=({}, {}))
+    noted=({}, {}),
+)
+
 
 def check_claim(c, where="claim") -> dict:
     "Check one claim; unknown keys, kinds and tasks, missing keys and wrong types raise ValueError."
     for k in _TEXT:
-        if not isinstance(c.get(k), str) or not c[k].strip(): raise ValueError(f"{where}: needs {k} = \"...\"; every claim has {', '.join(_TEXT)}")
-    if c["kind"] not in _KINDS: raise ValueError(f"{where}: " + str(_unknown("kind of claim", c["kind"], _KINDS)))
-    need, may = _KINDS[c["kind"]]; types = need | may | _ANY
+        if not isinstance(c.get(k), str) or not c[k].strip():
+            raise ValueError(f'{where}: needs {k} = "..."; every claim has {", ".join(_TEXT)}')
+    if c["kind"] not in _KINDS:
+        raise ValueError(f"{where}: " + str(_unknown("kind of claim", c["kind"], _KINDS)))
+    need, may = _KINDS[c["kind"]]
+    types = need | may | _ANY
     for k in c:
-        if k not in _TEXT and k not in types: raise ValueError(f"{where}: " + str(_unknown(f"key of a claim of kind {c['kind']}", k, (*_TEXT, *types))))
-    if lack := [k for k in need if k not in c]: raise ValueError(f"{where}: a claim of kind {c['kind']} needs {', '.join(lack)}")
+        if k not in _TEXT and k not in types:
+            raise ValueError(
+                f"{where}: " + str(_unknown(f"key of a claim of kind {c['kind']}", k, (*_TEXT, *types)))
+            )
+    if lack := [k for k in need if k not in c]:
+        raise ValueError(f"{where}: a claim of kind {c['kind']} needs {', '.join(lack)}")
     for k, t in types.items():
-        if k in c and (isinstance(c[k], bool) or not isinstance(c[k], (int, float) if t is float else t)): raise ValueError(f"{where}: {k} = {c[k]!r} should be {t.__name__}")
+        if k in c and (isinstance(c[k], bool) or not isinstance(c[k], (int, float) if t is float else t)):
+            raise ValueError(f"{where}: {k} = {c[k]!r} should be {t.__name__}")
     for t in c.get("tasks", []):
-        if t not in (known := (*TASKS, "squad1", "squad2", *(f"retrieval-{k}" for k in ("noun", "event", "outcome", "peer")))): raise ValueError(f"{where}: " + str(_unknown("task", t, known)))
-    if "tasks" in c and (not c["tasks"] or len(set(c["tasks"])) < len(c["tasks"])): raise ValueError(f"{where}: tasks should name at least one task, each once")
-    for k, ok in (("min_effect", lambda v: 0 <= v <= 100), ("bound", lambda v: 0 < v <= 100), ("chance", lambda v: 0 <= v <= 100)):
-        if k in c and not ok(c[k]): raise ValueError(f"{where}: {k} = {c[k]} should be in points, {'above 0' if k == 'bound' else '0'} to 100")
+        if t not in (
+            known := (
+                *TASKS,
+                "squad1",
+                "squad2",
+                *(f"retrieval-{k}" for k in ("noun", "event", "outcome", "peer")),
+            )
+        ):
+            raise ValueError(f"{where}: " + str(_unknown("task", t, known)))
+    if "tasks" in c and (not c["tasks"] or len(set(c["tasks"])) < len(c["tasks"])):
+        raise ValueError(f"{where}: tasks should name at least one task, each once")
+    for k, ok in (
+        ("min_effect", lambda v: 0 <= v <= 100),
+        ("bound", lambda v: 0 < v <= 100),
+        ("chance", lambda v: 0 <= v <= 100),
+    ):
+        if k in c and not ok(c[k]):
+            raise ValueError(
+                f"{where}: {k} = {c[k]} should be in points, {'above 0' if k == 'bound' else '0'} to 100"
+            )
     for k, v in c.get("not_at", {}).items():
-        if k not in scales(): raise ValueError(f"{where}: not_at: " + str(_unknown("scale", k, scales())))
-        if not isinstance(v, str) or not v.strip(): raise ValueError(f"{where}: not_at: {k} should say why, got {v!r}")
+        if k not in scales():
+            raise ValueError(f"{where}: not_at: " + str(_unknown("scale", k, scales())))
+        if not isinstance(v, str) or not v.strip():
+            raise ValueError(f"{where}: not_at: {k} should say why, got {v!r}")
     for x, y in (("better", "worse"), ("a", "b")):
-        if x in c and c[x] == c[y]: raise ValueError(f"{where}: {x} and {y} are both {c[x]!r}")
+        if x in c and c[x] == c[y]:
+            raise ValueError(f"{where}: {x} and {y} are both {c[x]!r}")
     return c
+
 
 def read_claims(path) -> list[dict]:
     "Read and check `claims.toml` ([[claim]] tables); any mistake raises ValueError with the file and the claim's id."
     p = Path(path)
-    if not p.is_file(): raise FileNotFoundError(f"no claims file {p}")
-    try: d = tomllib.loads(p.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{p}: not valid TOML ({e})") from None
-    if set(d) != {"claim"} or not isinstance(d["claim"], list) or not all(isinstance(c, dict) for c in d["claim"]): raise ValueError(f"{p}: expected [[claim]] tables only, found {', '.join(d) or 'nothing'}")
+    if not p.is_file():
+        raise FileNotFoundError(f"no claims file {p}")
+    try:
+        d = tomllib.loads(p.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{p}: not valid TOML ({e})") from None
+    if (
+        set(d) != {"claim"}
+        or not isinstance(d["claim"], list)
+        or not all(isinstance(c, dict) for c in d["claim"])
+    ):
+        raise ValueError(f"{p}: expected [[claim]] tables only, found {', '.join(d) or 'nothing'}")
     seen = set()
     for i, c in enumerate(d["claim"], 1):
         check_claim(c, f"{p}, claim {i} ({c.get('id', 'no id')})")
-        if c["id"] in seen: raise ValueError(f"{p}, claim {i}: the id {c['id']} occurs a second time")
+        if c["id"] in seen:
+            raise ValueError(f"{p}, claim {i}: the id {c['id']} occurs a second time")
         seen.add(c["id"])
     return d["claim"]
 
 # %% ../../nbs/52_eval.stats.ipynb #4a0bf468
-def in_subset(examples, name:str): # boolean, a value an example
+def in_subset(examples, name: str):  # boolean, a value an example
     "Which examples are of a kind, or have a category (several are joined by `;`)."
     here = examples["kind"] == name
-    return here | (";"+examples["category"].fillna("")+";").str.contains(f";{name};", regex=False) if "category" in examples else here
+    return (
+        here | (";" + examples["category"].fillna("") + ";").str.contains(f";{name};", regex=False)
+        if "category" in examples
+        else here
+    )
 
-def _worlds(claim, examples, runs): # records of each run on the worlds that all have, remark; or None, reason
-    parts = []; d = examples[examples["task"].isin(claim["tasks"])]
-    if "subset" in claim: d = d[in_subset(d, claim["subset"])]
-    here = set(d["task"]); tasks = [t for t in claim["tasks"] if t in here] or claim["tasks"]; absent = [t for t in claim["tasks"] if t not in tasks] # some scales have no data for some tasks
+
+def _worlds(
+    claim, examples, runs
+):  # records of each run on the worlds that all have, remark; or None, reason
+    parts = []
+    d = examples[examples["task"].isin(claim["tasks"])]
+    if "subset" in claim:
+        d = d[in_subset(d, claim["subset"])]
+    here = set(d["task"])
+    tasks = [t for t in claim["tasks"] if t in here] or claim["tasks"]
+    absent = [t for t in claim["tasks"] if t not in tasks]  # some scales have no data for some tasks
     for r in runs:
         p = d[d["run"] == r]
-        if lack := [t for t in tasks if t not in set(p["task"])]: return None, f"no records of {r} on {', '.join(lack)}" + (f" of kind {claim['subset']}" if "subset" in claim else "")
+        if lack := [t for t in tasks if t not in set(p["task"])]:
+            return None, f"no records of {r} on {', '.join(lack)}" + (
+                f" of kind {claim['subset']}" if "subset" in claim else ""
+            )
         parts.append(p)
-    full = [{s for s, t in d.groupby("seed")["task"].nunique().items() if t == len(tasks)} for d in parts]; common = set.intersection(*full); gone = set.union(*(set(d["seed"]) for d in parts)) - common
-    if not common: return None, f"no world in which {' and '.join(runs)} have all of {', '.join(tasks)}"
-    return [d[d["seed"].isin(common)] for d in parts], (f"; on {', '.join(tasks)} alone, since no run has records of {', '.join(absent)}" if absent else "") + (f"; worlds {', '.join(map(str, sorted(gone)))} left out, incomplete" if gone else "")
+    full = [{s for s, t in d.groupby("seed")["task"].nunique().items() if t == len(tasks)} for d in parts]
+    common = set.intersection(*full)
+    gone = set.union(*(set(d["seed"]) for d in parts)) - common
+    if not common:
+        return None, f"no world in which {' and '.join(runs)} have all of {', '.join(tasks)}"
+    return [d[d["seed"].isin(common)] for d in parts], (
+        f"; on {', '.join(tasks)} alone, since no run has records of {', '.join(absent)}" if absent else ""
+    ) + (f"; worlds {', '.join(map(str, sorted(gone)))} left out, incomplete" if gone else "")
 
-def _measure(claim, examples, n_boot, seed, scale=""): # numbers of a claim, without verdict
+
+def _measure(claim, examples, n_boot, seed, scale=""):  # numbers of a claim, without verdict
     kind = claim["kind"]
-    if kind == "noted": return dict(test="none: a remark on the paper", evidence="not tested")
-    if why := claim.get("not_at", {}).get(scale): return dict(test="none", evidence=f"at scale {scale} {why}")
-    runs = dict(greater=("better", "worse"), equivalent=("a", "b"), above_chance=("run",))[kind]; runs = [claim[k] for k in runs]
-    parts, note = _worlds(claim, examples, runs); test = {"greater": "hierarchical bootstrap, two-sided, Holm within the table", "equivalent": "two one-sided tests, hierarchical bootstrap, Holm within the table", "above_chance": "hierarchical bootstrap against chance, two-sided, Holm within the table"}[kind]
-    if parts is None: return dict(test=test, evidence=note)
+    if kind == "noted":
+        return dict(test="none: a remark on the paper", evidence="not tested")
+    if why := claim.get("not_at", {}).get(scale):
+        return dict(test="none", evidence=f"at scale {scale} {why}")
+    runs = dict(greater=("better", "worse"), equivalent=("a", "b"), above_chance=("run",))[kind]
+    runs = [claim[k] for k in runs]
+    parts, note = _worlds(claim, examples, runs)
+    test = {
+        "greater": "hierarchical bootstrap, two-sided, Holm within the table",
+        "equivalent": "two one-sided tests, hierarchical bootstrap, Holm within the table",
+        "above_chance": "hierarchical bootstrap against chance, two-sided, Holm within the table",
+    }[kind]
+    if parts is None:
+        return dict(test=test, evidence=note)
     kw = dict(n_boot=n_boot, seed=seed)
     if kind == "above_chance":
-        r = mean_interval(*parts, chance=claim["chance"], **kw); r = r | dict(diff=r["mean"]-claim["chance"], low=r["low"]-claim["chance"], high=r["high"]-claim["chance"])
-        r |= {k: r[k] if r[k] is None else r[k]-claim["chance"] for k in ("world_low", "world_high")}
-    else: r = equivalence(*parts, claim["bound"], **kw) if kind == "equivalent" else paired_difference(*parts, **kw)
-    return dict(test=test, note=note, outcome=r.pop("verdict", None), **{k: r[k] for k in ("diff", "low", "high", "p", "se", "level", "n_worlds", "n_clusters", "n_examples", "world_low", "world_high", "per_world")})
+        r = mean_interval(*parts, chance=claim["chance"], **kw)
+        r = r | dict(
+            diff=r["mean"] - claim["chance"], low=r["low"] - claim["chance"], high=r["high"] - claim["chance"]
+        )
+        r |= {k: r[k] if r[k] is None else r[k] - claim["chance"] for k in ("world_low", "world_high")}
+    else:
+        r = (
+            equivalence(*parts, claim["bound"], **kw)
+            if kind == "equivalent"
+            else paired_difference(*parts, **kw)
+        )
+    return dict(
+        test=test,
+        note=note,
+        outcome=r.pop("verdict", None),
+        **{
+            k: r[k]
+            for k in (
+                "diff",
+                "low",
+                "high",
+                "p",
+                "se",
+                "level",
+                "n_worlds",
+                "n_clusters",
+                "n_examples",
+                "world_low",
+                "world_high",
+                "per_world",
+            )
+        },
+    )
 
-def _evidence(r, family): # a computed sentence
-    s = f"{r['diff']:+.1f} points, {100*r['level']:.0f} % interval {r['low']:+.1f} to {r['high']:+.1f}; {r['n_examples']} examples in {r['n_clusters']} clusters, " + \
-        ("one world, so other worlds are not spoken for" if r["n_worlds"] == 1 else f"{r['n_worlds']} worlds (t over worlds {r['world_low']:+.1f} to {r['world_high']:+.1f})")
-    return s + f"; p = {r['p']:.2g}, {r['p_holm']:.2g} after Holm over {family} claims; detectable {r['detectable']:.1f} points{r['note']}"
+
+def _evidence(r, family):  # a computed sentence
+    s = (
+        f"{r['diff']:+.1f} points, {100 * r['level']:.0f} % interval {r['low']:+.1f} to {r['high']:+.1f}; {r['n_examples']} examples in {r['n_clusters']} clusters, "
+        + (
+            "one world, so other worlds are not spoken for"
+            if r["n_worlds"] == 1
+            else f"{r['n_worlds']} worlds (t over worlds {r['world_low']:+.1f} to {r['world_high']:+.1f})"
+        )
+    )
+    return (
+        s
+        + f"; p = {r['p']:.2g}, {r['p_holm']:.2g} after Holm over {family} claims; detectable {r['detectable']:.1f} points{r['note']}"
+    )
+
 
 def _verdict(c, r) -> str:
-    if r["p"] is None: return "noted" if c["kind"] == "noted" else "not tested"
-    if c["kind"] == "equivalent": return "holds" if r["outcome"] == "equivalent" and r["p_holm"] < .05 else "fails" if r["outcome"] == "different" else "undecided"
-    least = c.get("min_effect", 0.)
-    if r["p_holm"] < .05 and r["low"] > 0 and r["diff"] >= least: return "holds"
+    if r["p"] is None:
+        return "noted" if c["kind"] == "noted" else "not tested"
+    if c["kind"] == "equivalent":
+        return (
+            "holds"
+            if r["outcome"] == "equivalent" and r["p_holm"] < 0.05
+            else "fails"
+            if r["outcome"] == "different"
+            else "undecided"
+        )
+    least = c.get("min_effect", 0.0)
+    if r["p_holm"] < 0.05 and r["low"] > 0 and r["diff"] >= least:
+        return "holds"
     return "fails" if r["high"] < least else "undecided"
 
 # %% ../../nbs/52_eval.stats.ipynb #2396e276
-def judge_all(claims, examples, n_boot=4000, seed=0, scale="") -> list[dict]: # a dict per claim, in order
+def judge_all(claims, examples, n_boot=4000, seed=0, scale="") -> list[dict]:  # a dict per claim, in order
     "Judge claims on per-example records, with Holm's correction within each table. A claim over tasks of which some have no record at all is judged on the others, and says so; one without records is not tested, as is one that says why it cannot be at this `scale`; its evidence says what is missing."
-    check_examples(examples); claims = [check_claim(c, f"claim {c.get('id')}") for c in claims]; z = NormalDist().inv_cdf
-    found = [dict(p=None, p_holm=None, diff=None, low=None, high=None, n=0, n_worlds=0, n_clusters=0, detectable=None) | _measure(c, examples, n_boot, seed, scale) for c in claims]
+    check_examples(examples)
+    claims = [check_claim(c, f"claim {c.get('id')}") for c in claims]
+    z = NormalDist().inv_cdf
+    found = [
+        dict(
+            p=None,
+            p_holm=None,
+            diff=None,
+            low=None,
+            high=None,
+            n=0,
+            n_worlds=0,
+            n_clusters=0,
+            detectable=None,
+        )
+        | _measure(c, examples, n_boot, seed, scale)
+        for c in claims
+    ]
     for t in {c["table"] for c in claims}:
         rows = [r for c, r in zip(claims, found) if c["table"] == t and r["p"] is not None]
-        for r, p in zip(rows, holm([r["p"] for r in rows])): 
-            r.update(p_holm=float(p), n=r.pop("n_examples"), detectable=(z(.975)+z(.8))*r["se"]); r["evidence"] = _evidence(r | dict(n_examples=r["n"]), len(rows))
-    return [{k: c[k] for k in _TEXT} | dict(verdict=_verdict(c, r), evidence=r["evidence"], test=r["test"], min_effect=c.get("min_effect", c.get("bound"))) |
-            {k: v for k, v in r.items() if k not in ("evidence", "test", "note", "outcome")} for c, r in zip(claims, found)]
+        for r, p in zip(rows, holm([r["p"] for r in rows])):
+            r.update(p_holm=float(p), n=r.pop("n_examples"), detectable=(z(0.975) + z(0.8)) * r["se"])
+            r["evidence"] = _evidence(r | dict(n_examples=r["n"]), len(rows))
+    return [
+        {k: c[k] for k in _TEXT}
+        | dict(
+            verdict=_verdict(c, r),
+            evidence=r["evidence"],
+            test=r["test"],
+            min_effect=c.get("min_effect", c.get("bound")),
+        )
+        | {k: v for k, v in r.items() if k not in ("evidence", "test", "note", "outcome")}
+        for c, r in zip(claims, found)
+    ]
 
-def judge(claim, examples, n_boot=4000, seed=0) -> dict: # id, paper, where, text, verdict, evidence, test, n, diff, low, high, p, ...
+
+def judge(
+    claim, examples, n_boot=4000, seed=0
+) -> dict:  # id, paper, where, text, verdict, evidence, test, n, diff, low, high, p, ...
     "Judge one claim by itself: no correction for other claims."
     return judge_all([claim], examples, n_boot, seed)[0]

@@ -20,139 +20,522 @@ from ..plots import *
 # %% ../../nbs/55_eval.tables.ipynb #1ce9fde7
 GLUE = "sst2+qnli+qqp+mnli"
 
-def column(spec:str) -> tuple[tuple, str]: # tasks, subset
-    "What a column counts."
-    tasks, _, subset = spec.partition(":"); return tuple(tasks.split("+")), subset
 
-def pick(examples:pd.DataFrame, spec:str) -> pd.DataFrame:
+def column(spec: str) -> tuple[tuple, str]:  # tasks, subset
+    "What a column counts."
+    tasks, _, subset = spec.partition(":")
+    return tuple(tasks.split("+")), subset
+
+
+def pick(examples: pd.DataFrame, spec: str) -> pd.DataFrame:
     "The examples that a column counts; none where one of its tasks has no record."
-    tasks, subset = column(spec); d = examples[examples.task.isin(tasks)]
-    if subset: d = d[in_subset(d, subset)]
+    tasks, subset = column(spec)
+    d = examples[examples.task.isin(tasks)]
+    if subset:
+        d = d[in_subset(d, subset)]
     return d if set(d.task) == set(tasks) else d[:0]
 
 # %% ../../nbs/55_eval.tables.ipynb #dec7b300
 def _display(x, **kw):
-    from IPython.display import display # the library runs without IPython; pages do not
+    from IPython.display import display  # the library runs without IPython; pages do not
+
     display(x, **kw)
 
-def _markdown(s:str):
+
+def _markdown(s: str):
     from IPython.display import Markdown
+
     return Markdown(s)
 
-def show_table(df:pd.DataFrame, html:str=None, digits:int=1, **kw) -> None:
+
+def show_table(df: pd.DataFrame, html: str = None, digits: int = 1, **kw) -> None:
     "Display a frame as html, as markdown and as text; `kw` goes to `plots.table_html`."
     notes = "".join(f"\n{n}\n" for n in kw.get("notes", ()))
-    html = (html or table_html(df, digits=digits, **kw)).replace("<tr><td>", "<tr><td style='white-space:nowrap'>") if len(df.columns) and df.iloc[:, 0].astype(str).str.len().max() < 40 else html or table_html(df, digits=digits, **kw)
-    _display({"text/html": html, "text/markdown": table_md(df, digits)+notes, "text/plain": df.to_string(index=False)}, raw=True)
+    html = (
+        (html or table_html(df, digits=digits, **kw)).replace(
+            "<tr><td>", "<tr><td style='white-space:nowrap'>"
+        )
+        if len(df.columns) and df.iloc[:, 0].astype(str).str.len().max() < 40
+        else html or table_html(df, digits=digits, **kw)
+    )
+    _display(
+        {
+            "text/html": html,
+            "text/markdown": table_md(df, digits) + notes,
+            "text/plain": df.to_string(index=False),
+        },
+        raw=True,
+    )
 
-def points(d) -> str: # +3.2 (+1.0 to +5.4)
+
+def points(d) -> str:  # +3.2 (+1.0 to +5.4)
     "A difference and its 95 % interval in words."
     return f"{d['diff']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})"
 
-def wanting(heads) -> str: # a sentence; empty: nothing is known to be wanting
+
+def wanting(heads) -> str:  # a sentence; empty: nothing is known to be wanting
     "Which data sets the empty columns `heads` wait for, by the data cards that name them."
-    d = status(); lack = {h: [f"{r['data set']} lacks {', '.join(r['missing files'])}" for r in d[d["state"] != "present"].to_dict("records") if h in r["columns"]] for h in heads}
-    return "Empty for want of data: " + "; ".join(f"{h} ({', '.join(v)})" for h, v in lack.items() if v) + "." if any(lack.values()) else ""
+    d = status()
+    lack = {
+        h: [
+            f"{r['data set']} lacks {', '.join(r['missing files'])}"
+            for r in d[d["state"] != "present"].to_dict("records")
+            if h in r["columns"]
+        ]
+        for h in heads
+    }
+    return (
+        "Empty for want of data: " + "; ".join(f"{h} ({', '.join(v)})" for h, v in lack.items() if v) + "."
+        if any(lack.values())
+        else ""
+    )
 
 # %% ../../nbs/55_eval.tables.ipynb #ddeb953e
 class Page:
     "The rows (run id -> label) of table `id` in some worlds, against the row `plain`. Rows that the scale does not have are noted; one that ran in some of the worlds only is an error."
-    def __init__(self, id:str, rows:dict, columns:dict, *, scale:str, seeds:str, inputs:str="", out:str="", plain:str="student-text", references:tuple=("student-none",), n_boot:int=2000):
-        self.id, self.label, self.columns, self.plain, self.n_boot = id, dict(rows), dict(columns), plain, n_boot
-        self.folder, self.s, runs = out_dir(out), scale_settings(scale), open_inputs(inputs, scale); self.scale, self.worlds = scale, [int(w) for w in str(seeds).split(",") if w.strip()]
-        self.runs = {i: [runs[f"{i}@{w}"] for w in self.worlds if f"{i}@{w}" in runs] for i in rows}; self.tables, self.figures, self.all = {}, {}, runs
-        if part := [i for i, r in self.runs.items() if 0 < len(r) < len(self.worlds)]: raise FileNotFoundError(f"{part[0]} has not run in all of the worlds {seeds}; run: vlkd reproduce {id} --scale {scale} --seeds {','.join(map(str, self.worlds))},")
-        if not self.runs[plain]: raise FileNotFoundError(f"no finished run of {plain} in world {self.worlds[0]}; run: vlkd reproduce {id} --scale {scale}")
-        self.present = [i for i in rows if self.runs[i]]; self.references = [i for i in references if i in self.present]
-        self.by = {i: pd.concat([r.examples for r in self.runs[i]], ignore_index=True).assign(run=i) for i in self.present}
-        self.examples = pd.concat(self.by.values(), ignore_index=True); self.examples["kind"] = self.examples["kind"].fillna("")
-        self.tasks = set(self.examples.task); self.partly = {h: c for h, c in self.columns.items() if self.spec(c) != c}; self.columns = {h: self.spec(c) for h, c in self.columns.items()}
-        self.gone = [h for h, c in self.columns.items() if column(c)[1] and not len(pick(self.by[plain], c))]; self.columns = {h: c for h, c in self.columns.items() if h not in self.gone} # a subset that a scale does not know is no column there
-    def __repr__(self): return f"Page({self.id}: {len(self.present)} rows, worlds {', '.join(map(str, self.worlds))})"
 
-    def spec(self, spec:str) -> str:
+    def __init__(
+        self,
+        id: str,
+        rows: dict,
+        columns: dict,
+        *,
+        scale: str,
+        seeds: str,
+        inputs: str = "",
+        out: str = "",
+        plain: str = "student-text",
+        references: tuple = ("student-none",),
+        n_boot: int = 2000,
+    ):
+        self.id, self.label, self.columns, self.plain, self.n_boot = (
+            id,
+            dict(rows),
+            dict(columns),
+            plain,
+            n_boot,
+        )
+        self.folder, self.s, runs = out_dir(out), scale_settings(scale), open_inputs(inputs, scale)
+        self.scale, self.worlds = scale, [int(w) for w in str(seeds).split(",") if w.strip()]
+        self.runs = {i: [runs[f"{i}@{w}"] for w in self.worlds if f"{i}@{w}" in runs] for i in rows}
+        self.tables, self.figures, self.all = {}, {}, runs
+        if part := [i for i, r in self.runs.items() if 0 < len(r) < len(self.worlds)]:
+            raise FileNotFoundError(
+                f"{part[0]} has not run in all of the worlds {seeds}; run: vlkd reproduce {id} --scale {scale} --seeds {','.join(map(str, self.worlds))},"
+            )
+        if not self.runs[plain]:
+            raise FileNotFoundError(
+                f"no finished run of {plain} in world {self.worlds[0]}; run: vlkd reproduce {id} --scale {scale}"
+            )
+        self.present = [i for i in rows if self.runs[i]]
+        self.references = [i for i in references if i in self.present]
+        self.by = {
+            i: pd.concat([r.examples for r in self.runs[i]], ignore_index=True).assign(run=i)
+            for i in self.present
+        }
+        self.examples = pd.concat(self.by.values(), ignore_index=True)
+        self.examples["kind"] = self.examples["kind"].fillna("")
+        self.tasks = set(self.examples.task)
+        self.partly = {h: c for h, c in self.columns.items() if self.spec(c) != c}
+        self.columns = {h: self.spec(c) for h, c in self.columns.items()}
+        self.gone = [h for h, c in self.columns.items() if column(c)[1] and not len(pick(self.by[plain], c))]
+        self.columns = {
+            h: c for h, c in self.columns.items() if h not in self.gone
+        }  # a subset that a scale does not know is no column there
+
+    def __repr__(self):
+        return f"Page({self.id}: {len(self.present)} rows, worlds {', '.join(map(str, self.worlds))})"
+
+    def spec(self, spec: str) -> str:
         "A column's tasks without those of which no row has a record, as long as one is left: an average over four tasks is one over two where a scale has data for two."
-        tasks, subset = column(spec); return "+".join([t for t in tasks if t in self.tasks] or tasks) + (f":{subset}" if subset else "")
+        tasks, subset = column(spec)
+        return "+".join([t for t in tasks if t in self.tasks] or tasks) + (f":{subset}" if subset else "")
 
     def settings(self, **more) -> pd.DataFrame:
         "What was run, for the reader."
-        s = self.s; return pd.Series({"scale": self.scale, "worlds": ", ".join(map(str, self.worlds)), "layers x width": f"{s.layers} x {s.hidden}", "pre-training": f"{s.steps} steps of {s.batch} sentences", "fine-tuning": f"{s.ft_steps} steps of {s.ft_batch}" if s.ft_steps else f"{s.ft_epochs} epochs of {s.ft_batch}"} | more).to_frame("setting")
+        s = self.s
+        return pd.Series(
+            {
+                "scale": self.scale,
+                "worlds": ", ".join(map(str, self.worlds)),
+                "layers x width": f"{s.layers} x {s.hidden}",
+                "pre-training": f"{s.steps} steps of {s.batch} sentences",
+                "fine-tuning": f"{s.ft_steps} steps of {s.ft_batch}"
+                if s.ft_steps
+                else f"{s.ft_epochs} epochs of {s.ft_batch}",
+            }
+            | more
+        ).to_frame("setting")
 
-    def per_world(self) -> pd.DataFrame: # index (run, world), a column a heading
+    def per_world(self) -> pd.DataFrame:  # index (run, world), a column a heading
         "Accuracy in per cent."
-        rows = {(i, w): {h: 100*d.groupby("task").right.mean().mean() if len(d := pick(x, c)) else np.nan for h, c in self.columns.items()} for i in self.present for w, x in self.by[i].groupby("seed")}
+        rows = {
+            (i, w): {
+                h: 100 * d.groupby("task").right.mean().mean() if len(d := pick(x, c)) else np.nan
+                for h, c in self.columns.items()
+            }
+            for i in self.present
+            for w, x in self.by[i].groupby("seed")
+        }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["run", "world"])
 
-    def accuracy(self, groups:dict=None, caption:str="") -> pd.DataFrame: # index run
+    def accuracy(self, groups: dict = None, caption: str = "") -> pd.DataFrame:  # index run
         "Show mean (and deviation) over worlds; best of each column in bold. `groups` puts headings (label -> first run id under it) between rows."
-        w = self.per_world(); mean, sd = w.groupby("run", sort=False).mean(), w.groupby("run", sort=False).std(); self.mean = mean; several = len(self.worlds) > 1; lines = []
+        w = self.per_world()
+        mean, sd = w.groupby("run", sort=False).mean(), w.groupby("run", sort=False).std()
+        self.mean = mean
+        several = len(self.worlds) > 1
+        lines = []
         for i in self.present:
-            lines += [[h+":", *[""]*len(mean.columns)] for h, first in (groups or {}).items() if first == i]; lines.append([self.label[i], *["no data here" if pd.isna(v) else v for v in mean.loc[i]]])
-        table = pd.DataFrame(lines, columns=["", *mean.columns]); missing = [self.label[i] for i in self.label if i not in self.present]; names = {c: h for h, c in self.columns.items()}; notes = [f"{h} is over {', '.join(names.get(t, t) for t in column(self.columns[h])[0])} here." for h in self.partly] + [f"Not run at scale {self.scale}: {', '.join(missing)}."]*bool(missing) + [f"No such questions at scale {self.scale}: {', '.join(self.gone)}."]*bool(self.gone) + [w for w in [wanting(h for h in mean if mean[h].isna().all())] if w]
-        spread = [f"\u00a0±\u00a0{sd.loc[i, c]:.1f}" if several else "" for i in self.present for c in mean.columns if not pd.isna(mean.loc[i, c])]; it = iter(spread)
-        html = re.sub(r"(<td class=num>.*?)(</td>)", lambda m: m[1]+next(it)+m[2], table_html(table, best=list(mean.columns), digits=1, skip=[self.label[i] for i in self.references], notes=notes, caption=caption or f"Accuracy, scale {self.scale}, {len(self.worlds)} world{'s' if several else ''}"))
-        html = re.sub(r"<td>([^<]*:)</td>(?:<td></td>)+", lambda m: f"<td colspan={table.shape[1]}><i>{m[1][:-1]}</i></td>", html); it = iter(spread)
-        show_table(pd.DataFrame([[f"{v:.1f}{next(it)}" if isinstance(v, float) else v for v in r] for r in lines], columns=table.columns), html, notes=notes)
-        self.tables["accuracy"] = pd.DataFrame([dict(run=i, row=self.label[i], column=c, accuracy=mean.loc[i, c], sd=sd.loc[i, c], worlds=len(self.worlds)) for i in self.present for c in mean.columns]); return mean
+            lines += [
+                [h + ":", *[""] * len(mean.columns)] for h, first in (groups or {}).items() if first == i
+            ]
+            lines.append([self.label[i], *["no data here" if pd.isna(v) else v for v in mean.loc[i]]])
+        table = pd.DataFrame(lines, columns=["", *mean.columns])
+        missing = [self.label[i] for i in self.label if i not in self.present]
+        names = {c: h for h, c in self.columns.items()}
+        notes = (
+            [
+                f"{h} is over {', '.join(names.get(t, t) for t in column(self.columns[h])[0])} here."
+                for h in self.partly
+            ]
+            + [f"Not run at scale {self.scale}: {', '.join(missing)}."] * bool(missing)
+            + [f"No such questions at scale {self.scale}: {', '.join(self.gone)}."] * bool(self.gone)
+            + [w for w in [wanting(h for h in mean if mean[h].isna().all())] if w]
+        )
+        spread = [
+            f"\u00a0±\u00a0{sd.loc[i, c]:.1f}" if several else ""
+            for i in self.present
+            for c in mean.columns
+            if not pd.isna(mean.loc[i, c])
+        ]
+        it = iter(spread)
+        html = re.sub(
+            r"(<td class=num>.*?)(</td>)",
+            lambda m: m[1] + next(it) + m[2],
+            table_html(
+                table,
+                best=list(mean.columns),
+                digits=1,
+                skip=[self.label[i] for i in self.references],
+                notes=notes,
+                caption=caption
+                or f"Accuracy, scale {self.scale}, {len(self.worlds)} world{'s' if several else ''}",
+            ),
+        )
+        html = re.sub(
+            r"<td>([^<]*:)</td>(?:<td></td>)+",
+            lambda m: f"<td colspan={table.shape[1]}><i>{m[1][:-1]}</i></td>",
+            html,
+        )
+        it = iter(spread)
+        show_table(
+            pd.DataFrame(
+                [[f"{v:.1f}{next(it)}" if isinstance(v, float) else v for v in r] for r in lines],
+                columns=table.columns,
+            ),
+            html,
+            notes=notes,
+        )
+        self.tables["accuracy"] = pd.DataFrame(
+            [
+                dict(
+                    run=i,
+                    row=self.label[i],
+                    column=c,
+                    accuracy=mean.loc[i, c],
+                    sd=sd.loc[i, c],
+                    worlds=len(self.worlds),
+                )
+                for i in self.present
+                for c in mean.columns
+            ]
+        )
+        return mean
 
-    def beside(self, paper:dict, heads:list, quoted:dict=None, note:str="") -> None: # run id -> the paper's numbers, in the order of `heads`
+    def beside(
+        self, paper: dict, heads: list, quoted: dict = None, note: str = ""
+    ) -> None:  # run id -> the paper's numbers, in the order of `heads`
         "Show the paper's numbers beside ours, and the gains over the plain row; `quoted` rows (label -> numbers) have no run here."
-        mean, here = self.mean, [h for h in heads if h in self.mean]; rows = [{"": f"{k} (quoted)", **{f"{h} paper": v for h, v in zip(heads, p)}} for k, p in (quoted or {}).items()]
-        rows += [{"": self.label[i], **{k: v for h, x in zip(heads, p) for k, v in ((f"{h} paper", x), (f"{h} here", mean.loc[i, h] if i in mean.index and h in here else np.nan))}} for i, p in paper.items()]
-        df = pd.DataFrame(rows).dropna(axis=1, how="all"); order = [c for h in heads for c in (f"{h} paper", f"{h} here") if c in df]; df = df[["", *order]]
-        show_table(df, re.sub(r"<(t[dh])", r"<\1 style='padding:.2rem .3rem;font-size:.9em'", table_html(df, digits=1, best=order, notes=[note] if note else ()))); self.tables["beside_paper"] = df.rename(columns={"": "row"})
+        mean, here = self.mean, [h for h in heads if h in self.mean]
+        rows = [
+            {"": f"{k} (quoted)", **{f"{h} paper": v for h, v in zip(heads, p)}}
+            for k, p in (quoted or {}).items()
+        ]
+        rows += [
+            {
+                "": self.label[i],
+                **{
+                    k: v
+                    for h, x in zip(heads, p)
+                    for k, v in (
+                        (f"{h} paper", x),
+                        (f"{h} here", mean.loc[i, h] if i in mean.index and h in here else np.nan),
+                    )
+                },
+            }
+            for i, p in paper.items()
+        ]
+        df = pd.DataFrame(rows).dropna(axis=1, how="all")
+        order = [c for h in heads for c in (f"{h} paper", f"{h} here") if c in df]
+        df = df[["", *order]]
+        show_table(
+            df,
+            re.sub(
+                r"<(t[dh])",
+                r"<\1 style='padding:.2rem .3rem;font-size:.9em'",
+                table_html(df, digits=1, best=order, notes=[note] if note else ()),
+            ),
+        )
+        self.tables["beside_paper"] = df.rename(columns={"": "row"})
 
-    def compare(self, a:str, b:str, spec:str) -> dict|None: # paired_difference, None where either has no record
+    def compare(
+        self, a: str, b: str, spec: str
+    ) -> dict | None:  # paired_difference, None where either has no record
         "Row `a` minus row `b` over the questions of a column, with a 95 % interval."
-        if not {a, b} <= set(self.present): return None
-        x, y = pick(self.by[a], self.spec(spec)), pick(self.by[b], self.spec(spec)); return paired_difference(x, y, n_boot=self.n_boot) if len(x) and len(y) else None
+        if not {a, b} <= set(self.present):
+            return None
+        x, y = pick(self.by[a], self.spec(spec)), pick(self.by[b], self.spec(spec))
+        return paired_difference(x, y, n_boot=self.n_boot) if len(x) and len(y) else None
 
-    def differences(self, heads:list=None, against:str="", pairs:list=None, width:float=3.2) -> pd.DataFrame:
+    def differences(
+        self, heads: list = None, against: str = "", pairs: list = None, width: float = 3.2
+    ) -> pd.DataFrame:
         "Draw and show each row's difference to `against` (default: the plain row), or those of `pairs` (a, b), over the columns `heads`."
-        heads = [h for h in (heads or self.columns) if h in self.columns]; pairs = pairs or [(i, against or self.plain) for i in self.present if i != (against or self.plain)]
-        rows = [dict(run=a, against=b, row=self.label[a] if len({b for _, b in pairs}) == 1 else f"{self.label[a]} − {self.label[b]}", measure=h, **{k: d[k] for k in ("diff", "low", "high", "p", "n_worlds", "n_clusters", "n_examples", "detectable")}) for a, b in pairs for h in heads if (d := self.compare(a, b, self.columns[h]))]
-        d = pd.DataFrame(rows, columns=["run", "against", "row", "measure", "diff", "low", "high", "p", "n_worlds", "n_clusters", "n_examples", "detectable"]); heads = [h for h in heads if (d.measure == h).any()]; n = d.row.nunique()
-        style(); one = n == 1; fig, axes = plt.subplots(1, 1 if one else len(heads), figsize=(6, 1.2+.32*len(heads)) if one else (width*len(heads)+1.5, 1.2+.32*n), sharey=True, squeeze=False)
-        if one: bars_with_ci(d, x="measure", y="diff", lo="low", hi="high", title=d.row[0], xlabel="points", ax=axes[0, 0]); axes[0, 0].axvline(0, color="#666666", ls="--", lw=1.2)
-        for ax, h in zip(axes[0], () if one else heads): bars_with_ci(d[d.measure == h], x="row", y="diff", lo="low", hi="high", title=h, xlabel="points", ax=ax); ax.axvline(0, color="#666666", ls="--", lw=1.2)
-        self.figures["differences"] = fig; self.tables["differences"] = d; plt.show()
-        show_table(pd.DataFrame([{"difference, points (95 % interval)": r, **{h: points(x.iloc[0]) if len(x := d[(d.row == r) & (d.measure == h)]) else "–" for h in heads}} for r in dict.fromkeys(d.row)])); return d
+        heads = [h for h in (heads or self.columns) if h in self.columns]
+        pairs = pairs or [(i, against or self.plain) for i in self.present if i != (against or self.plain)]
+        rows = [
+            dict(
+                run=a,
+                against=b,
+                row=self.label[a]
+                if len({b for _, b in pairs}) == 1
+                else f"{self.label[a]} − {self.label[b]}",
+                measure=h,
+                **{
+                    k: d[k]
+                    for k in (
+                        "diff",
+                        "low",
+                        "high",
+                        "p",
+                        "n_worlds",
+                        "n_clusters",
+                        "n_examples",
+                        "detectable",
+                    )
+                },
+            )
+            for a, b in pairs
+            for h in heads
+            if (d := self.compare(a, b, self.columns[h]))
+        ]
+        d = pd.DataFrame(
+            rows,
+            columns=[
+                "run",
+                "against",
+                "row",
+                "measure",
+                "diff",
+                "low",
+                "high",
+                "p",
+                "n_worlds",
+                "n_clusters",
+                "n_examples",
+                "detectable",
+            ],
+        )
+        heads = [h for h in heads if (d.measure == h).any()]
+        n = d.row.nunique()
+        style()
+        one = n == 1
+        fig, axes = plt.subplots(
+            1,
+            1 if one else len(heads),
+            figsize=(6, 1.2 + 0.32 * len(heads)) if one else (width * len(heads) + 1.5, 1.2 + 0.32 * n),
+            sharey=True,
+            squeeze=False,
+        )
+        if one:
+            bars_with_ci(
+                d, x="measure", y="diff", lo="low", hi="high", title=d.row[0], xlabel="points", ax=axes[0, 0]
+            )
+            axes[0, 0].axvline(0, color="#666666", ls="--", lw=1.2)
+        for ax, h in zip(axes[0], () if one else heads):
+            bars_with_ci(
+                d[d.measure == h], x="row", y="diff", lo="low", hi="high", title=h, xlabel="points", ax=ax
+            )
+            ax.axvline(0, color="#666666", ls="--", lw=1.2)
+        self.figures["differences"] = fig
+        self.tables["differences"] = d
+        plt.show()
+        show_table(
+            pd.DataFrame(
+                [
+                    {
+                        "difference, points (95 % interval)": r,
+                        **{
+                            h: points(x.iloc[0]) if len(x := d[(d.row == r) & (d.measure == h)]) else "–"
+                            for h in heads
+                        },
+                    }
+                    for r in dict.fromkeys(d.row)
+                ]
+            )
+        )
+        return d
 
-    def kinds(self, task:str, ids:list=None, order=("hidden", "static", "said", "language", "unfilmed"), chance:float=50.) -> None:
+    def kinds(
+        self,
+        task: str,
+        ids: list = None,
+        order=("hidden", "static", "said", "language", "unfilmed"),
+        chance: float = 50.0,
+    ) -> None:
         "Draw accuracy by kind of question, where the scale knows kinds."
-        ids = [i for i in (ids or self.present) if i in self.present]; here = [k for k in order if len(pick(self.by[self.plain], f"{task}:{k}"))]
-        if not here: _display(_markdown(f"At scale {self.scale} the questions of {task.upper()} have no kinds.")); return
-        d = pd.DataFrame([dict(kind=k, run=i, row=self.label[i], **{c: r[c] for c in ("mean", "low", "high", "n_examples")}) for k in here for i in ids for r in [mean_interval(pick(self.by[i], f"{task}:{k}"), n_boot=self.n_boot)]])
-        ax = bars_with_ci(d, x="kind", y="mean", lo="low", hi="high", hue="row", chance=chance, xlabel=f"accuracy on {task.upper()}"); self.figures[f"{task}_kinds"] = ax.figure; self.tables[f"{task}_kinds"] = d; plt.show()
+        ids = [i for i in (ids or self.present) if i in self.present]
+        here = [k for k in order if len(pick(self.by[self.plain], f"{task}:{k}"))]
+        if not here:
+            _display(_markdown(f"At scale {self.scale} the questions of {task.upper()} have no kinds."))
+            return
+        d = pd.DataFrame(
+            [
+                dict(
+                    kind=k,
+                    run=i,
+                    row=self.label[i],
+                    **{c: r[c] for c in ("mean", "low", "high", "n_examples")},
+                )
+                for k in here
+                for i in ids
+                for r in [mean_interval(pick(self.by[i], f"{task}:{k}"), n_boot=self.n_boot)]
+            ]
+        )
+        ax = bars_with_ci(
+            d,
+            x="kind",
+            y="mean",
+            lo="low",
+            hi="high",
+            hue="row",
+            chance=chance,
+            xlabel=f"accuracy on {task.upper()}",
+        )
+        self.figures[f"{task}_kinds"] = ax.figure
+        self.tables[f"{task}_kinds"] = d
+        plt.show()
 
-    def probes(self, models:dict) -> None: # run id -> label
+    def probes(self, models: dict) -> None:  # run id -> label
         "Draw what a linear probe reads from the states of filmed test nouns, where the scale has attributes."
-        found = [r.table("probe").assign(run=i, world=w) for i in models for w in self.worlds for r in [self.all.get(f"{i}@{w}")] if r is not None and "tables/probe.csv" in r.result["files"]]
-        if not found: _display(_markdown("These data have no attributes to probe.")); return
-        p = pd.concat(found, ignore_index=True); self.tables["probe"] = p; p = p[p.kind == "filmed"].groupby(["run", "type", "attribute"], sort=False)[["accuracy", "majority"]].mean().mul(100).reset_index(); p["model"] = p.run.map(models)
-        p = pd.concat([p, p.drop_duplicates("attribute").assign(model="majority", accuracy=lambda d: d.majority)]); style(); fig, axes = plt.subplots(1, 2, figsize=(11, 1.2+.12*len(p.model.unique())*4), sharex=True)
-        for ax, t in zip(axes, ("dynamic", "static")): bars_with_ci(p[p.type == t], x="attribute", y="accuracy", lo=None, hi=None, hue="model", xlabel="probe accuracy", title=t, ax=ax)
-        axes[0].get_legend().remove(); self.figures["probe"] = fig; plt.show()
+        found = [
+            r.table("probe").assign(run=i, world=w)
+            for i in models
+            for w in self.worlds
+            for r in [self.all.get(f"{i}@{w}")]
+            if r is not None and "tables/probe.csv" in r.result["files"]
+        ]
+        if not found:
+            _display(_markdown("These data have no attributes to probe."))
+            return
+        p = pd.concat(found, ignore_index=True)
+        self.tables["probe"] = p
+        p = (
+            p[p.kind == "filmed"]
+            .groupby(["run", "type", "attribute"], sort=False)[["accuracy", "majority"]]
+            .mean()
+            .mul(100)
+            .reset_index()
+        )
+        p["model"] = p.run.map(models)
+        p = pd.concat(
+            [p, p.drop_duplicates("attribute").assign(model="majority", accuracy=lambda d: d.majority)]
+        )
+        style()
+        fig, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.12 * len(p.model.unique()) * 4), sharex=True)
+        for ax, t in zip(axes, ("dynamic", "static")):
+            bars_with_ci(
+                p[p.type == t],
+                x="attribute",
+                y="accuracy",
+                lo=None,
+                hi=None,
+                hue="model",
+                xlabel="probe accuracy",
+                title=t,
+                ax=ax,
+            )
+        axes[0].get_legend().remove()
+        self.figures["probe"] = fig
+        plt.show()
 
-    def judge(self, extra:pd.DataFrame=None) -> list[dict]:
+    def judge(self, extra: pd.DataFrame = None) -> list[dict]:
         "Judge the claims of this table; show verdict and evidence. `extra` are examples of runs that are no rows."
         ex = self.examples if extra is None else pd.concat([self.examples, extra], ignore_index=True)
-        judged = judge_all([c for c in read_claims(path("nbs")/"experiments"/"claims.toml") if c["table"] == self.id], ex, n_boot=2*self.n_boot, scale=self.scale); self.claims, self.remarks = [c for c in judged if c["verdict"] != "noted"], [c for c in judged if c["verdict"] == "noted"]
-        if tested := [c for c in self.claims if c["verdict"] != "not tested"]: show_table(pd.DataFrame([{"claim": c["text"], "paper": c["where"], "verdict": c["verdict"], "difference": points(c)} for c in tested]))
-        for c in self.remarks: _display(_markdown(f"*{c['where']}*: {c['text']}"))
+        judged = judge_all(
+            [c for c in read_claims(path("nbs") / "experiments" / "claims.toml") if c["table"] == self.id],
+            ex,
+            n_boot=2 * self.n_boot,
+            scale=self.scale,
+        )
+        self.claims, self.remarks = (
+            [c for c in judged if c["verdict"] != "noted"],
+            [c for c in judged if c["verdict"] == "noted"],
+        )
+        if tested := [c for c in self.claims if c["verdict"] != "not tested"]:
+            show_table(
+                pd.DataFrame(
+                    [
+                        {
+                            "claim": c["text"],
+                            "paper": c["where"],
+                            "verdict": c["verdict"],
+                            "difference": points(c),
+                        }
+                        for c in tested
+                    ]
+                )
+            )
+        for c in self.remarks:
+            _display(_markdown(f"*{c['where']}*: {c['text']}"))
         return self.claims
 
-    def check(self, same:bool=True) -> None:
+    def check(self, same: bool = True) -> None:
         "Every row answered the same questions, and every training learned something."
         for i in self.present:
             for t, d in self.by[i].groupby("task"):
                 b = self.by[self.plain][self.by[self.plain].task == t]
-                if same and len(b): assert set(map(tuple, d[["seed", "id"]].to_numpy())) == set(map(tuple, b[["seed", "id"]].to_numpy())), f"{i} answered other questions of {t} than {self.plain}"
+                if same and len(b):
+                    assert set(map(tuple, d[["seed", "id"]].to_numpy())) == set(
+                        map(tuple, b[["seed", "id"]].to_numpy())
+                    ), f"{i} answered other questions of {t} than {self.plain}"
             for r in self.runs[i] if self.scale != "smoke" else ():
-                h = [x["mlm"] for x in r.result.get("history") or [] if "mlm" in x]; assert not h or h[-1] < h[0], f"{r}: the loss of masked words never fell"
-        if self.scale != "smoke" and len(d := pick(self.by[self.plain], "piqa:hidden")) and self.plain.endswith("text"): assert d.right.mean() < .7, "text alone answers hidden questions: outcomes leak into the text"
+                h = [x["mlm"] for x in r.result.get("history") or [] if "mlm" in x]
+                assert not h or h[-1] < h[0], f"{r}: the loss of masked words never fell"
+        if (
+            self.scale != "smoke"
+            and len(d := pick(self.by[self.plain], "piqa:hidden"))
+            and self.plain.endswith("text")
+        ):
+            assert d.right.mean() < 0.7, "text alone answers hidden questions: outcomes leak into the text"
 
-    def finish(self, headline:str, **more) -> None:
+    def finish(self, headline: str, **more) -> None:
         "Write the record."
-        metrics = {f"{i}.{c}": float(v) for i in self.mean.index for c, v in self.mean.loc[i].items() if not pd.isna(v)}
-        record(self.folder, metrics=metrics, tables=self.tables, figures=self.figures, headline=headline, claims=getattr(self, "claims", []), remarks=getattr(self, "remarks", []), private=False, **more)
+        metrics = {
+            f"{i}.{c}": float(v)
+            for i in self.mean.index
+            for c, v in self.mean.loc[i].items()
+            if not pd.isna(v)
+        }
+        record(
+            self.folder,
+            metrics=metrics,
+            tables=self.tables,
+            figures=self.figures,
+            headline=headline,
+            claims=getattr(self, "claims", []),
+            remarks=getattr(self, "remarks", []),
+            private=False,
+            **more,
+        )

@@ -17,30 +17,65 @@ from .contrastive import *
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, y, v, c, temperature, chunk):
-        n, need = len(x), ctx.needs_input_grad; gx = torch.empty_like(x) if need[0] else None; gw = torch.zeros_like(w) if need[1] else None; gb = torch.zeros_like(b) if b is not None and need[2] else None; loss = x.new_zeros(())
+        n, need = len(x), ctx.needs_input_grad
+        gx = torch.empty_like(x) if need[0] else None
+        gw = torch.zeros_like(w) if need[1] else None
+        gb = torch.zeros_like(b) if b is not None and need[2] else None
+        loss = x.new_zeros(())
         for k in range(0, n, chunk):
-            r = slice(k, k+chunk); p = F.linear(y[r], v, c).div_(temperature).softmax(-1); z = F.linear(x[r], w, b).div_(temperature)
-            z -= z.logsumexp(-1, keepdim=True); loss -= torch.dot(p.flatten(), z.flatten()); z.exp_().sub_(p).div_(temperature*n) # from here on the gradient at the logits
-            if gx is not None: torch.mm(z, w, out=gx[r])
-            if gw is not None: gw.addmm_(z.T, x[r])
-            if gb is not None: gb += z.sum(0)
-        ctx.grads = gx, gw, gb; return loss/max(n, 1)
-    @staticmethod
-    def backward(ctx, g): # in place: a second copy of the weight's gradient would be as large as the weight
-        if ctx.grads is None: raise RuntimeError("chunked_soft_label: its gradients were handed out by a first backward; compute the loss again")
-        out, ctx.grads = [None if t is None else t.mul_(g) for t in ctx.grads], None; return *out, None, None, None, None, None
+            r = slice(k, k + chunk)
+            p = F.linear(y[r], v, c).div_(temperature).softmax(-1)
+            z = F.linear(x[r], w, b).div_(temperature)
+            z -= z.logsumexp(-1, keepdim=True)
+            loss -= torch.dot(p.flatten(), z.flatten())
+            z.exp_().sub_(p).div_(temperature * n)  # from here on the gradient at the logits
+            if gx is not None:
+                torch.mm(z, w, out=gx[r])
+            if gw is not None:
+                gw.addmm_(z.T, x[r])
+            if gb is not None:
+                gb += z.sum(0)
+        ctx.grads = gx, gw, gb
+        return loss / max(n, 1)
 
-def chunked_soft_label(student:torch.Tensor, # (N, Ds) what the student's last linear layer reads
-                       weight:torch.Tensor,  # (V, Ds)
-                       bias,                 # (V,) or None
-                       teacher:torch.Tensor, # (N, Dt)
-                       teacher_weight:torch.Tensor, # (V, Dt)
-                       teacher_bias=None,    # (V,) or None
-                       *, temperature:float=2.0, chunk:int=256) -> torch.Tensor: # scalar
+    @staticmethod
+    def backward(ctx, g):  # in place: a second copy of the weight's gradient would be as large as the weight
+        if ctx.grads is None:
+            raise RuntimeError(
+                "chunked_soft_label: its gradients were handed out by a first backward; compute the loss again"
+            )
+        out, ctx.grads = [None if t is None else t.mul_(g) for t in ctx.grads], None
+        return *out, None, None, None, None, None
+
+
+def chunked_soft_label(
+    student: torch.Tensor,  # (N, Ds) what the student's last linear layer reads
+    weight: torch.Tensor,  # (V, Ds)
+    bias,  # (V,) or None
+    teacher: torch.Tensor,  # (N, Dt)
+    teacher_weight: torch.Tensor,  # (V, Dt)
+    teacher_bias=None,  # (V,) or None
+    *,
+    temperature: float = 2.0,
+    chunk: int = 256,
+) -> torch.Tensor:  # scalar
     "`soft_label` of the two linear layers' logits, mean over rows, with the logits of `chunk` rows at a time; the teacher's side gets no gradient. Shapes that do not fit raise `ValueError`."
-    if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher) or weight.shape != (len(weight), student.shape[1]) or teacher_weight.shape != (len(weight), teacher.shape[1]):
-        raise ValueError(f"chunked_soft_label: states should be (N, D) and weights (V, D): {shapes(student=student, weight=weight, teacher=teacher, teacher_weight=teacher_weight)}")
-    if not temperature > 0 or chunk < 1: raise ValueError(f"temperature and chunk should be positive, got {temperature} and {chunk}")
+    if (
+        student.dim() != 2
+        or teacher.dim() != 2
+        or len(student) != len(teacher)
+        or weight.shape != (len(weight), student.shape[1])
+        or teacher_weight.shape != (len(weight), teacher.shape[1])
+    ):
+        raise ValueError(
+            f"chunked_soft_label: states should be (N, D) and weights (V, D): {shapes(student=student, weight=weight, teacher=teacher, teacher_weight=teacher_weight)}"
+        )
+    if not temperature > 0 or chunk < 1:
+        raise ValueError(f"temperature and chunk should be positive, got {temperature} and {chunk}")
     with no_autocast(student):
-        x, w, y, v = promoted(student, weight, teacher.detach(), teacher_weight.detach()); b, c = (None if z is None else z.to(x.dtype) for z in (bias, None if teacher_bias is None else teacher_bias.detach()))
+        x, w, y, v = promoted(student, weight, teacher.detach(), teacher_weight.detach())
+        b, c = (
+            None if z is None else z.to(x.dtype)
+            for z in (bias, None if teacher_bias is None else teacher_bias.detach())
+        )
         return _Chunked.apply(x, w, b, y, v, c, temperature, chunk)

@@ -17,131 +17,214 @@ from ..device import *
 # %% ../../nbs/30_losses.contrastive.ipynb #5c7cdde9
 def shapes(**tensors) -> str:
     "Names and shapes of tensors, for error messages."
-    return ", ".join(f"{k} {tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__}" for k, v in tensors.items())
+    return ", ".join(
+        f"{k} {tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__}"
+        for k, v in tensors.items()
+    )
 
-def promoted(*xs:torch.Tensor) -> tuple[torch.Tensor, ...]:
+
+def promoted(*xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     "Cast all to their common type, float32 at least; tensors made under `inference_mode` are copied, so that backward may save them."
     d = functools.reduce(torch.promote_types, (x.dtype for x in xs), torch.float32)
     xs = (x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x for x in xs)
     return tuple(x.to(d) for x in xs)
 
-def full_mask(mask, # boolean, true where a token counts, or None: all count
-              like:torch.Tensor, # (..., D) states
-             ) -> torch.Tensor: # boolean, (...)
+
+def full_mask(
+    mask,  # boolean, true where a token counts, or None: all count
+    like: torch.Tensor,  # (..., D) states
+) -> torch.Tensor:  # boolean, (...)
     "The mask, all true where it is None; one of another type or shape raises `ValueError`."
-    if mask is None: return torch.ones(like.shape[:-1], dtype=torch.bool, device=like.device)
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool: raise ValueError(f"the mask should be a boolean tensor, true where a token counts, not {getattr(mask, 'dtype', type(mask).__name__)}; use mask.bool()")
-    if mask.shape != like.shape[:-1]: raise ValueError(f"the mask should have the shape {tuple(like.shape[:-1])} of the tokens: {shapes(states=like, mask=mask)}")
+    if mask is None:
+        return torch.ones(like.shape[:-1], dtype=torch.bool, device=like.device)
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        raise ValueError(
+            f"the mask should be a boolean tensor, true where a token counts, not {getattr(mask, 'dtype', type(mask).__name__)}; use mask.bool()"
+        )
+    if mask.shape != like.shape[:-1]:
+        raise ValueError(
+            f"the mask should have the shape {tuple(like.shape[:-1])} of the tokens: {shapes(states=like, mask=mask)}"
+        )
     return mask
 
-def unit(x:torch.Tensor, dim:int=-1) -> torch.Tensor:
-    "`x` divided by its L2 norm along `dim`; a zero vector stays zero and its gradient finite."
-    sq = x.square().sum(dim, keepdim=True) # along a dimension that is not the last, an order faster on the CPU than vector_norm
-    return x/sq.masked_fill(sq < 1e-24, 1.).sqrt()
 
-def masked_mean(states:torch.Tensor, # (B, L, D)
-                mask=None, # (B, L)
-               ) -> torch.Tensor: # (B, D)
+def unit(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    "`x` divided by its L2 norm along `dim`; a zero vector stays zero and its gradient finite."
+    sq = x.square().sum(
+        dim, keepdim=True
+    )  # along a dimension that is not the last, an order faster on the CPU than vector_norm
+    return x / sq.masked_fill(sq < 1e-24, 1.0).sqrt()
+
+
+def masked_mean(
+    states: torch.Tensor,  # (B, L, D)
+    mask=None,  # (B, L)
+) -> torch.Tensor:  # (B, D)
     "Mean state of the counted tokens of each sentence; zero where none counts."
-    if states.dim() != 3: raise ValueError(f"states should be (B, L, D): {shapes(states=states)}")
-    m = full_mask(mask, states); x, = promoted(states)
-    return x.masked_fill(~m[..., None], 0).sum(1)/m.sum(1, keepdim=True).clamp_min(1)
+    if states.dim() != 3:
+        raise ValueError(f"states should be (B, L, D): {shapes(states=states)}")
+    m = full_mask(mask, states)
+    (x,) = promoted(states)
+    return x.masked_fill(~m[..., None], 0).sum(1) / m.sum(1, keepdim=True).clamp_min(1)
 
 # %% ../../nbs/30_losses.contrastive.ipynb #9d8288fa
-def derangement(n:int, generator=None) -> torch.Tensor: # LongTensor (n,)
+def derangement(n: int, generator=None) -> torch.Tensor:  # LongTensor (n,)
     "A random permutation of n >= 2 items that leaves none in place (one cycle through all); each other item is equally likely."
-    if n < 2: raise ValueError(f"negatives need at least 2 sentences in the batch, got {n}")
+    if n < 2:
+        raise ValueError(f"negatives need at least 2 sentences in the batch, got {n}")
     p = torch.randperm(n, generator=generator, device=generator.device if generator is not None else "cpu")
     return torch.empty_like(p).scatter_(0, p, p.roll(-1))
 
-def _pairs(negatives, B:int, generator) -> tuple[torch.Tensor, torch.Tensor]: # anchors (R,), negatives (R,)
+
+def _pairs(negatives, B: int, generator) -> tuple[torch.Tensor, torch.Tensor]:  # anchors (R,), negatives (R,)
     "Who is compared with whom."
     if isinstance(negatives, torch.Tensor):
         n = negatives
-        if n.dtype not in (torch.int64, torch.int32, torch.int16) or n.shape != (B,): raise ValueError(f"negatives should be a LongTensor of shape ({B},), got {n.dtype} {tuple(n.shape)}")
-        n = n.long().cpu(); a = torch.arange(B)
-        if ((n < 0) | (n >= B) | (n == a)).any(): raise ValueError(f"negatives should be indices from 0 to {B-1}, none its own, got {n.tolist()} for shape ({B},)")
+        if n.dtype not in (torch.int64, torch.int32, torch.int16) or n.shape != (B,):
+            raise ValueError(
+                f"negatives should be a LongTensor of shape ({B},), got {n.dtype} {tuple(n.shape)}"
+            )
+        n = n.long().cpu()
+        a = torch.arange(B)
+        if ((n < 0) | (n >= B) | (n == a)).any():
+            raise ValueError(
+                f"negatives should be indices from 0 to {B - 1}, none its own, got {n.tolist()} for shape ({B},)"
+            )
         return a, n
-    if negatives == "random": return torch.arange(B), derangement(B, generator)
-    a = torch.arange(B + B%2).clamp_max(B-1) # "paired": an odd batch has its last sample twice
-    return a, a.roll(-(len(a)//2))
+    if negatives == "random":
+        return torch.arange(B), derangement(B, generator)
+    a = torch.arange(B + B % 2).clamp_max(B - 1)  # "paired": an odd batch has its last sample twice
+    return a, a.roll(-(len(a) // 2))
 
 # %% ../../nbs/30_losses.contrastive.ipynb #755d5316
-def _hinge_chosen(t, v, m, pos, a, n, margin, sides): # one negative each; per token (R, L)
+def _hinge_chosen(t, v, m, pos, a, n, margin, sides):  # one negative each; per token (R, L)
     out = 0
-    if sides != "text":  out = out + F.relu(margin - pos[a] + torch.einsum("bld,bd->bl", t[a], v[n]))*m[a]
-    if sides != "video": out = out + F.relu(margin - pos[a] + torch.einsum("bld,bd->bl", t[n], v[a]))*(m[a] & m[n])
+    if sides != "text":
+        out = out + F.relu(margin - pos[a] + torch.einsum("bld,bd->bl", t[a], v[n])) * m[a]
+    if sides != "video":
+        out = out + F.relu(margin - pos[a] + torch.einsum("bld,bd->bl", t[n], v[a])) * (m[a] & m[n])
     return out
 
-def _hinge_batch(t, v, m, pos, margin, sides, hardest): # all others as negatives; per token (B, L)
-    B = len(t); other = ~torch.eye(B, dtype=torch.bool, device=t.device)[:, None] # (B, 1, B)
-    s = torch.einsum("bld,cd->blc", t, v); out = 0 # cosine of token l of b with video c
-    def over(h): return h.amax(-1) if hardest else h.sum(-1)/(B-1)
-    if sides != "text":  out = out + over(F.relu(margin - pos[..., None] + s)*(other & m[..., None]))
-    if sides != "video": out = out + over(F.relu(margin - pos[..., None] + s.permute(2, 1, 0))*(other & m[..., None] & m.T[None]))
+
+def _hinge_batch(t, v, m, pos, margin, sides, hardest):  # all others as negatives; per token (B, L)
+    B = len(t)
+    other = ~torch.eye(B, dtype=torch.bool, device=t.device)[:, None]  # (B, 1, B)
+    s = torch.einsum("bld,cd->blc", t, v)
+    out = 0  # cosine of token l of b with video c
+
+    def over(h):
+        return h.amax(-1) if hardest else h.sum(-1) / (B - 1)
+
+    if sides != "text":
+        out = out + over(F.relu(margin - pos[..., None] + s) * (other & m[..., None]))
+    if sides != "video":
+        out = out + over(
+            F.relu(margin - pos[..., None] + s.permute(2, 1, 0)) * (other & m[..., None] & m.T[None])
+        )
     return out
 
 # %% ../../nbs/30_losses.contrastive.ipynb #d6a580c2
 def _text_video(text, video, mask, name, join=True):
     "Checked inputs of a text-video objective, of all processes where they `join`: promoted states without padding, video, mask."
     if text.dim() != 3 or video.dim() != 2 or len(text) != len(video) or text.shape[-1] != video.shape[-1]:
-        raise ValueError(f"{name}: text should be (B, L, D) and video (B, D): {shapes(text=text, video=video)}")
-    if len(text)*joined() < 2: raise ValueError(f"{name}: negatives come from the batch, which needs at least 2 sentences: {shapes(text=text, video=video)}")
+        raise ValueError(
+            f"{name}: text should be (B, L, D) and video (B, D): {shapes(text=text, video=video)}"
+        )
+    if len(text) * joined() < 2:
+        raise ValueError(
+            f"{name}: negatives come from the batch, which needs at least 2 sentences: {shapes(text=text, video=video)}"
+        )
     m = full_mask(mask, text)
-    if join: (text, m), video = gathered(text, m, pad=True), gathered(video)
+    if join:
+        (text, m), video = gathered(text, m, pad=True), gathered(video)
     text, video = promoted(text, video)
     return text.masked_fill(~m[..., None], 0), video, m
 
-def token_hinge(text:torch.Tensor, # (B, L, D) token states of the text encoder, not normalised
-                video:torch.Tensor, # (B, D) mean frame state of each sentence's video
-                mask=None, # (B, L) boolean, true where a token counts
-                *, margin:float=1.0, # alpha
-                negatives="random", # "random" | "all" | "hardest" | "paired" | LongTensor (B,)
-                sides:str="both", # "both" | "video" | "text": which negative terms
-                generator=None, # of "random"
-                reduction:str="mean", # "mean" over tokens | "sum" over tokens, mean over sentences | "none": (B,)
-               ) -> torch.Tensor:
+
+def token_hinge(
+    text: torch.Tensor,  # (B, L, D) token states of the text encoder, not normalised
+    video: torch.Tensor,  # (B, D) mean frame state of each sentence's video
+    mask=None,  # (B, L) boolean, true where a token counts
+    *,
+    margin: float = 1.0,  # alpha
+    negatives="random",  # "random" | "all" | "hardest" | "paired" | LongTensor (B,)
+    sides: str = "both",  # "both" | "video" | "text": which negative terms
+    generator=None,  # of "random"
+    reduction: str = "mean",  # "mean" over tokens | "sum" over tokens, mean over sentences | "none": (B,)
+) -> torch.Tensor:
     "Token-level hinge on cosines (VidLanKD Eq. 3); wrong shapes, a batch of one and unknown options raise `ValueError`."
-    if sides not in ("both", "video", "text"): raise ValueError(f"sides should be both, video or text, not {sides!r}")
-    if reduction not in ("mean", "sum", "none"): raise ValueError(f"reduction should be mean, sum or none, not {reduction!r}")
+    if sides not in ("both", "video", "text"):
+        raise ValueError(f"sides should be both, video or text, not {sides!r}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction should be mean, sum or none, not {reduction!r}")
     if not isinstance(negatives, torch.Tensor) and negatives not in ("random", "all", "hardest", "paired"):
-        raise ValueError(f"negatives should be random, all, hardest, paired or a LongTensor (B,), not {negatives!r}")
-    if joined() > 1 and isinstance(negatives, str) and negatives == "random": raise ValueError("token_hinge: processes that train together have to draw the same negatives: give their indices in the whole batch")
-    text, video, m = _text_video(text, video, mask, "token_hinge"); B = len(text)
+        raise ValueError(
+            f"negatives should be random, all, hardest, paired or a LongTensor (B,), not {negatives!r}"
+        )
+    if joined() > 1 and isinstance(negatives, str) and negatives == "random":
+        raise ValueError(
+            "token_hinge: processes that train together have to draw the same negatives: give their indices in the whole batch"
+        )
+    text, video, m = _text_video(text, video, mask, "token_hinge")
+    B = len(text)
     with no_autocast(text):
-        t, v = unit(text), unit(video); pos = torch.einsum("bld,bd->bl", t, v)
+        t, v = unit(text), unit(video)
+        pos = torch.einsum("bld,bd->bl", t, v)
         if isinstance(negatives, str) and negatives in ("all", "hardest"):
-            a = torch.arange(B, device=t.device); h = _hinge_batch(t, v, m, pos, margin, sides, negatives == "hardest")
+            a = torch.arange(B, device=t.device)
+            h = _hinge_batch(t, v, m, pos, margin, sides, negatives == "hardest")
         else:
-            a, n = (i.to(t.device) for i in _pairs(negatives, B, generator)); h = _hinge_chosen(t, v, m, pos, a, n, margin, sides)
-        if reduction == "mean": return h.sum()/m[a].sum().clamp_min(1)
+            a, n = (i.to(t.device) for i in _pairs(negatives, B, generator))
+            h = _hinge_chosen(t, v, m, pos, a, n, margin, sides)
+        if reduction == "mean":
+            return h.sum() / m[a].sum().clamp_min(1)
         per = h.sum(1)
-        if len(a) > B: per = torch.cat([per[:B-1], per[B-1:].mean(0, keepdim=True)]) # the sample that was there twice
+        if len(a) > B:
+            per = torch.cat(
+                [per[: B - 1], per[B - 1 :].mean(0, keepdim=True)]
+            )  # the sample that was there twice
         return per if reduction == "none" else per.mean()
 
 # %% ../../nbs/30_losses.contrastive.ipynb #634f0794
 def _nce_sentence(t, v, m, temperature):
-    z, v, keep = gathered(unit((t*m[..., None]).sum(1)/m.sum(1, keepdim=True).clamp_min(1)), v, m.any(1)) # of sentences, only their vectors have to travel
-    s = z @ v.T/temperature; low = torch.finfo(s.dtype).min/4
-    rows = torch.logsumexp(s.masked_fill(~keep[None, :], low), 1); cols = torch.logsumexp(s.masked_fill(~keep[:, None], low), 0)
-    return ((rows + cols)/2 - s.diagonal()).masked_fill(~keep, 0).sum()/keep.sum().clamp_min(1)
+    z, v, keep = gathered(
+        unit((t * m[..., None]).sum(1) / m.sum(1, keepdim=True).clamp_min(1)), v, m.any(1)
+    )  # of sentences, only their vectors have to travel
+    s = z @ v.T / temperature
+    low = torch.finfo(s.dtype).min / 4
+    rows = torch.logsumexp(s.masked_fill(~keep[None, :], low), 1)
+    cols = torch.logsumexp(s.masked_fill(~keep[:, None], low), 0)
+    return ((rows + cols) / 2 - s.diagonal()).masked_fill(~keep, 0).sum() / keep.sum().clamp_min(1)
+
 
 def _nce_token(t, v, m, temperature):
-    B, L, _ = t.shape; s = torch.einsum("bld,cd->blc", t, v)/temperature; low = torch.finfo(s.dtype).min/4
-    pos = s.diagonal(dim1=0, dim2=2).T # (B, L): with the own video
+    B, L, _ = t.shape
+    s = torch.einsum("bld,cd->blc", t, v) / temperature
+    low = torch.finfo(s.dtype).min / 4
+    pos = s.diagonal(dim1=0, dim2=2).T  # (B, L): with the own video
     own = torch.eye(B, dtype=torch.bool, device=t.device)[:, None]
-    others = torch.logsumexp(s.masked_fill(own | ~m[..., None], low).flatten(0, 1), 0) # (B,): counted tokens of other sentences, for each video
-    per = (torch.logsumexp(s.masked_fill(~m.any(1), low), -1) + torch.logaddexp(pos, others[:, None]))/2 - pos
-    return per.masked_fill(~m, 0).sum()/m.sum().clamp_min(1)
+    others = torch.logsumexp(
+        s.masked_fill(own | ~m[..., None], low).flatten(0, 1), 0
+    )  # (B,): counted tokens of other sentences, for each video
+    per = (
+        torch.logsumexp(s.masked_fill(~m.any(1), low), -1) + torch.logaddexp(pos, others[:, None])
+    ) / 2 - pos
+    return per.masked_fill(~m, 0).sum() / m.sum().clamp_min(1)
 
-def info_nce(text:torch.Tensor, # (B, L, D) token states, not normalised
-             video:torch.Tensor, # (B, D)
-             mask=None, # (B, L) boolean, true where a token counts
-             *, level:str="sentence", # "sentence" | "token"
-             temperature=0.07, # a positive number, or a tensor where it is learned
-            ) -> torch.Tensor:
+
+def info_nce(
+    text: torch.Tensor,  # (B, L, D) token states, not normalised
+    video: torch.Tensor,  # (B, D)
+    mask=None,  # (B, L) boolean, true where a token counts
+    *,
+    level: str = "sentence",  # "sentence" | "token"
+    temperature=0.07,  # a positive number, or a tensor where it is learned
+) -> torch.Tensor:
     "Symmetric InfoNCE between sentences (or each of their tokens) and the videos of the batch; a sentence without tokens is left out with its video."
-    if level not in ("sentence", "token"): raise ValueError(f"level should be sentence or token, not {level!r}")
-    if not isinstance(temperature, torch.Tensor) and not temperature > 0: raise ValueError(f"temperature should be positive, got {temperature}")
+    if level not in ("sentence", "token"):
+        raise ValueError(f"level should be sentence or token, not {level!r}")
+    if not isinstance(temperature, torch.Tensor) and not temperature > 0:
+        raise ValueError(f"temperature should be positive, got {temperature}")
     text, video, m = _text_video(text, video, mask, "info_nce", join=level == "token")
-    with no_autocast(text): return (_nce_sentence if level == "sentence" else _nce_token)(unit(text), unit(video), m, temperature)
+    with no_autocast(text):
+        return (_nce_sentence if level == "sentence" else _nce_token)(unit(text), unit(video), m, temperature)

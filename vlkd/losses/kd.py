@@ -18,226 +18,429 @@ from .contrastive import *
 
 # %% ../../nbs/31_losses.kd.ipynb #f2951c22
 def _same(name, student, teacher):
-    if student.shape != teacher.shape or student.dim() < 1: raise ValueError(f"{name}: student and teacher should have the same shape (..., width): {shapes(student=student, teacher=teacher)}")
+    if student.shape != teacher.shape or student.dim() < 1:
+        raise ValueError(
+            f"{name}: student and teacher should have the same shape (..., width): {shapes(student=student, teacher=teacher)}"
+        )
 
-def _counted_mean(per, n): return per.sum()/max(n, 1) # 0 where nothing counts
 
-def soft_label(student_logits:torch.Tensor, # (..., V)
-               teacher_logits:torch.Tensor, # (..., V)
-               mask=None, # (...) boolean, true where a row counts
-               *, temperature:float=2.0) -> torch.Tensor:
+def _counted_mean(per, n):
+    return per.sum() / max(n, 1)  # 0 where nothing counts
+
+
+def soft_label(
+    student_logits: torch.Tensor,  # (..., V)
+    teacher_logits: torch.Tensor,  # (..., V)
+    mask=None,  # (...) boolean, true where a row counts
+    *,
+    temperature: float = 2.0,
+) -> torch.Tensor:
     "Cross entropy between the tempered distributions of teacher and student, mean over counted rows (VidLanKD Eq. 5); shapes that differ raise `ValueError`."
     _same("soft_label", student_logits, teacher_logits)
-    if not temperature > 0: raise ValueError(f"temperature should be positive, got {temperature}")
-    m = full_mask(mask, student_logits); s, t = promoted(student_logits[m], teacher_logits[m])
-    with no_autocast(s): return _counted_mean(-((t/temperature).softmax(-1)*(s/temperature).log_softmax(-1)).sum(-1), len(s))
+    if not temperature > 0:
+        raise ValueError(f"temperature should be positive, got {temperature}")
+    m = full_mask(mask, student_logits)
+    s, t = promoted(student_logits[m], teacher_logits[m])
+    with no_autocast(s):
+        return _counted_mean(
+            -((t / temperature).softmax(-1) * (s / temperature).log_softmax(-1)).sum(-1), len(s)
+        )
 
 # %% ../../nbs/31_losses.kd.ipynb #f02adfde
-def regression(student:torch.Tensor, # (..., D)
-               teacher:torch.Tensor, # (..., D)
-               mask=None, # (...) boolean, true where a token counts
-              ) -> torch.Tensor:
+def regression(
+    student: torch.Tensor,  # (..., D)
+    teacher: torch.Tensor,  # (..., D)
+    mask=None,  # (...) boolean, true where a token counts
+) -> torch.Tensor:
     "Squared L2 distance of the states, mean over counted tokens (VidLanKD Eq. 6); shapes that differ raise `ValueError`."
     _same("regression", student, teacher)
-    m = full_mask(mask, student); s, t = promoted(student[m], teacher[m])
-    with no_autocast(s): return _counted_mean((s - t).square().sum(-1), len(s))
+    m = full_mask(mask, student)
+    s, t = promoted(student[m], teacher[m])
+    with no_autocast(s):
+        return _counted_mean((s - t).square().sum(-1), len(s))
 
 # %% ../../nbs/31_losses.kd.ipynb #fc196f17
 class _Gaussian(torch.autograd.Function):
     "Mean kernel between the neurons of a (B, Da, L) and b (B, Db, L), or of a with itself: (B,). Some sentences at a time, and the gradient is made on the way, so that no (B, Da, Db) is kept."
+
     @staticmethod
     def forward(ctx, a, b, sigma):
-        itself = b is None; b = a if itself else b; wants = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not itself]; w, n = 1/sigma**2, a.shape[1]*b.shape[1]; out, grads = [], [torch.empty_like(x) if g else None for x, g in zip((a, b), wants)]
-        step = max(1, 2**(20 if a.device.type == "cpu" else 26)//max(n, 1)) # what stays in a processor's cache; on a GPU a whole batch
+        itself = b is None
+        b = a if itself else b
+        wants = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not itself]
+        w, n = 1 / sigma**2, a.shape[1] * b.shape[1]
+        out, grads = [], [torch.empty_like(x) if g else None for x, g in zip((a, b), wants)]
+        step = max(
+            1, 2 ** (20 if a.device.type == "cpu" else 26) // max(n, 1)
+        )  # what stays in a processor's cache; on a GPU a whole batch
         for i in range(0, len(a), step):
-            x, y = a[i:i+step], b[i:i+step]; k = torch.baddbmm(-w/2*(x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None]), x, y.transpose(1, 2), alpha=w).clamp_(max=0)
-            if itself: k.diagonal(dim1=1, dim2=2).zero_() # a neuron's distance to itself, without rounding
-            k.exp_(); out.append(k.mean((1, 2)))
-            if wants[0]: grads[0][i:i+step] = (k @ y - k.sum(2)[..., None]*x)*((1+itself)*w/n)
-            if wants[1]: grads[1][i:i+step] = (k.transpose(1, 2) @ x - k.sum(1)[..., None]*y)*(w/n)
-        ctx.save_for_backward(*grads); return torch.cat(out)
+            x, y = a[i : i + step], b[i : i + step]
+            k = torch.baddbmm(
+                -w / 2 * (x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None]),
+                x,
+                y.transpose(1, 2),
+                alpha=w,
+            ).clamp_(max=0)
+            if itself:
+                k.diagonal(dim1=1, dim2=2).zero_()  # a neuron's distance to itself, without rounding
+            k.exp_()
+            out.append(k.mean((1, 2)))
+            if wants[0]:
+                grads[0][i : i + step] = (k @ y - k.sum(2)[..., None] * x) * ((1 + itself) * w / n)
+            if wants[1]:
+                grads[1][i : i + step] = (k.transpose(1, 2) @ x - k.sum(1)[..., None] * y) * (w / n)
+        ctx.save_for_backward(*grads)
+        return torch.cat(out)
+
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return *(None if d is None else g[:, None, None]*d for d in ctx.saved_tensors), None
+    def backward(ctx, g):
+        return *(None if d is None else g[:, None, None] * d for d in ctx.saved_tensors), None
+
 
 def _mmd_gaussian(s, t, sigma, teacher_term):
-    s, t = s.transpose(1, 2), t.transpose(1, 2); k = lambda a, b: _Gaussian.apply(a, b, sigma)
-    out = k(s, None) - 2*k(s, t)
+    s, t = s.transpose(1, 2), t.transpose(1, 2)
+    k = lambda a, b: _Gaussian.apply(a, b, sigma)
+    out = k(s, None) - 2 * k(s, t)
     return out + k(t, None) if teacher_term else out
 
+
 def _mmd_poly(s, t, teacher_term):
-    gs, gt = s @ s.transpose(1, 2)/s.shape[-1], t @ t.transpose(1, 2)/t.shape[-1] # (B, L, L)
-    if teacher_term: return (gs - gt).square().sum((1, 2))
-    return (gs*(gs - 2*gt)).sum((1, 2))
+    gs, gt = s @ s.transpose(1, 2) / s.shape[-1], t @ t.transpose(1, 2) / t.shape[-1]  # (B, L, L)
+    if teacher_term:
+        return (gs - gt).square().sum((1, 2))
+    return (gs * (gs - 2 * gt)).sum((1, 2))
+
 
 def _pair_states(name, student, teacher, mask):
     "Checked student and teacher states (B, L, D) without padding, and the mask."
     if student.dim() != 3 or teacher.dim() != 3 or student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(f"{name}: student should be (B, L, Ds) and teacher (B, L, Dt): {shapes(student=student, teacher=teacher)}")
-    m = full_mask(mask, student); s, t = promoted(student, teacher)
+        raise ValueError(
+            f"{name}: student should be (B, L, Ds) and teacher (B, L, Dt): {shapes(student=student, teacher=teacher)}"
+        )
+    m = full_mask(mask, student)
+    s, t = promoted(student, teacher)
     return s.masked_fill(~m[..., None], 0), t.masked_fill(~m[..., None], 0), m
 
-def nst(student:torch.Tensor, # (B, L, Ds) states
-        teacher:torch.Tensor, # (B, L, Dt) states
-        mask=None, # (B, L) boolean, true where a token counts
-        *, kernel:str="gaussian", # "gaussian" | "poly": the squared inner product
-        sigma:float=1.0, # width of the Gaussian
-        normalize="neuron", # "neuron": over the sentence | "token+neuron": each token first | None
-        teacher_term:bool=True, # the constant term of teacher with teacher
-       ) -> torch.Tensor:
+
+def nst(
+    student: torch.Tensor,  # (B, L, Ds) states
+    teacher: torch.Tensor,  # (B, L, Dt) states
+    mask=None,  # (B, L) boolean, true where a token counts
+    *,
+    kernel: str = "gaussian",  # "gaussian" | "poly": the squared inner product
+    sigma: float = 1.0,  # width of the Gaussian
+    normalize="neuron",  # "neuron": over the sentence | "token+neuron": each token first | None
+    teacher_term: bool = True,  # the constant term of teacher with teacher
+) -> torch.Tensor:
     "Squared MMD between the neurons of student and teacher, per sentence, mean over the batch (VidLanKD Eq. 7); the widths may differ, other shapes raise `ValueError`."
-    if kernel not in ("gaussian", "poly"): raise ValueError(f"kernel should be gaussian or poly, not {kernel!r}")
-    if normalize not in ("neuron", "token+neuron", None): raise ValueError(f"normalize should be neuron, token+neuron or None, not {normalize!r}")
-    if not sigma > 0: raise ValueError(f"sigma should be positive, got {sigma}")
+    if kernel not in ("gaussian", "poly"):
+        raise ValueError(f"kernel should be gaussian or poly, not {kernel!r}")
+    if normalize not in ("neuron", "token+neuron", None):
+        raise ValueError(f"normalize should be neuron, token+neuron or None, not {normalize!r}")
+    if not sigma > 0:
+        raise ValueError(f"sigma should be positive, got {sigma}")
     s, t, m = _pair_states("nst", student, teacher, mask)
     with no_autocast(s):
-        if normalize == "token+neuron": s, t = unit(s), unit(t)
-        if normalize is not None: s, t = unit(s, 1), unit(t, 1)
+        if normalize == "token+neuron":
+            s, t = unit(s), unit(t)
+        if normalize is not None:
+            s, t = unit(s, 1), unit(t, 1)
         d = _mmd_poly(s, t, teacher_term) if kernel == "poly" else _mmd_gaussian(s, t, sigma, teacher_term)
         return d.masked_fill(~m.any(1), 0).mean()
 
 # %% ../../nbs/31_losses.kd.ipynb #9db941bc
-def nt_xent(student:torch.Tensor, # (B, L, D)
-            teacher:torch.Tensor, # (B, L, D)
-            mask=None, # (B, L) boolean, true where a token counts
-            *, temperature:float=1.0) -> torch.Tensor:
+def nt_xent(
+    student: torch.Tensor,  # (B, L, D)
+    teacher: torch.Tensor,  # (B, L, D)
+    mask=None,  # (B, L) boolean, true where a token counts
+    *,
+    temperature: float = 1.0,
+) -> torch.Tensor:
     "NT-Xent over the 2B states of each token position, mean over anchors, then over counted positions; shapes that differ and a batch of one raise `ValueError`."
     _same("nt_xent", student, teacher)
-    if len(student)*joined() < 2: raise ValueError(f"nt_xent: negatives come from the batch, which needs at least 2 sentences: {shapes(student=student, teacher=teacher)}")
-    if not temperature > 0: raise ValueError(f"temperature should be positive, got {temperature}")
-    s, t, m = gathered(*_pair_states("nt_xent", student, teacher, mask), pad=True); B = len(s)
+    if len(student) * joined() < 2:
+        raise ValueError(
+            f"nt_xent: negatives come from the batch, which needs at least 2 sentences: {shapes(student=student, teacher=teacher)}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature should be positive, got {temperature}")
+    s, t, m = gathered(*_pair_states("nt_xent", student, teacher, mask), pad=True)
+    B = len(s)
     with no_autocast(s):
-        z = unit(torch.cat([s, t])).transpose(0, 1); keep = torch.cat([m, m]).T # (L, 2B, D), (L, 2B)
-        sim = torch.bmm(z, z.transpose(1, 2))/temperature
-        pos = sim.diagonal(B, 1, 2).repeat(1, 2) # each with its partner: (L, 2B)
-        out = torch.eye(2*B, dtype=torch.bool, device=s.device) | ~keep[:, None] # itself and padding are no rivals
-        per = (torch.logsumexp(sim.masked_fill(out, torch.finfo(sim.dtype).min/4), -1) - pos).masked_fill(~keep, 0)
-        n = keep.sum(1); return (per.sum(1)/n.clamp_min(1)).sum()/(n > 0).sum().clamp_min(1)
+        z = unit(torch.cat([s, t])).transpose(0, 1)
+        keep = torch.cat([m, m]).T  # (L, 2B, D), (L, 2B)
+        sim = torch.bmm(z, z.transpose(1, 2)) / temperature
+        pos = sim.diagonal(B, 1, 2).repeat(1, 2)  # each with its partner: (L, 2B)
+        out = (
+            torch.eye(2 * B, dtype=torch.bool, device=s.device) | ~keep[:, None]
+        )  # itself and padding are no rivals
+        per = (torch.logsumexp(sim.masked_fill(out, torch.finfo(sim.dtype).min / 4), -1) - pos).masked_fill(
+            ~keep, 0
+        )
+        n = keep.sum(1)
+        return (per.sum(1) / n.clamp_min(1)).sum() / (n > 0).sum().clamp_min(1)
 
 # %% ../../nbs/31_losses.kd.ipynb #aca34a6d
-def released_scale(objective:str, batch:int, tokens:int) -> float:
+def released_scale(objective: str, batch: int, tokens: int) -> float:
     "What the public code multiplies its mean with: `nst` B/L (it sums over the batch and divides by L), `nt_xent` 1/2B (it divides by the number of anchors twice), others 1."
-    return {"nst": batch/tokens, "nt_xent": 1/(2*batch)}.get(objective, 1.)
+    return {"nst": batch / tokens, "nt_xent": 1 / (2 * batch)}.get(objective, 1.0)
 
 # %% ../../nbs/31_losses.kd.ipynb #733e1baf
-def voken(logits:torch.Tensor, # (..., K): one score a clip
-          vokens:torch.Tensor, # (...) integer: which clip; -100 where there is none
-          mask=None, # (...) boolean, true where a token counts
-         ) -> torch.Tensor:
+def voken(
+    logits: torch.Tensor,  # (..., K): one score a clip
+    vokens: torch.Tensor,  # (...) integer: which clip; -100 where there is none
+    mask=None,  # (...) boolean, true where a token counts
+) -> torch.Tensor:
     "Cross entropy of the voken classifier, mean over counted tokens (VidLanKD Eq. 9); shapes that differ and labels out of range raise `ValueError`."
-    if logits.dim() < 1 or vokens.shape != logits.shape[:-1] or vokens.is_floating_point(): raise ValueError(f"voken: vokens should be integers, one for each row of logits: {shapes(logits=logits, vokens=vokens)} of {vokens.dtype}")
-    m = full_mask(mask, logits) & (vokens != -100); x, = promoted(logits[m]); y = vokens[m].long()
-    if len(y) and not (0 <= y.min() and y.max() < x.shape[-1]): raise ValueError(f"voken: labels should be from 0 to {x.shape[-1]-1} or -100, got {y.min().item()} to {y.max().item()}: {shapes(logits=logits, vokens=vokens)}")
-    with no_autocast(x): return _counted_mean(F.cross_entropy(x, y, reduction="none"), len(y))
+    if logits.dim() < 1 or vokens.shape != logits.shape[:-1] or vokens.is_floating_point():
+        raise ValueError(
+            f"voken: vokens should be integers, one for each row of logits: {shapes(logits=logits, vokens=vokens)} of {vokens.dtype}"
+        )
+    m = full_mask(mask, logits) & (vokens != -100)
+    (x,) = promoted(logits[m])
+    y = vokens[m].long()
+    if len(y) and not (0 <= y.min() and y.max() < x.shape[-1]):
+        raise ValueError(
+            f"voken: labels should be from 0 to {x.shape[-1] - 1} or -100, got {y.min().item()} to {y.max().item()}: {shapes(logits=logits, vokens=vokens)}"
+        )
+    with no_autocast(x):
+        return _counted_mean(F.cross_entropy(x, y, reduction="none"), len(y))
 
 # %% ../../nbs/31_losses.kd.ipynb #231b2bd5
-def _nce(pos, neg, log_c, eps=0.): # (B,), (B, K) log scores -> (B,), (B, K): -log h and -log(1-h), where h = p/(p + c + eps)
+def _nce(
+    pos, neg, log_c, eps=0.0
+):  # (B,), (B, K) log scores -> (B,), (B, K): -log h and -log(1-h), where h = p/(p + c + eps)
     log_ce = log_c if eps == 0 else math.log(math.exp(log_c) + eps)
     return F.softplus(log_ce - pos), F.softplus(neg - log_ce) + (log_ce - log_c)
 
+
 class CRD(nn.Module):
     "Contrastive representation distillation with a memory of features (VidLanKD Eq. 8); `f1` and `f2` are trained with the student."
-    def __init__(self, student_dim:int, teacher_dim:int,
-                 feature_dim:int=128, # width of the space of f1 and f2
-                 negatives:int=4096, # N
-                 bank:str="queue", # "queue" | "full"
-                 bank_size:int=16384, # M: places of the queue, or the number of samples
-                 temperature:float=0.07, # Eq. 8 has 1
-                 momentum:float=0.5): # of "full": how much of a slot stays
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        feature_dim: int = 128,  # width of the space of f1 and f2
+        negatives: int = 4096,  # N
+        bank: str = "queue",  # "queue" | "full"
+        bank_size: int = 16384,  # M: places of the queue, or the number of samples
+        temperature: float = 0.07,  # Eq. 8 has 1
+        momentum: float = 0.5,
+    ):  # of "full": how much of a slot stays
         super().__init__()
-        if bank not in ("queue", "full"): raise ValueError(f"bank should be queue or full, not {bank!r}")
-        if min(student_dim, teacher_dim, feature_dim, negatives) < 1 or bank_size < 2: raise ValueError(f"CRD needs positive widths and negatives and at least 2 places in the bank, got student_dim {student_dim}, teacher_dim {teacher_dim}, feature_dim {feature_dim}, negatives {negatives}, bank_size {bank_size}")
-        if not temperature > 0 or not 0 <= momentum <= 1: raise ValueError(f"temperature should be positive and momentum from 0 to 1, got {temperature} and {momentum}")
-        self.student_dim, self.teacher_dim, self.negatives, self.bank, self.bank_size, self.temperature, self.momentum = student_dim, teacher_dim, negatives, bank, bank_size, temperature, momentum
+        if bank not in ("queue", "full"):
+            raise ValueError(f"bank should be queue or full, not {bank!r}")
+        if min(student_dim, teacher_dim, feature_dim, negatives) < 1 or bank_size < 2:
+            raise ValueError(
+                f"CRD needs positive widths and negatives and at least 2 places in the bank, got student_dim {student_dim}, teacher_dim {teacher_dim}, feature_dim {feature_dim}, negatives {negatives}, bank_size {bank_size}"
+            )
+        if not temperature > 0 or not 0 <= momentum <= 1:
+            raise ValueError(
+                f"temperature should be positive and momentum from 0 to 1, got {temperature} and {momentum}"
+            )
+        (
+            self.student_dim,
+            self.teacher_dim,
+            self.negatives,
+            self.bank,
+            self.bank_size,
+            self.temperature,
+            self.momentum,
+        ) = student_dim, teacher_dim, negatives, bank, bank_size, temperature, momentum
         self.f1, self.f2 = nn.Linear(student_dim, feature_dim), nn.Linear(teacher_dim, feature_dim)
         self.generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
-        a = math.sqrt(3/feature_dim) # uniform in +-a: squared length 1 on average
-        for k in ("memory_v1", "memory_v2"): self.register_buffer(k, (2*torch.rand(bank_size, feature_dim) - 1)*a if bank == "full" else torch.zeros(bank_size, feature_dim)) # of students, of teachers
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long)) # samples stored so far
-        self.register_buffer("log_z", torch.zeros(2)) # of "full": log Z of the student's and of the teacher's scores
+        a = math.sqrt(3 / feature_dim)  # uniform in +-a: squared length 1 on average
+        for k in ("memory_v1", "memory_v2"):
+            self.register_buffer(
+                k,
+                (2 * torch.rand(bank_size, feature_dim) - 1) * a
+                if bank == "full"
+                else torch.zeros(bank_size, feature_dim),
+            )  # of students, of teachers
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # samples stored so far
+        self.register_buffer(
+            "log_z", torch.zeros(2)
+        )  # of "full": log Z of the student's and of the teacher's scores
 
     # The generator's state travels with the weights: a resumed run draws the negatives it would have drawn.
-    def get_extra_state(self): return self.generator.get_state()
-    def set_extra_state(self, state): self.generator.set_state(state.cpu().to(torch.uint8))
-    def extra_repr(self): return f"negatives={self.negatives}, bank={self.bank!r}, bank_size={self.bank_size}, temperature={self.temperature}, momentum={self.momentum}"
+    def get_extra_state(self):
+        return self.generator.get_state()
 
-    def features(self, student=None, teacher=None) -> tuple: # (N, F) each, None where none was given
+    def set_extra_state(self, state):
+        self.generator.set_state(state.cpu().to(torch.uint8))
+
+    def extra_repr(self):
+        return f"negatives={self.negatives}, bank={self.bank!r}, bank_size={self.bank_size}, temperature={self.temperature}, momentum={self.momentum}"
+
+    def features(self, student=None, teacher=None) -> tuple:  # (N, F) each, None where none was given
         "f1(student) and f2(teacher), of unit length."
-        def f(lin, x): return None if x is None else unit(F.linear(*promoted(x, lin.weight, lin.bias)))
+
+        def f(lin, x):
+            return None if x is None else unit(F.linear(*promoted(x, lin.weight, lin.bias)))
+
         return f(self.f1, student), f(self.f2, teacher)
 
-    def _draw(self, high, n): # n indices below high; evaluation leaves the generator as it was
-        state = self.generator.get_state(); i = torch.randint(high, (n,), generator=self.generator)
-        if not self.training: self.generator.set_state(state)
+    def _draw(self, high, n):  # n indices below high; evaluation leaves the generator as it was
+        state = self.generator.get_state()
+        i = torch.randint(high, (n,), generator=self.generator)
+        if not self.training:
+            self.generator.set_state(state)
         return i.to(self.seen.device)
 
     def _queue(self, s, t):
-        filled = min(int(self.seen), self.bank_size); N = self.negatives
-        if filled == 0 and len(s) < 2: raise ValueError(f"CRD: the queue is empty, so that negatives come from the batch, which needs at least 2 samples: {shapes(student=s, teacher=t)}")
+        filled = min(int(self.seen), self.bank_size)
+        N = self.negatives
+        if filled == 0 and len(s) < 2:
+            raise ValueError(
+                f"CRD: the queue is empty, so that negatives come from the batch, which needs at least 2 samples: {shapes(student=s, teacher=t)}"
+            )
         i = self._draw(filled, N) if filled >= N else torch.arange(filled, device=s.device)
-        pos, loss = (s*t).sum(-1)/self.temperature, 0
+        pos, loss = (s * t).sum(-1) / self.temperature, 0
         for x, other, mem in ((s, t, self.memory_v2), (t, s, self.memory_v1)):
-            neg = x @ mem[i].to(x.dtype).T/self.temperature; keep = torch.ones_like(neg, dtype=torch.bool)
-            if filled < N: neg, keep = torch.cat([neg, x @ other.T/self.temperature], 1), torch.cat([keep, ~torch.eye(len(x), dtype=torch.bool, device=x.device)], 1)
-            p, n = _nce(pos, neg, math.log(N/self.bank_size))
-            loss = loss + (p + N*(n*keep).sum(1)/keep.sum(1)).mean()
+            neg = x @ mem[i].to(x.dtype).T / self.temperature
+            keep = torch.ones_like(neg, dtype=torch.bool)
+            if filled < N:
+                neg, keep = (
+                    torch.cat([neg, x @ other.T / self.temperature], 1),
+                    torch.cat([keep, ~torch.eye(len(x), dtype=torch.bool, device=x.device)], 1),
+                )
+            p, n = _nce(pos, neg, math.log(N / self.bank_size))
+            loss = loss + (p + N * (n * keep).sum(1) / keep.sum(1)).mean()
         return loss
 
     def _full(self, s, t, index, negatives_index):
-        K = negatives_index.shape[-1]; eps = 1e-7; pairs = []
-        for x, mem in ((s, self.memory_v2), (t, self.memory_v1)): # student against remembered teachers, and the reverse
-            pos = (x*mem[index].to(x.dtype)).sum(-1)/self.temperature; m = mem[negatives_index].to(x.dtype)
-            pairs.append((pos, (x @ m.T if m.dim() == 2 else torch.einsum("bd,bkd->bk", x, m))/self.temperature))
+        K = negatives_index.shape[-1]
+        eps = 1e-7
+        pairs = []
+        for x, mem in (
+            (s, self.memory_v2),
+            (t, self.memory_v1),
+        ):  # student against remembered teachers, and the reverse
+            pos = (x * mem[index].to(x.dtype)).sum(-1) / self.temperature
+            m = mem[negatives_index].to(x.dtype)
+            pairs.append(
+                (pos, (x @ m.T if m.dim() == 2 else torch.einsum("bd,bkd->bk", x, m)) / self.temperature)
+            )
         fresh = int(self.seen) == 0
-        z = torch.stack([torch.logsumexp(torch.cat([p[:, None], n], 1).detach().flatten(), 0) - math.log(p.numel() + n.numel()) + math.log(self.bank_size) for p, n in pairs]) if fresh else self.log_z.to(s.dtype)
-        if fresh and self.training: self.log_z.copy_(z)
+        z = (
+            torch.stack(
+                [
+                    torch.logsumexp(torch.cat([p[:, None], n], 1).detach().flatten(), 0)
+                    - math.log(p.numel() + n.numel())
+                    + math.log(self.bank_size)
+                    for p, n in pairs
+                ]
+            )
+            if fresh
+            else self.log_z.to(s.dtype)
+        )
+        if fresh and self.training:
+            self.log_z.copy_(z)
         loss = 0
         for (pos, neg), lz in zip(pairs, z):
-            p, n = _nce(pos - lz, neg - lz, math.log(K/self.bank_size), eps)
-            keep = negatives_index != index[:, None] if negatives_index.dim() == 1 else torch.ones_like(neg, dtype=torch.bool) # a shared draw may hit a sample itself
-            loss = loss + (p + K*(n*keep).sum(1)/keep.sum(1).clamp_min(1)).mean()
+            p, n = _nce(pos - lz, neg - lz, math.log(K / self.bank_size), eps)
+            keep = (
+                negatives_index != index[:, None]
+                if negatives_index.dim() == 1
+                else torch.ones_like(neg, dtype=torch.bool)
+            )  # a shared draw may hit a sample itself
+            loss = loss + (p + K * (n * keep).sum(1) / keep.sum(1).clamp_min(1)).mean()
         return loss
 
     @torch.no_grad()
     def _store(self, s, t, index):
         for x, mem in ((s, self.memory_v1), (t, self.memory_v2)):
-            if self.bank == "full": mem[index] = unit(self.momentum*mem[index].to(x.dtype) + (1 - self.momentum)*x).to(mem.dtype)
-            else: # a batch larger than the queue leaves its last samples
-                k = torch.arange(max(0, len(x) - self.bank_size), len(x), device=x.device); mem[(self.seen + k) % self.bank_size] = x[k].to(mem.dtype)
+            if self.bank == "full":
+                mem[index] = unit(self.momentum * mem[index].to(x.dtype) + (1 - self.momentum) * x).to(
+                    mem.dtype
+                )
+            else:  # a batch larger than the queue leaves its last samples
+                k = torch.arange(max(0, len(x) - self.bank_size), len(x), device=x.device)
+                mem[(self.seen + k) % self.bank_size] = x[k].to(mem.dtype)
         self.seen += len(s)
 
-    def forward(self, student:torch.Tensor, # (N, Ds) keys: masked means of sentences, or sampled tokens
-                teacher:torch.Tensor, # (N, Dt)
-                index=None, # (N,) which samples they are; needed by "full", not used by "queue"
-                negatives_index=None, # of "full": (K,) or (N, K) slots to use instead of drawing them
-               ) -> torch.Tensor:
+    def forward(
+        self,
+        student: torch.Tensor,  # (N, Ds) keys: masked means of sentences, or sampled tokens
+        teacher: torch.Tensor,  # (N, Dt)
+        index=None,  # (N,) which samples they are; needed by "full", not used by "queue"
+        negatives_index=None,  # of "full": (K,) or (N, K) slots to use instead of drawing them
+    ) -> torch.Tensor:
         "The loss, mean over the N samples; in training mode the features are stored afterwards. Wrong shapes and indices raise `ValueError`."
-        if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher) or not len(student) or student.shape[1] != self.student_dim or teacher.shape[1] != self.teacher_dim:
-            raise ValueError(f"CRD: student should be (N, {self.student_dim}) and teacher (N, {self.teacher_dim}): {shapes(student=student, teacher=teacher)}")
-        if self.bank == "queue" and negatives_index is not None: raise ValueError("CRD: negatives_index belongs to bank='full'")
+        if (
+            student.dim() != 2
+            or teacher.dim() != 2
+            or len(student) != len(teacher)
+            or not len(student)
+            or student.shape[1] != self.student_dim
+            or teacher.shape[1] != self.teacher_dim
+        ):
+            raise ValueError(
+                f"CRD: student should be (N, {self.student_dim}) and teacher (N, {self.teacher_dim}): {shapes(student=student, teacher=teacher)}"
+            )
+        if self.bank == "queue" and negatives_index is not None:
+            raise ValueError("CRD: negatives_index belongs to bank='full'")
         if self.bank == "full":
             self._check_index("index", index, (len(student),))
-            if negatives_index is None: negatives_index = self._draw(self.bank_size, self.negatives)
-            else: self._check_index("negatives_index", negatives_index, (len(student), negatives_index.shape[-1]) if negatives_index.dim() == 2 else (negatives_index.numel(),))
+            if negatives_index is None:
+                negatives_index = self._draw(self.bank_size, self.negatives)
+            else:
+                self._check_index(
+                    "negatives_index",
+                    negatives_index,
+                    (len(student), negatives_index.shape[-1])
+                    if negatives_index.dim() == 2
+                    else (negatives_index.numel(),),
+                )
         with no_autocast(student):
-            s, t = gathered(*self.features(student, teacher)) # every process sees the keys of all, so that all memories stay the same
-            if index is not None: index = gathered(index)
-            if negatives_index is not None and negatives_index.dim() == 2: negatives_index = gathered(negatives_index)
+            s, t = gathered(
+                *self.features(student, teacher)
+            )  # every process sees the keys of all, so that all memories stay the same
+            if index is not None:
+                index = gathered(index)
+            if negatives_index is not None and negatives_index.dim() == 2:
+                negatives_index = gathered(negatives_index)
             loss = self._queue(s, t) if self.bank == "queue" else self._full(s, t, index, negatives_index)
-            if self.training: self._store(s, t, index)
+            if self.training:
+                self._store(s, t, index)
         return loss
 
     def _check_index(self, name, i, shape):
-        if not isinstance(i, torch.Tensor) or i.dtype != torch.long or i.shape != shape or not i.numel(): raise ValueError(f"CRD: bank='full' needs {name}, a LongTensor of shape {tuple(shape)}: {shapes(**{name: i})}")
-        if i.min() < 0 or i.max() >= self.bank_size: raise ValueError(f"CRD: {name} should be from 0 to bank_size - 1 = {self.bank_size-1}, got {i.min().item()} to {i.max().item()}, shape {tuple(i.shape)}")
+        if not isinstance(i, torch.Tensor) or i.dtype != torch.long or i.shape != shape or not i.numel():
+            raise ValueError(
+                f"CRD: bank='full' needs {name}, a LongTensor of shape {tuple(shape)}: {shapes(**{name: i})}"
+            )
+        if i.min() < 0 or i.max() >= self.bank_size:
+            raise ValueError(
+                f"CRD: {name} should be from 0 to bank_size - 1 = {self.bank_size - 1}, got {i.min().item()} to {i.max().item()}, shape {tuple(i.shape)}"
+            )
 
 # %% ../../nbs/31_losses.kd.ipynb #8ed2f379
-def objective(name:str, # token_hinge, info_nce, soft_label, regression, nst, nt_xent, voken, or crd: the class
-              reading:str="paper"): # "paper" | "released"
+def objective(
+    name: str,  # token_hinge, info_nce, soft_label, regression, nst, nt_xent, voken, or crd: the class
+    reading: str = "paper",
+):  # "paper" | "released"
     "The objective with the arguments of a preset, and in the released reading with the public code's scale; names that are not there raise `ValueError`."
-    fs = dict(token_hinge=token_hinge, info_nce=info_nce, soft_label=soft_label, regression=regression, nst=nst, nt_xent=nt_xent, voken=voken, crd=CRD); p = preset(reading)
-    if name not in fs: raise ValueError(f"unknown objective {name!r}. Known: {', '.join(fs)}")
-    if reading == "released" and name == "crd": raise ValueError("the public code has no CRD: it runs nt_xent in its place")
+    fs = dict(
+        token_hinge=token_hinge,
+        info_nce=info_nce,
+        soft_label=soft_label,
+        regression=regression,
+        nst=nst,
+        nt_xent=nt_xent,
+        voken=voken,
+        crd=CRD,
+    )
+    p = preset(reading)
+    if name not in fs:
+        raise ValueError(f"unknown objective {name!r}. Known: {', '.join(fs)}")
+    if reading == "released" and name == "crd":
+        raise ValueError("the public code has no CRD: it runs nt_xent in its place")
     f = functools.partial(fs[name], **p.get(name, {}))
-    if reading != "released" or name not in ("nst", "nt_xent"): return f
-    return lambda student, teacher, mask=None, **kw: f(student, teacher, mask, **kw)*released_scale(name, *student.shape[:2])
+    if reading != "released" or name not in ("nst", "nt_xent"):
+        return f
+    return lambda student, teacher, mask=None, **kw: (
+        f(student, teacher, mask, **kw) * released_scale(name, *student.shape[:2])
+    )

@@ -20,112 +20,190 @@ from ..core import *
 # %% ../../nbs/22_models.encoders.ipynb #b65a39c9
 class GridPixels:
     "Mean RGB over a grid x grid division of each frame, in [-1, 1]: (..., H, W, 3) uint8 -> (..., 3 grid^2) float32, in row, column, colour order."
-    def __init__(self, grid:int=8):
-        if grid < 1: raise ValueError(f"grid should be at least 1, got {grid}")
-        self.grid, self.name, self.dim = grid, f"grid-pixels-{grid}", 3*grid*grid
+
+    def __init__(self, grid: int = 8):
+        if grid < 1:
+            raise ValueError(f"grid should be at least 1, got {grid}")
+        self.grid, self.name, self.dim = grid, f"grid-pixels-{grid}", 3 * grid * grid
 
     def encode(self, frames) -> np.ndarray:
         x, g = np.asarray(frames), self.grid
         if x.dtype != np.uint8 or x.ndim < 3 or x.shape[-1] != 3 or min(x.shape[-3:-1]) < g:
-            raise ValueError(f"frames should be uint8 (..., H, W, 3) with H, W >= {g}, got {x.dtype} {x.shape}")
+            raise ValueError(
+                f"frames should be uint8 (..., H, W, 3) with H, W >= {g}, got {x.dtype} {x.shape}"
+            )
         lead, (h, w) = x.shape[:-3], x.shape[-3:-1]
-        rows, cols = (np.arange(g+1)*n//g for n in (h, w))           # field i covers rows[i]:rows[i+1]
-        if h % g == 0 and w % g == 0:                                # equal fields: add the pixels of each, one offset at a time
-            x = x.reshape(-1, g, h//g, g, w//g, 3)
+        rows, cols = (np.arange(g + 1) * n // g for n in (h, w))  # field i covers rows[i]:rows[i+1]
+        if h % g == 0 and w % g == 0:  # equal fields: add the pixels of each, one offset at a time
+            x = x.reshape(-1, g, h // g, g, w // g, 3)
             s = np.zeros((len(x), g, g, 3), np.uint32)
-            for i in range(h//g):
-                for j in range(w//g): s += x[:, :, i, :, j]
-        else: s = np.add.reduceat(np.add.reduceat(x.reshape(-1, h, w, 3), rows[:-1], 1, np.uint32), cols[:-1], 2)
-        area = (np.diff(rows)[:, None]*np.diff(cols))[..., None]
-        return ((s/area.astype(np.float32)).astype(np.float32)/127.5 - 1).reshape(*lead, self.dim)
+            for i in range(h // g):
+                for j in range(w // g):
+                    s += x[:, :, i, :, j]
+        else:
+            s = np.add.reduceat(
+                np.add.reduceat(x.reshape(-1, h, w, 3), rows[:-1], 1, np.uint32), cols[:-1], 2
+            )
+        area = (np.diff(rows)[:, None] * np.diff(cols))[..., None]
+        return ((s / area.astype(np.float32)).astype(np.float32) / 127.5 - 1).reshape(*lead, self.dim)
 
 # %% ../../nbs/22_models.encoders.ipynb #63a9b89c
 class GridVideo:
     "2-D and 3-D features of clips on a grid: (..., T, H, W, 3) uint8 -> (..., T, 9 grid^2) float32; the first `dim_2d` columns are the 2-D ones."
-    def __init__(self, grid:int=8):
-        self.pixels = GridPixels(grid); self.grid, self.name, self.dim_2d, self.dim = grid, f"grid-video-{grid}", 6*grid*grid, 9*grid*grid
+
+    def __init__(self, grid: int = 8):
+        self.pixels = GridPixels(grid)
+        self.grid, self.name, self.dim_2d, self.dim = (
+            grid,
+            f"grid-video-{grid}",
+            6 * grid * grid,
+            9 * grid * grid,
+        )
 
     def encode(self, frames) -> np.ndarray:
         x, g = np.asarray(frames), self.grid
-        if x.ndim < 4 or x.shape[-3] % g or x.shape[-2] % g: raise ValueError(f"frames should be (..., T, H, W, 3) with H and W multiples of {g}, got {x.shape}")
-        mean = self.pixels.encode(x); field = x.reshape(*x.shape[:-3], g, x.shape[-3]//g, g, x.shape[-2]//g, 3).astype(np.float32)/127.5-1
-        edges = np.sqrt(np.maximum((field*field).mean((-4, -2)).reshape(mean.shape)-mean**2, 0))
-        motion = np.zeros_like(mean); motion[..., 1:, :] = np.abs(np.diff(mean, axis=-2))
+        if x.ndim < 4 or x.shape[-3] % g or x.shape[-2] % g:
+            raise ValueError(
+                f"frames should be (..., T, H, W, 3) with H and W multiples of {g}, got {x.shape}"
+            )
+        mean = self.pixels.encode(x)
+        field = (
+            x.reshape(*x.shape[:-3], g, x.shape[-3] // g, g, x.shape[-2] // g, 3).astype(np.float32) / 127.5
+            - 1
+        )
+        edges = np.sqrt(np.maximum((field * field).mean((-4, -2)).reshape(mean.shape) - mean**2, 0))
+        motion = np.zeros_like(mean)
+        motion[..., 1:, :] = np.abs(np.diff(mean, axis=-2))
         return np.concatenate([mean, edges, motion], -1)
 
 # %% ../../nbs/22_models.encoders.ipynb #7bb02954
-def same_pad(x:torch.Tensor, kernel:int, stride:int) -> torch.Tensor:
+def same_pad(x: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:
     "Pad (B, C, H, W) with zeros so that a convolution gives ceil(H/stride) rows; an odd row or column goes to the bottom and right."
-    def two(n): p = max((math.ceil(n/stride)-1)*stride + kernel - n, 0); return p//2, p - p//2
+
+    def two(n):
+        p = max((math.ceil(n / stride) - 1) * stride + kernel - n, 0)
+        return p // 2, p - p // 2
+
     return F.pad(x, (*two(x.shape[-1]), *two(x.shape[-2])))
 
 # %% ../../nbs/22_models.encoders.ipynb #28121698
 class MobileNetV2(nn.Module):
     "MobileNetV2 as its list of operations says; frozen. `forward` (B, 3, 224, 224) in [-1, 1] -> pooled (B, dim)."
-    def __init__(self, spec:list, arrays, name:str="mobilenet_v2", size:int=224):
-        super().__init__(); self.ops, self.name, self.size, self.pooled_at = [], name, size, None
+
+    def __init__(self, spec: list, arrays, name: str = "mobilenet_v2", size: int = 224):
+        super().__init__()
+        self.ops, self.name, self.size, self.pooled_at = [], name, size, None
         for n, o in enumerate(spec):
             kind = o["op"]
-            if kind in ("QUANTIZE", "RESHAPE", "SOFTMAX"): self.ops.append(("SAME", o["in"][:1], o["out"][0])); continue
-            if kind in ("ADD", "MEAN"): self.ops.append((kind, o["in"], o["out"][0])); self.pooled_at = n if kind == "MEAN" else self.pooled_at; continue
-            if kind not in ("CONV_2D", "DEPTHWISE_CONV_2D"): raise ValueError(f"operation {n} of the network is {kind}, which is not known here")
-            if o["act"] not in (0, 3) or o["pad"] != 0: raise ValueError(f"operation {n}: act {o['act']} and pad {o['pad']}; known are act 0 or 3 (ReLU6) and pad 0 (same)")
+            if kind in ("QUANTIZE", "RESHAPE", "SOFTMAX"):
+                self.ops.append(("SAME", o["in"][:1], o["out"][0]))
+                continue
+            if kind in ("ADD", "MEAN"):
+                self.ops.append((kind, o["in"], o["out"][0]))
+                self.pooled_at = n if kind == "MEAN" else self.pooled_at
+                continue
+            if kind not in ("CONV_2D", "DEPTHWISE_CONV_2D"):
+                raise ValueError(f"operation {n} of the network is {kind}, which is not known here")
+            if o["act"] not in (0, 3) or o["pad"] != 0:
+                raise ValueError(
+                    f"operation {n}: act {o['act']} and pad {o['pad']}; known are act 0 or 3 (ReLU6) and pad 0 (same)"
+                )
             w, b = (torch.as_tensor(np.asarray(arrays[o[k]]), dtype=torch.float32) for k in "wb")
-            c = nn.Conv2d(w.shape[1]*(len(w) if kind[0] == "D" else 1), len(w), w.shape[-1], o["stride"], groups=len(w) if kind[0] == "D" else 1)
-            if c.weight.shape != w.shape or c.bias.shape != b.shape: raise ValueError(f"{o['w']} is {tuple(w.shape)} and {o['b']} {tuple(b.shape)}, not {tuple(c.weight.shape)} and {tuple(c.bias.shape)}")
+            c = nn.Conv2d(
+                w.shape[1] * (len(w) if kind[0] == "D" else 1),
+                len(w),
+                w.shape[-1],
+                o["stride"],
+                groups=len(w) if kind[0] == "D" else 1,
+            )
+            if c.weight.shape != w.shape or c.bias.shape != b.shape:
+                raise ValueError(
+                    f"{o['w']} is {tuple(w.shape)} and {o['b']} {tuple(b.shape)}, not {tuple(c.weight.shape)} and {tuple(c.bias.shape)}"
+                )
             c.weight.data, c.bias.data, c.six = w, b, o["act"] == 3
-            self.add_module(o["w"].split(".")[0], c); self.ops.append((o["w"].split(".")[0], o["in"][:1], o["out"][0]))
-        if self.pooled_at is None: raise ValueError("the network has no MEAN operation: nothing says what its pooled features are")
-        self.dim = next(len(self.get_submodule(m).bias) for m, _, _ in reversed(self.ops[:self.pooled_at]) if m not in ("SAME", "ADD", "MEAN"))
+            self.add_module(o["w"].split(".")[0], c)
+            self.ops.append((o["w"].split(".")[0], o["in"][:1], o["out"][0]))
+        if self.pooled_at is None:
+            raise ValueError("the network has no MEAN operation: nothing says what its pooled features are")
+        self.dim = next(
+            len(self.get_submodule(m).bias)
+            for m, _, _ in reversed(self.ops[: self.pooled_at])
+            if m not in ("SAME", "ADD", "MEAN")
+        )
         self.requires_grad_(False).eval()
 
-    def train(self, mode=True): return super().train(False)      # frozen, whatever the model around it does
+    def train(self, mode=True):
+        return super().train(False)  # frozen, whatever the model around it does
 
     def _run(self, x, ops):
         seen = {ops[0][1][0]: x}
         for m, ins, out in ops:
             a = seen[ins[0]]
-            if m == "ADD": a = a + seen[ins[1]]
-            elif m == "MEAN": a = a.mean((-2,-1), keepdim=True)
+            if m == "ADD":
+                a = a + seen[ins[1]]
+            elif m == "MEAN":
+                a = a.mean((-2, -1), keepdim=True)
             elif m != "SAME":
-                c = self.get_submodule(m); a = c(same_pad(a, c.kernel_size[0], c.stride[0])); a = a.clamp(0, 6) if c.six else a
+                c = self.get_submodule(m)
+                a = c(same_pad(a, c.kernel_size[0], c.stride[0]))
+                a = a.clamp(0, 6) if c.six else a
             seen[out] = a
         return a
 
-    def grid(self, x):   # (B, 3, 224, 224) -> (B, dim, 7, 7)
+    def grid(self, x):  # (B, 3, 224, 224) -> (B, dim, 7, 7)
         "The map of features before pooling."
-        return self._run(x, self.ops[:self.pooled_at])
-    def forward(self, x): return self.grid(x).mean((-2,-1))
+        return self._run(x, self.ops[: self.pooled_at])
+
+    def forward(self, x):
+        return self.grid(x).mean((-2, -1))
+
     def logits(self, pooled):  # (B, dim) -> (B, classes)
         "Class scores of pooled features."
-        return self._run(pooled[..., None, None], self.ops[self.pooled_at+1:]).flatten(1)
+        return self._run(pooled[..., None, None], self.ops[self.pooled_at + 1 :]).flatten(1)
 
-    def pixels(self, frames) -> torch.Tensor: # float32 (T, 3, size, size)
+    def pixels(self, frames) -> torch.Tensor:  # float32 (T, 3, size, size)
         "uint8 (T, H, W, 3) -> the network's input: resized to a square (bilinear, antialiased) and scaled to [-1, 1]."
         a = np.asarray(frames)
-        if a.dtype != np.uint8 or a.ndim != 4 or a.shape[-1] != 3 or 0 in a.shape: raise ValueError(f"frames should be uint8 (T, H, W, 3), got {a.dtype} {a.shape}")
+        if a.dtype != np.uint8 or a.ndim != 4 or a.shape[-1] != 3 or 0 in a.shape:
+            raise ValueError(f"frames should be uint8 (T, H, W, 3), got {a.dtype} {a.shape}")
         x = torch.tensor(a, device=next(self.parameters()).device).movedim(-1, 1).float()
-        if x.shape[-2:] != (self.size, self.size): x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
-        return x/127.5 - 1
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        return x / 127.5 - 1
 
     @torch.no_grad()
-    def encode(self, frames, batch:int=8) -> np.ndarray: # float32 (T, dim)
+    def encode(self, frames, batch: int = 8) -> np.ndarray:  # float32 (T, dim)
         "Pooled features of uint8 frames (T, H, W, 3), `batch` frames at a time."
         with no_autocast(next(self.parameters())):
-            return np.concatenate([self(self.pixels(frames[i:i+batch])).cpu().numpy() for i in range(0, max(len(frames), 1), batch)])
+            return np.concatenate(
+                [
+                    self(self.pixels(frames[i : i + batch])).cpu().numpy()
+                    for i in range(0, max(len(frames), 1), batch)
+                ]
+            )
 
 # %% ../../nbs/22_models.encoders.ipynb #c173978f
-def load_mobilenet(folder=None # where the npz file lies; None: `weights` under VLKD_DATA
-                  ) -> MobileNetV2: # on `device()`, with `labels`
+def load_mobilenet(
+    folder=None,  # where the npz file lies; None: `weights` under VLKD_DATA
+) -> MobileNetV2:  # on `device()`, with `labels`
     "MobileNetV2 with ImageNet weights: pooled features of width 1280, 1001 classes."
-    f = Path(folder or data_dir()/"weights")/"mobilenet_v2_imagenet_fp16.npz"
-    if not f.is_file(): raise FileNotFoundError(f"{f}: the MobileNetV2 weights are not there")
+    f = Path(folder or data_dir() / "weights") / "mobilenet_v2_imagenet_fp16.npz"
+    if not f.is_file():
+        raise FileNotFoundError(f"{f}: the MobileNetV2 weights are not there")
     try:
-        with np.load(f) as z: arrays = {k: z[k] for k in z.files}
+        with np.load(f) as z:
+            arrays = {k: z[k] for k in z.files}
         spec = json.loads(bytes(arrays.pop("spec_json")))
-    except Exception as e: raise ValueError(f"{f}: not the npz file with arrays and spec_json that it should be ({type(e).__name__}: {e})") from None
-    try: net = MobileNetV2(spec, arrays, name=f"mobilenet_v2-{sha256_file(f)[:8]}").to(device(), memory_format=torch.channels_last)
-    except KeyError as e: raise ValueError(f"{f}: array or key {e} is missing") from None
-    labels = f.parent/"imagenet_labels.txt"
+    except Exception as e:
+        raise ValueError(
+            f"{f}: not the npz file with arrays and spec_json that it should be ({type(e).__name__}: {e})"
+        ) from None
+    try:
+        net = MobileNetV2(spec, arrays, name=f"mobilenet_v2-{sha256_file(f)[:8]}").to(
+            device(), memory_format=torch.channels_last
+        )
+    except KeyError as e:
+        raise ValueError(f"{f}: array or key {e} is missing") from None
+    labels = f.parent / "imagenet_labels.txt"
     net.labels = labels.read_text(encoding="utf-8").splitlines() if labels.is_file() else None
     return net

@@ -23,339 +23,621 @@ from ..data.video import _locked
 from .image import *
 
 # %% ../../nbs/26_models.extract.ipynb #a52a6029
-SUFFIXES = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ts .mts .m2ts .3gp .ogv .gif .vob .asf .divx".split())
+SUFFIXES = set(
+    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ts .mts .m2ts .3gp .ogv .gif .vob .asf .divx".split()
+)
+
 
 class VideoItem(NamedTuple):
     "A video or a part of one; `where` is the line of the csv that asked for it."
+
     path: Path
-    start: float = None   # seconds; None: the beginning
-    end: float = None     # seconds; None: the end
+    start: float = None  # seconds; None: the beginning
+    end: float = None  # seconds; None: the end
     where: str = ""
 
-def _said(x) -> str: # bytes of a file's name that are not UTF-8 as \\xe9
+
+def _said(x) -> str:  # bytes of a file's name that are not UTF-8 as \\xe9
     return str(x).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
-def _walk(root:Path):
+
+def _walk(root: Path):
     "Yield the files below `root`, through links to folders but each folder once; a folder that cannot be read is an error, because its videos would be missing without a word."
-    def bad(e): raise ValueError(f"{_said(e.filename)}: this folder cannot be read ({e.strerror}); make it readable, or leave it out by a leading dot in its name")
+
+    def bad(e):
+        raise ValueError(
+            f"{_said(e.filename)}: this folder cannot be read ({e.strerror}); make it readable, or leave it out by a leading dot in its name"
+        )
+
     seen = set()
     for d, ds, fs in os.walk(root, onerror=bad, followlinks=True):
-        if (r := os.path.realpath(d)) in seen: ds.clear(); continue
-        seen.add(r); ds[:] = sorted(x for x in ds if not x.startswith(".")); yield from (Path(d)/x for x in fs if not x.startswith("."))
+        if (r := os.path.realpath(d)) in seen:
+            ds.clear()
+            continue
+        seen.add(r)
+        ds[:] = sorted(x for x in ds if not x.startswith("."))
+        yield from (Path(d) / x for x in fs if not x.startswith("."))
 
-def _folder_videos(root:Path) -> dict[str, VideoItem]:
-    files = sorted(p for p in _walk(root) if p.suffix.lower() in SUFFIXES and (p.is_file() or not p.exists()))       # a link that leads nowhere is reported, not left out
-    if not files: raise ValueError(f"{root}: no videos in this folder (looked for {' '.join(sorted(SUFFIXES))})")
-    names = [Path(_said(p.relative_to(root))) for p in files]; stems = Counter(n.with_suffix("").as_posix() for n in names)
-    return {(n if stems[n.with_suffix("").as_posix()] > 1 else n.with_suffix("")).as_posix(): VideoItem(p) for n, p in zip(names, files)}
 
-def _seconds(text:str, what:str) -> float|None:
-    if not text.strip(): return None
-    try: x = float(text)
-    except ValueError: x = math.nan
-    if not (math.isfinite(x) and x >= 0): raise ValueError(f"{what} should be a number of seconds from 0, got {text!r}")
+def _folder_videos(root: Path) -> dict[str, VideoItem]:
+    files = sorted(
+        p for p in _walk(root) if p.suffix.lower() in SUFFIXES and (p.is_file() or not p.exists())
+    )  # a link that leads nowhere is reported, not left out
+    if not files:
+        raise ValueError(f"{root}: no videos in this folder (looked for {' '.join(sorted(SUFFIXES))})")
+    names = [Path(_said(p.relative_to(root))) for p in files]
+    stems = Counter(n.with_suffix("").as_posix() for n in names)
+    return {
+        (n if stems[n.with_suffix("").as_posix()] > 1 else n.with_suffix("")).as_posix(): VideoItem(p)
+        for n, p in zip(names, files)
+    }
+
+
+def _seconds(text: str, what: str) -> float | None:
+    if not text.strip():
+        return None
+    try:
+        x = float(text)
+    except ValueError:
+        x = math.nan
+    if not (math.isfinite(x) and x >= 0):
+        raise ValueError(f"{what} should be a number of seconds from 0, got {text!r}")
     return x
 
-def _csv_videos(f:Path) -> dict[str, VideoItem]:
-    try: lines = f.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as e: raise ValueError(f"{f}: not UTF-8 text ({e.reason} at byte {e.start})") from None
-    rows = csv.DictReader(lines, skipinitialspace=True); cols = rows.fieldnames or []
-    if "path" not in cols or set(cols) - {"path", "start", "end", "id"}: raise ValueError(f"{f}, line 1: the columns should be path,start,end (and id if you like), got {','.join(cols) or 'nothing'}")
+
+def _csv_videos(f: Path) -> dict[str, VideoItem]:
+    try:
+        lines = f.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{f}: not UTF-8 text ({e.reason} at byte {e.start})") from None
+    rows = csv.DictReader(lines, skipinitialspace=True)
+    cols = rows.fieldnames or []
+    if "path" not in cols or set(cols) - {"path", "start", "end", "id"}:
+        raise ValueError(
+            f"{f}, line 1: the columns should be path,start,end (and id if you like), got {','.join(cols) or 'nothing'}"
+        )
     out, seen = {}, {}
     for r in rows:
         at = f"{f}, line {rows.line_num}"
-        if None in r or None in r.values(): raise ValueError(f"{at}: {sum(v is not None for v in r.values()) if None not in r else len(cols)+len(r[None])} values for {len(cols)} columns ({','.join(cols)})")
-        if not r["path"].strip(): raise ValueError(f"{at}: the path is empty")
-        if "\0" in r["path"]: raise ValueError(f"{at}: a NUL character in the path")
-        try: start, end = (_seconds(r.get(k, ""), k) for k in ("start", "end"))
-        except ValueError as e: raise ValueError(f"{at}: {e}") from None
-        if end is not None and end <= (start or 0): raise ValueError(f"{at}: end should be later than start, got start={start or 0:g}, end={end:g}")
-        p = Path(r["path"].strip()); times = "" if start is end is None else f"_{start or 0:g}_{'end' if end is None else f'{end:g}'}"
+        if None in r or None in r.values():
+            raise ValueError(
+                f"{at}: {sum(v is not None for v in r.values()) if None not in r else len(cols) + len(r[None])} values for {len(cols)} columns ({','.join(cols)})"
+            )
+        if not r["path"].strip():
+            raise ValueError(f"{at}: the path is empty")
+        if "\0" in r["path"]:
+            raise ValueError(f"{at}: a NUL character in the path")
+        try:
+            start, end = (_seconds(r.get(k, ""), k) for k in ("start", "end"))
+        except ValueError as e:
+            raise ValueError(f"{at}: {e}") from None
+        if end is not None and end <= (start or 0):
+            raise ValueError(f"{at}: end should be later than start, got start={start or 0:g}, end={end:g}")
+        p = Path(r["path"].strip())
+        times = "" if start is end is None else f"_{start or 0:g}_{'end' if end is None else f'{end:g}'}"
         id = (r.get("id") or "").strip() or p.stem + times
-        if id in out: raise ValueError(f"{at}: the id {id!r} is that of line {seen[id]} already; give the column id")
-        out[id], seen[id] = VideoItem((f.parent/p).absolute() if not p.is_absolute() else p, start, end, at), rows.line_num
-    if not out: raise ValueError(f"{f}: no videos are listed")
+        if id in out:
+            raise ValueError(f"{at}: the id {id!r} is that of line {seen[id]} already; give the column id")
+        out[id], seen[id] = (
+            VideoItem((f.parent / p).absolute() if not p.is_absolute() else p, start, end, at),
+            rows.line_num,
+        )
+    if not out:
+        raise ValueError(f"{f}: no videos are listed")
     return out
 
-def find_videos(source) -> dict[str, VideoItem]: # id -> item, in order
+
+def find_videos(source) -> dict[str, VideoItem]:  # id -> item, in order
     "The videos of a folder, a csv, or a dict from id to a path or `VideoItem`."
-    if isinstance(source, Mapping): return {str(k): v if isinstance(v, VideoItem) else VideoItem(Path(v)) for k, v in source.items()}
+    if isinstance(source, Mapping):
+        return {str(k): v if isinstance(v, VideoItem) else VideoItem(Path(v)) for k, v in source.items()}
     p = Path(source).expanduser()
-    if p.is_dir(): return _folder_videos(p.absolute())
-    if not p.is_file(): raise FileNotFoundError(f"{p}: no such folder or csv")
-    if p.suffix.lower() in SUFFIXES: return {_said(p.stem): VideoItem(p.absolute())}
-    if p.suffix.lower() != ".csv": raise ValueError(f"{p}: should be a folder, a video, or a csv with the columns path,start,end")
+    if p.is_dir():
+        return _folder_videos(p.absolute())
+    if not p.is_file():
+        raise FileNotFoundError(f"{p}: no such folder or csv")
+    if p.suffix.lower() in SUFFIXES:
+        return {_said(p.stem): VideoItem(p.absolute())}
+    if p.suffix.lower() != ".csv":
+        raise ValueError(f"{p}: should be a folder, a video, or a csv with the columns path,start,end")
     return _csv_videos(p.absolute())
 
 # %% ../../nbs/26_models.extract.ipynb #5998b306
-def clip_of_row(row:int, every:int, span:int) -> int:
+def clip_of_row(row: int, every: int, span: int) -> int:
     "Index of the clip (`span` samples) that holds sample `row*every`."
-    return row*every//span
+    return row * every // span
+
 
 def _frame_size(enc, shape):
     "What the decoder should scale to for an encoder: its shorter side, its square, or the frame as stored."
-    if getattr(enc, "short", None): return short_side(*shape, enc.short)
-    if hasattr(enc, "frames"): return short_side(*shape, enc.size)
+    if getattr(enc, "short", None):
+        return short_side(*shape, enc.short)
+    if hasattr(enc, "frames"):
+        return short_side(*shape, enc.size)
     size = getattr(enc, "size", None)
     return (size, size) if isinstance(size, int) else tuple(size) if size else tuple(shape)
 
-def _checked(enc, x, n:int) -> np.ndarray:
+
+def _checked(enc, x, n: int) -> np.ndarray:
     x = np.asarray(x)
-    if x.shape != (n, enc.dim): raise ValueError(f"{enc.name} gave {x.shape} for {n} inputs, not {(n, enc.dim)}")
+    if x.shape != (n, enc.dim):
+        raise ValueError(f"{enc.name} gave {x.shape} for {n} inputs, not {(n, enc.dim)}")
     return x
 
-def _every(frames, clips, fps) -> tuple[Fraction, int]: # samples a second, samples a row
-    if frames is None and clips is None: raise ValueError("nothing to extract: give an encoder of frames, of clips, or both")
-    rate = Fraction(clips.rate if clips is not None else fps).limit_denominator(10**6); every = rate/Fraction(fps).limit_denominator(10**6)
-    if every.denominator != 1: raise ValueError(f"fps {fps:g} should divide the {float(rate):g} frames a second of {clips.name}")
+
+def _every(frames, clips, fps) -> tuple[Fraction, int]:  # samples a second, samples a row
+    if frames is None and clips is None:
+        raise ValueError("nothing to extract: give an encoder of frames, of clips, or both")
+    rate = Fraction(clips.rate if clips is not None else fps).limit_denominator(10**6)
+    every = rate / Fraction(fps).limit_denominator(10**6)
+    if every.denominator != 1:
+        raise ValueError(f"fps {fps:g} should divide the {float(rate):g} frames a second of {clips.name}")
     return rate, int(every)
 
-def encode_video(item:VideoItem,     # what to read
-                 frames=None,        # encoder of frames: name, dim, encode(uint8 (T, H, W, 3)) -> (T, dim)
-                 clips=None,         # encoder of clips: also `frames`, `rate`, `size`, perhaps `trailing`; encode(uint8 (N, frames, size, size, 3)) -> (N, dim)
-                 fps:float=1.0,      # rows a second
-                 max_frames:int=512, # at most so many rows
-                 batch:int=16        # frames at a time, and a quarter as many clips
-                ) -> tuple[np.ndarray, bool]: # float32 (T, frames.dim + clips.dim), whether rows were left out
+
+def encode_video(
+    item: VideoItem,  # what to read
+    frames=None,  # encoder of frames: name, dim, encode(uint8 (T, H, W, 3)) -> (T, dim)
+    clips=None,  # encoder of clips: also `frames`, `rate`, `size`, perhaps `trailing`; encode(uint8 (N, frames, size, size, 3)) -> (N, dim)
+    fps: float = 1.0,  # rows a second
+    max_frames: int = 512,  # at most so many rows
+    batch: int = 16,  # frames at a time, and a quarter as many clips
+) -> tuple[np.ndarray, bool]:  # float32 (T, frames.dim + clips.dim), whether rows were left out
     "Features of one video; `VideoError` where it has no frame, `VideoWarning` where it breaks off."
-    rate, every = _every(frames, clips, fps); span = clips.frames if clips is not None else 1; late = getattr(clips, "trailing", False)
-    limit = max(max_frames*every+1, 0 if late else (clip_of_row(max_frames-1, every, span)+1)*span)
-    wanted = {clip_of_row(i, every, span): i for i in range(max_frames)} if clips is not None and not late else {}
+    rate, every = _every(frames, clips, fps)
+    span = clips.frames if clips is not None else 1
+    late = getattr(clips, "trailing", False)
+    limit = max(max_frames * every + 1, 0 if late else (clip_of_row(max_frames - 1, every, span) + 1) * span)
+    wanted = (
+        {clip_of_row(i, every, span): i for i in range(max_frames)} if clips is not None and not late else {}
+    )
     two, three, at, held, clip, stack, size, n, recent = [], [], {}, [], [], [], None, 0, deque(maxlen=span)
+
     def flush(held, out, enc):
-        if held: out.append(_checked(enc, enc.encode(np.stack(held)), len(held))); held.clear()
-    def close():                                             # a clip is complete
-        if clip: stack.append(np.stack(clip + clip[-1:]*(span-len(clip)))); clip.clear()
-        if len(stack) >= max(batch//4, 1): flush(stack, three, clips)
+        if held:
+            out.append(_checked(enc, enc.encode(np.stack(held)), len(held)))
+            held.clear()
+
+    def close():  # a clip is complete
+        if clip:
+            stack.append(np.stack(clip + clip[-1:] * (span - len(clip))))
+            clip.clear()
+        if len(stack) >= max(batch // 4, 1):
+            flush(stack, three, clips)
+
     for n, s in enumerate(stream_frames(item.path, rate, item.start, item.end, limit), 1):
-        k = n-1
-        if size is None: size = [_frame_size(e, s.shape) if e is not None else None for e in (frames, clips)]
+        k = n - 1
+        if size is None:
+            size = [_frame_size(e, s.shape) if e is not None else None for e in (frames, clips)]
         try:
-            if frames is not None and k % every == 0 and k < max_frames*every: held.append(s.rgb(size[0]))
-            if k//span in wanted:
-                at.setdefault(k//span, len(at)); clip.append(centre_crop(s.rgb(size[1]), clips.size))
-            if late and k < max_frames*every: recent.append(centre_crop(s.rgb(size[1]), clips.size))
-        except (ValueError, OSError, NotImplementedError) as e: raise VideoError(f"{item.path}: the frame at {s.time:.2f} s cannot be converted to RGB ({e})") from None
-        if len(held) == batch: flush(held, two, frames)
-        if late and k % every == 0 and k < max_frames*every: clip = [recent[0]]*(span-len(recent))+list(recent)
-        if len(clip) == span: close()
-    rows = min(max_frames, -(-n//every)); close()
-    if frames is not None: flush(held, two, frames)
-    if clips is not None: flush(stack, three, clips)
-    parts = ([np.concatenate(two)] if frames is not None else []) + ([np.concatenate(three)[[i if late else at[clip_of_row(i, every, span)] for i in range(rows)]]] if clips is not None else [])
-    return np.concatenate(parts, 1, dtype=np.float32), n > max_frames*every
+            if frames is not None and k % every == 0 and k < max_frames * every:
+                held.append(s.rgb(size[0]))
+            if k // span in wanted:
+                at.setdefault(k // span, len(at))
+                clip.append(centre_crop(s.rgb(size[1]), clips.size))
+            if late and k < max_frames * every:
+                recent.append(centre_crop(s.rgb(size[1]), clips.size))
+        except (ValueError, OSError, NotImplementedError) as e:
+            raise VideoError(
+                f"{item.path}: the frame at {s.time:.2f} s cannot be converted to RGB ({e})"
+            ) from None
+        if len(held) == batch:
+            flush(held, two, frames)
+        if late and k % every == 0 and k < max_frames * every:
+            clip = [recent[0]] * (span - len(recent)) + list(recent)
+        if len(clip) == span:
+            close()
+    rows = min(max_frames, -(-n // every))
+    close()
+    if frames is not None:
+        flush(held, two, frames)
+    if clips is not None:
+        flush(stack, three, clips)
+    parts = ([np.concatenate(two)] if frames is not None else []) + (
+        [np.concatenate(three)[[i if late else at[clip_of_row(i, every, span)] for i in range(rows)]]]
+        if clips is not None
+        else []
+    )
+    return np.concatenate(parts, 1, dtype=np.float32), n > max_frames * every
 
 # %% ../../nbs/26_models.extract.ipynb #b03bb400
-def _stamp(item:VideoItem) -> list:
+def _stamp(item: VideoItem) -> list:
     "What tells that an item changed: name, size, checksum of its content, times."
-    p = Path(item.path); times = [item.start, item.end]
+    p = Path(item.path)
+    times = [item.start, item.end]
     try:
         size, h = p.stat().st_size, hashlib.sha256()
         with open(p, "rb") as f:
-            if size <= 1 << 20: h.update(f.read())
+            if size <= 1 << 20:
+                h.update(f.read())
             else:
-                for i in range(16): f.seek(i*(size-(1 << 12))//15); h.update(f.read(1 << 12))
+                for i in range(16):
+                    f.seek(i * (size - (1 << 12)) // 15)
+                    h.update(f.read(1 << 12))
         return [_said(p.name), size, h.hexdigest()[:16], *times]
-    except OSError: return [_said(p.name), -1, "", *times]
+    except OSError:
+        return [_said(p.name), -1, "", *times]
 
-def _plan(out:Path, head:dict, ids, shard_size:int) -> list[list[str]]:
+
+def _plan(out: Path, head: dict, ids, shard_size: int) -> list[list[str]]:
     "Shards as lists of ids: those of `plan.json`, then new ones for new ids."
-    f = out/"plan.json"
+    f = out / "plan.json"
     if f.is_file():
-        p = read_json(f); diff = [f"{k} {p['head'].get(k)!r} instead of {v!r}" for k, v in head.items() if p["head"].get(k) != v]
-        if diff: raise ValueError(f"{out} holds other features ({'; '.join(diff)}): give another folder, or delete this one")
+        p = read_json(f)
+        diff = [
+            f"{k} {p['head'].get(k)!r} instead of {v!r}" for k, v in head.items() if p["head"].get(k) != v
+        ]
+        if diff:
+            raise ValueError(
+                f"{out} holds other features ({'; '.join(diff)}): give another folder, or delete this one"
+            )
         shards = p["shards"]
-    elif (out/"manifest.json").is_file(): raise ValueError(f"{out} holds features that another program made (it has no plan.json): give another folder")
-    else: shards = []
-    known = {i for s in shards for i in s}; new = [i for i in ids if i not in known]
+    elif (out / "manifest.json").is_file():
+        raise ValueError(
+            f"{out} holds features that another program made (it has no plan.json): give another folder"
+        )
+    else:
+        shards = []
+    known = {i for s in shards for i in s}
+    new = [i for i in ids if i not in known]
     if new or not f.is_file():
-        shards = shards + [new[i:i+shard_size] for i in range(0, len(new), shard_size)]
+        shards = shards + [new[i : i + shard_size] for i in range(0, len(new), shard_size)]
         write_json(f, dict(head=head, shards=shards), seal=True)
     return shards
 
+
 class Shard:
     "One shard: its ids, what is known of them from an earlier run, and what this run finds."
-    def __init__(self, out:Path, number:int, ids:list, items:dict):
-        self.data, self.info = out/f"shard-{number:05d}.safetensors", out/f"shard-{number:05d}.json"; self.ids = ids
+
+    def __init__(self, out: Path, number: int, ids: list, items: dict):
+        self.data, self.info = out / f"shard-{number:05d}.safetensors", out / f"shard-{number:05d}.json"
+        self.ids = ids
         self.rows, self.part, self.note = {}, dict(shard=None, items={}, errors={}, warnings={}), ""
-        self._read(); self.before = read_json(self.info) if self.rows or self.part["errors"] else None
+        self._read()
+        self.before = read_json(self.info) if self.rows or self.part["errors"] else None
         stamps = {i: _stamp(items[i]) for i in ids if i in items}
-        self.todo = {i: s for i, s in stamps.items() if i in self.part["errors"] or self.part["items"].get(i, {}).get("source") != s}
+        self.todo = {
+            i: s
+            for i, s in stamps.items()
+            if i in self.part["errors"] or self.part["items"].get(i, {}).get("source") != s
+        }
         self.left = len(self.todo)
-        for i in self.todo: self.rows.pop(i, None); [self.part[k].pop(i, None) for k in ("items", "errors", "warnings")]
+        for i in self.todo:
+            self.rows.pop(i, None)
+            [self.part[k].pop(i, None) for k in ("items", "errors", "warnings")]
 
     def _read(self):
-        if not self.info.is_file(): return
+        if not self.info.is_file():
+            return
         from safetensors.numpy import load
+
         try:
             part = read_json(self.info)
             if part["shard"]:
                 b = self.data.read_bytes()
-                if hashlib.sha256(b).hexdigest() != part["shard"]["sha256"]: raise ValueError(f"{self.data}: the checksum differs")
-                x = load(b)["features"]; self.rows = {i: x[v["row"]:v["row"]+v["length"]] for i, v in part["items"].items()}
+                if hashlib.sha256(b).hexdigest() != part["shard"]["sha256"]:
+                    raise ValueError(f"{self.data}: the checksum differs")
+                x = load(b)["features"]
+                self.rows = {i: x[v["row"] : v["row"] + v["length"]] for i, v in part["items"].items()}
             self.part = part
-        except (ValueError, KeyError, TypeError, OSError) as e: self.note, self.rows = f"{self.info.stem} is damaged ({e}): rebuilding", {}
+        except (ValueError, KeyError, TypeError, OSError) as e:
+            self.note, self.rows = f"{self.info.stem} is damaged ({e}): rebuilding", {}
 
-    def add(self, id:str, x, note:str, cut:bool, error:str):
+    def add(self, id: str, x, note: str, cut: bool, error: str):
         "Take the outcome for one video; True when the shard is complete."
-        if error: self.part["errors"][id] = error
+        if error:
+            self.part["errors"][id] = error
         else:
-            self.rows[id] = x; self.part["items"][id] = dict(source=self.todo[id], **(dict(truncated=True) if cut else {}))
-            if note: self.part["warnings"][id] = note
-        self.left -= 1; return not self.left
+            self.rows[id] = x
+            self.part["items"][id] = dict(source=self.todo[id], **(dict(truncated=True) if cut else {}))
+            if note:
+                self.part["warnings"][id] = note
+        self.left -= 1
+        return not self.left
 
     def write(self):
         "Write features, then what they are; nothing where nothing changed. A failed write leaves what was there, or neither."
         from safetensors.numpy import save
+
         order = lambda d: {i: d[i] for i in self.ids if i in d}
         at, items = 0, order(self.part["items"])
-        for i, v in items.items(): items[i] = dict(row=at, length=len(self.rows[i]), **{k: v[k] for k in ("source", "truncated") if k in v}); at += len(self.rows[i])
+        for i, v in items.items():
+            items[i] = dict(
+                row=at, length=len(self.rows[i]), **{k: v[k] for k in ("source", "truncated") if k in v}
+            )
+            at += len(self.rows[i])
         b = save({"features": np.concatenate([self.rows[i] for i in items])}) if items else None
-        part = dict(shard=dict(file=self.data.name, sha256=hashlib.sha256(b).hexdigest(), rows=at) if items else None, items=items, errors=order(self.part["errors"]), warnings=order(self.part["warnings"]))
-        if part == self.before: return
+        part = dict(
+            shard=dict(file=self.data.name, sha256=hashlib.sha256(b).hexdigest(), rows=at) if items else None,
+            items=items,
+            errors=order(self.part["errors"]),
+            warnings=order(self.part["warnings"]),
+        )
+        if part == self.before:
+            return
         replaced = False
         try:
             if b is not None:
-                with atomic(self.data, "wb") as f: f.write(b)
-            replaced = True; write_json(self.info, part, seal=True)
-            if b is None: self.data.unlink(missing_ok=True)
+                with atomic(self.data, "wb") as f:
+                    f.write(b)
+            replaced = True
+            write_json(self.info, part, seal=True)
+            if b is None:
+                self.data.unlink(missing_ok=True)
         except OSError as e:
-            if replaced: self.data.unlink(missing_ok=True); self.info.unlink(missing_ok=True)      # new features beside an old description
-            raise OSError(e.errno, f"{self.data} cannot be written ({e.strerror or e}); what was finished is kept, and the same command goes on from there") from None
+            if replaced:
+                self.data.unlink(missing_ok=True)
+                self.info.unlink(missing_ok=True)  # new features beside an old description
+            raise OSError(
+                e.errno,
+                f"{self.data} cannot be written ({e.strerror or e}); what was finished is kept, and the same command goes on from there",
+            ) from None
 
-def _gather(out:Path, head:dict, shards) -> dict:
+
+def _gather(out: Path, head: dict, shards) -> dict:
     "Write `manifest.json` from the shards that are there."
-    m = dict(head, shards={}, items={}, errors={}, warnings={}); missing = 0
+    m = dict(head, shards={}, items={}, errors={}, warnings={})
+    missing = 0
     for n, ids in enumerate(shards):
-        f = out/f"shard-{n:05d}.json"
-        if not f.is_file(): missing += len(ids); continue
+        f = out / f"shard-{n:05d}.json"
+        if not f.is_file():
+            missing += len(ids)
+            continue
         p = read_json(f)
-        if p["shard"]: m["shards"][p["shard"]["file"]] = {k: p["shard"][k] for k in ("sha256", "rows")}
-        m["items"].update({i: dict(v, shard=p["shard"]["file"]) for i, v in p["items"].items()}); m["errors"].update(p["errors"]); m["warnings"].update(p["warnings"])
-    m["missing"] = missing; write_json(out/"manifest.json", m, seal=True); return m
+        if p["shard"]:
+            m["shards"][p["shard"]["file"]] = {k: p["shard"][k] for k in ("sha256", "rows")}
+        m["items"].update({i: dict(v, shard=p["shard"]["file"]) for i, v in p["items"].items()})
+        m["errors"].update(p["errors"])
+        m["warnings"].update(p["warnings"])
+    m["missing"] = missing
+    write_json(out / "manifest.json", m, seal=True)
+    return m
 
 # %% ../../nbs/26_models.extract.ipynb #e6d8378d
 _worker = {}
 
-def _load(spec, weights): return load_encoder(spec, weights) if isinstance(spec, str) else spec
+
+def _load(spec, weights):
+    return load_encoder(spec, weights) if isinstance(spec, str) else spec
+
 
 def _start_worker(frames, clips, weights, options):
     import multiprocessing as mp, signal, threading
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    def watch(): mp.parent_process().join(); os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-    _one_thread(); _worker.update(frames=_load(frames, weights), clips=_load(clips, weights), **options)
 
-def _one_thread(): torch.set_num_threads(1); torch.backends.cudnn.deterministic = True
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch():
+        mp.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    _one_thread()
+    _worker.update(frames=_load(frames, weights), clips=_load(clips, weights), **options)
+
+
+def _one_thread():
+    torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True
+
 
 def _work(id, item, frames=None, clips=None, fps=1.0, max_frames=512, dtype="float16"):
     "Outcome for one video: (features or None, warning, whether rows were left out, error)."
     try:
         with warnings.catch_warnings(record=True) as w:
-            warnings.simplefilter("always"); x, cut = encode_video(item, frames, clips, fps, max_frames)
-        with np.errstate(over="ignore"): y = x.astype(dtype)
-        if not np.isfinite(y).all(): raise ValueError(f"features that are not finite in {dtype} (largest {np.abs(x).max():.3g}): the encoder's weights are damaged, or float32 is needed")
-    except (ValueError, OSError, MemoryError) as e:       # VideoError is a ValueError
+            warnings.simplefilter("always")
+            x, cut = encode_video(item, frames, clips, fps, max_frames)
+        with np.errstate(over="ignore"):
+            y = x.astype(dtype)
+        if not np.isfinite(y).all():
+            raise ValueError(
+                f"features that are not finite in {dtype} (largest {np.abs(x).max():.3g}): the encoder's weights are damaged, or float32 is needed"
+            )
+    except (ValueError, OSError, MemoryError) as e:  # VideoError is a ValueError
         said = str(e) or type(e).__name__
-        return None, "", False, _said((f"{item.where}: " if item.where else "") + (said if str(item.path) in said else f"{item.path}: {said}"))
+        return (
+            None,
+            "",
+            False,
+            _said(
+                (f"{item.where}: " if item.where else "")
+                + (said if str(item.path) in said else f"{item.path}: {said}")
+            ),
+        )
     return y, _said("; ".join(str(i.message) for i in w if issubclass(i.category, VideoWarning))), cut, ""
+
 
 def _cores() -> int:
     "Workers where no number is given: one a core that this process may use, at most four that share a GPU."
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(n, 4) if device().type == "cuda" else n
 
-def _work_here(id, item): return _work(id, item, **_worker)
+
+def _work_here(id, item):
+    return _work(id, item, **_worker)
+
 
 def _new_pool(workers, start):
     import multiprocessing as mp
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
+
     pool = ProcessPoolExecutor(workers, mp.get_context("spawn"), _start_worker, start)
-    try: pool.submit(os.getpid).result()
-    except BrokenProcessPool: raise ChildProcessError("the worker processes cannot start (the reason is above); --workers 1 does without them") from None
+    try:
+        pool.submit(os.getpid).result()
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            "the worker processes cannot start (the reason is above); --workers 1 does without them"
+        ) from None
     return pool
 
-def _outcomes(tasks, workers:int, start:tuple):
+
+def _outcomes(tasks, workers: int, start: tuple):
     "Yield (id, outcome) as they come, from `workers` processes; one is this process."
     if workers == 1:
-        old = torch.get_num_threads(), torch.backends.cudnn.deterministic; _one_thread()
-        frames, clips, weights, options = start; enc = dict(frames=_load(frames, weights), clips=_load(clips, weights))
+        old = torch.get_num_threads(), torch.backends.cudnn.deterministic
+        _one_thread()
+        frames, clips, weights, options = start
+        enc = dict(frames=_load(frames, weights), clips=_load(clips, weights))
         try:
-            for id, item in tasks: yield id, _work(id, item, **enc, **options)
-        finally: torch.set_num_threads(old[0]); torch.backends.cudnn.deterministic = old[1]
+            for id, item in tasks:
+                yield id, _work(id, item, **enc, **options)
+        finally:
+            torch.set_num_threads(old[0])
+            torch.backends.cudnn.deterministic = old[1]
         return
     from concurrent.futures import FIRST_COMPLETED, wait
     from concurrent.futures.process import BrokenProcessPool
+
     tasks, suspects, pending, pool, t = iter(tasks), deque(), {}, None, None
     try:
         while True:
-            if pool is None: pool = _new_pool(workers, start)
+            if pool is None:
+                pool = _new_pool(workers, start)
             try:
-                width = 1 if suspects else 2*workers             # after a crash, one at a time until the culprit is found
-                while len(pending) < width and (t := suspects.popleft() if suspects else next(tasks, None)) is not None: pending[pool.submit(_work_here, *t)] = t; t = None
-                if not pending: return
-                for f in wait(pending, return_when=FIRST_COMPLETED).done: x = f.result(); yield pending.pop(f)[0], x
+                width = (
+                    1 if suspects else 2 * workers
+                )  # after a crash, one at a time until the culprit is found
+                while (
+                    len(pending) < width
+                    and (t := suspects.popleft() if suspects else next(tasks, None)) is not None
+                ):
+                    pending[pool.submit(_work_here, *t)] = t
+                    t = None
+                if not pending:
+                    return
+                for f in wait(pending, return_when=FIRST_COMPLETED).done:
+                    x = f.result()
+                    yield pending.pop(f)[0], x
             except BrokenProcessPool:
-                there = [*pending.values(), *([t] if t else [])]; pending.clear(); pool.shutdown(wait=False); pool = t = None
-                if len(there) > 1: suspects.extend(there)
-                else: yield there[0][0], (None, "", False, f"{_said(there[0][1].path)}: decoding or encoding it ends the process (a crash, or lack of memory)")
+                there = [*pending.values(), *([t] if t else [])]
+                pending.clear()
+                pool.shutdown(wait=False)
+                pool = t = None
+                if len(there) > 1:
+                    suspects.extend(there)
+                else:
+                    yield (
+                        there[0][0],
+                        (
+                            None,
+                            "",
+                            False,
+                            f"{_said(there[0][1].path)}: decoding or encoding it ends the process (a crash, or lack of memory)",
+                        ),
+                    )
     finally:
         if pool is not None:
-            if pending:                                          # stopped in the middle: do not wait for the videos at hand
-                for p in list((getattr(pool, "_processes", None) or {}).values()): p.terminate()
+            if pending:  # stopped in the middle: do not wait for the videos at hand
+                for p in list((getattr(pool, "_processes", None) or {}).values()):
+                    p.terminate()
             pool.shutdown(wait=not pending, cancel_futures=True)
 
 # %% ../../nbs/26_models.extract.ipynb #75731ed6
-def extract_videos(source,             # a folder, a csv (path,start,end), a video, or a dict id -> path
-                   out,                # folder of the shards
-                   frames="mobilenet", # 2-D encoder: a spec of `load_encoder`, an object, or None
-                   clips=None,         # 3-D encoder, likewise
-                   weights=None,       # folder of the weights; None: `weights` under VLKD_DATA
-                   fps:float=1.0,      # rows a second
-                   max_frames:int=512, # at most so many rows a video
-                   workers:int=0,      # processes; 0: one a core, at most four on a GPU
-                   rank:int=0, world_size:int=1,  # this machine, of how many
-                   shard_size:int=32,  # videos a shard; a killed run loses unfinished shards
-                   dtype:str="float16" # of the stored features
-                  ) -> Features:
+def extract_videos(
+    source,  # a folder, a csv (path,start,end), a video, or a dict id -> path
+    out,  # folder of the shards
+    frames="mobilenet",  # 2-D encoder: a spec of `load_encoder`, an object, or None
+    clips=None,  # 3-D encoder, likewise
+    weights=None,  # folder of the weights; None: `weights` under VLKD_DATA
+    fps: float = 1.0,  # rows a second
+    max_frames: int = 512,  # at most so many rows a video
+    workers: int = 0,  # processes; 0: one a core, at most four on a GPU
+    rank: int = 0,
+    world_size: int = 1,  # this machine, of how many
+    shard_size: int = 32,  # videos a shard; a killed run loses unfinished shards
+    dtype: str = "float16",  # of the stored features
+) -> Features:
     "Features of all videos as checksummed shards; what cannot be read is printed and listed under `errors` in the manifest."
     from tqdm import tqdm
-    for n, v, low in (("fps", fps, 0), ("max_frames", max_frames, 1), ("shard_size", shard_size, 1), ("world_size", world_size, 1), ("workers", workers, 0)):
-        if not (1e-6 <= v < math.inf if n == "fps" else v >= low): raise ValueError(f"{n} should be {'more than 0 and finite' if n == 'fps' else f'at least {low}'}, got {v}")
-    if not 0 <= rank < world_size: raise ValueError(f"rank should be from 0 to world_size-1 = {world_size-1}, got {rank}")
+
+    for n, v, low in (
+        ("fps", fps, 0),
+        ("max_frames", max_frames, 1),
+        ("shard_size", shard_size, 1),
+        ("world_size", world_size, 1),
+        ("workers", workers, 0),
+    ):
+        if not (1e-6 <= v < math.inf if n == "fps" else v >= low):
+            raise ValueError(
+                f"{n} should be {'more than 0 and finite' if n == 'fps' else f'at least {low}'}, got {v}"
+            )
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank should be from 0 to world_size-1 = {world_size - 1}, got {rank}")
     items, out, began = find_videos(source), Path(out), time.monotonic()
-    if out.exists() and not out.is_dir(): raise ValueError(f"{out}: this is a file; the features go into a folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: this is a file; the features go into a folder")
     f, c = _load(frames, weights), _load(clips, weights)
-    if f is not None and hasattr(f, "frames"): raise ValueError(f"{f.name} is an encoder of clips, not of frames")
-    if c is not None and not hasattr(c, "frames"): raise ValueError(f"{c.name} is an encoder of frames, not of clips")
-    _every(f, c, fps); both = [e for e in (f, c) if e is not None]
-    head = dict(encoder="+".join(e.name for e in both), dim=sum(e.dim for e in both), dims=[e.dim for e in both], fps=float(fps), max_frames=max_frames, dtype=np.dtype(dtype).name,
-                clips=dict(frames=c.frames, rate=float(c.rate), size=c.size, **(dict(trailing=True) if getattr(c, "trailing", False) else {})) if c is not None else None, reader="stream_frames")
-    with _locked(out): shards = _plan(out, head, items, shard_size)
-    mine = range(rank, len(shards), world_size); asked = [i for n in mine for i in shards[n] if i in items]
+    if f is not None and hasattr(f, "frames"):
+        raise ValueError(f"{f.name} is an encoder of clips, not of frames")
+    if c is not None and not hasattr(c, "frames"):
+        raise ValueError(f"{c.name} is an encoder of frames, not of clips")
+    _every(f, c, fps)
+    both = [e for e in (f, c) if e is not None]
+    head = dict(
+        encoder="+".join(e.name for e in both),
+        dim=sum(e.dim for e in both),
+        dims=[e.dim for e in both],
+        fps=float(fps),
+        max_frames=max_frames,
+        dtype=np.dtype(dtype).name,
+        clips=dict(
+            frames=c.frames,
+            rate=float(c.rate),
+            size=c.size,
+            **(dict(trailing=True) if getattr(c, "trailing", False) else {}),
+        )
+        if c is not None
+        else None,
+        reader="stream_frames",
+    )
+    with _locked(out):
+        shards = _plan(out, head, items, shard_size)
+    mine = range(rank, len(shards), world_size)
+    asked = [i for n in mine for i in shards[n] if i in items]
     with _locked(out, f".lock-{rank}-of-{world_size}"):
         for n in mine:
-            for g in out.glob(f".shard-{n:05d}.*"): g.unlink(missing_ok=True)        # half-written by a run that was killed
+            for g in out.glob(f".shard-{n:05d}.*"):
+                g.unlink(missing_ok=True)  # half-written by a run that was killed
         of = {}
+
         def tasks():
             for n in mine:
-                s = Shard(out, n, shards[n], items); bar.update(sum(i in items for i in s.ids)-s.left)
-                if s.note: bar.write(s.note)
-                if not s.left: continue
-                for i in s.todo: of[i] = s
-                for i in list(s.todo): yield i, items[i]
-        done = rows = 0; workers = min(workers or _cores(), max(len(asked), 1))
+                s = Shard(out, n, shards[n], items)
+                bar.update(sum(i in items for i in s.ids) - s.left)
+                if s.note:
+                    bar.write(s.note)
+                if not s.left:
+                    continue
+                for i in s.todo:
+                    of[i] = s
+                for i in list(s.todo):
+                    yield i, items[i]
+
+        done = rows = 0
+        workers = min(workers or _cores(), max(len(asked), 1))
         with tqdm(total=len(asked), desc=f"features of {out.name}", unit="video", disable=None) as bar:
-            start = (*((f, c) if workers == 1 else (frames, clips)), weights, dict(fps=fps, max_frames=max_frames, dtype=dtype)); del f, c, both
+            start = (
+                *((f, c) if workers == 1 else (frames, clips)),
+                weights,
+                dict(fps=fps, max_frames=max_frames, dtype=dtype),
+            )
+            del f, c, both
             with contextlib.closing(_outcomes(tasks(), workers, start)) as found:
                 for i, (x, note, cut, error) in found:
-                    if error or note: bar.write(f"no features of {i}: {error}" if error else note)
-                    done += 1; rows += 0 if x is None else len(x); s = of.pop(i)
-                    if s.add(i, x, note, cut, error): s.write()
+                    if error or note:
+                        bar.write(f"no features of {i}: {error}" if error else note)
+                    done += 1
+                    rows += 0 if x is None else len(x)
+                    s = of.pop(i)
+                    if s.add(i, x, note, cut, error):
+                        s.write()
                     bar.update()
     with _locked(out):
-        for g in [*out.glob(".manifest.json.*"), *out.glob(".plan.json.*")]: g.unlink(missing_ok=True)
+        for g in [*out.glob(".manifest.json.*"), *out.glob(".plan.json.*")]:
+            g.unlink(missing_ok=True)
         _gather(out, head, shards)
-    if done: print(f"{out.name}: {done} videos, {rows} rows in {(s := time.monotonic()-began):.1f} s ({rows/s:.1f} rows/s)")
+    if done:
+        print(
+            f"{out.name}: {done} videos, {rows} rows in {(s := time.monotonic() - began):.1f} s ({rows / s:.1f} rows/s)"
+        )
     return Features(out)

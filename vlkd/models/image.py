@@ -21,137 +21,264 @@ from .tabletop import tabletop_part
 from .video3d import *
 
 # %% ../../nbs/25a_models.image.ipynb #6021d304
-def short_side(h:int, w:int, size:int) -> tuple[int, int]: # (height, width)
+def short_side(h: int, w: int, size: int) -> tuple[int, int]:  # (height, width)
     "Height and width scaled so that the shorter one is `size`."
-    return (size, max(round(w*size/h), size)) if h <= w else (max(round(h*size/w), size), size)
+    return (size, max(round(w * size / h), size)) if h <= w else (max(round(h * size / w), size), size)
 
-def centre_crop(x, size:int) -> np.ndarray: # (..., size, size, 3)
+
+def centre_crop(x, size: int) -> np.ndarray:  # (..., size, size, 3)
     "The middle square of frames (..., H, W, 3); frames smaller than the square are an error."
     h, w = x.shape[-3:-1]
-    if min(h, w) < size: raise ValueError(f"frames of {h} x {w} pixels hold no square of {size}")
-    i, j = (h-size)//2, (w-size)//2
-    return x[..., i:i+size, j:j+size, :]
+    if min(h, w) < size:
+        raise ValueError(f"frames of {h} x {w} pixels hold no square of {size}")
+    i, j = (h - size) // 2, (w - size) // 2
+    return x[..., i : i + size, j : j + size, :]
 
 # %% ../../nbs/25a_models.image.ipynb #1ffaaa58
 class ImageEncoder(nn.Module):
     "A frozen network of frames: `encode` uint8 (T, H, W, 3) -> float32 (T, dim)."
-    def __init__(self, net:nn.Module,      # (B, 3, H, W) normalised -> (B, dim)
-                 name:str, dim:int, size:int=224,
-                 crop:bool=False,          # to the middle square; without, the network sees the whole frame
-                 mean=(.485, .456, .406), std=(.229, .224, .225)):
-        super().__init__(); self.net, self.name, self.dim, self.short, self.crop = net, name, dim, size, crop
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False); self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def __init__(
+        self,
+        net: nn.Module,  # (B, 3, H, W) normalised -> (B, dim)
+        name: str,
+        dim: int,
+        size: int = 224,
+        crop: bool = False,  # to the middle square; without, the network sees the whole frame
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    ):
+        super().__init__()
+        self.net, self.name, self.dim, self.short, self.crop = net, name, dim, size, crop
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
-    def train(self, mode=True): return super().train(False)      # frozen, whatever the model around it does
-    def forward(self, x): return self.net(x)
+    def train(self, mode=True):
+        return super().train(False)  # frozen, whatever the model around it does
 
-    def pixels(self, frames) -> torch.Tensor: # float32 (T, 3, H, W), the shorter side `short`
+    def forward(self, x):
+        return self.net(x)
+
+    def pixels(self, frames) -> torch.Tensor:  # float32 (T, 3, H, W), the shorter side `short`
         "uint8 (T, H, W, 3) -> the network's input: scaled (bicubic, antialiased) unless the decoder did it, cropped, normalised."
         a = np.asarray(frames)
-        if a.dtype != np.uint8 or a.ndim != 4 or a.shape[-1] != 3 or 0 in a.shape: raise ValueError(f"frames should be uint8 (T, H, W, 3), got {a.dtype} {a.shape}")
+        if a.dtype != np.uint8 or a.ndim != 4 or a.shape[-1] != 3 or 0 in a.shape:
+            raise ValueError(f"frames should be uint8 (T, H, W, 3), got {a.dtype} {a.shape}")
         size = short_side(*a.shape[1:3], self.short)
-        if size == a.shape[1:3] and self.crop: a = centre_crop(a, self.short)
+        if size == a.shape[1:3] and self.crop:
+            a = centre_crop(a, self.short)
         x = torch.tensor(np.ascontiguousarray(a), device=self.mean.device).movedim(-1, 1).float()
         if size != tuple(frames.shape[1:3]):
             x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-            if self.crop: i, j = ((s-self.short)//2 for s in size); x = x[..., i:i+self.short, j:j+self.short]
-        return (x/255 - self.mean)/self.std
+            if self.crop:
+                i, j = ((s - self.short) // 2 for s in size)
+                x = x[..., i : i + self.short, j : j + self.short]
+        return (x / 255 - self.mean) / self.std
 
     @torch.no_grad()
-    def encode(self, frames, batch:int=16) -> np.ndarray: # float32 (T, dim)
+    def encode(self, frames, batch: int = 16) -> np.ndarray:  # float32 (T, dim)
         "Features of uint8 frames (T, H, W, 3), `batch` frames at a time."
         with no_autocast(self.mean):
-            return np.concatenate([self(self.pixels(frames[i:i+batch])).float().cpu().numpy() for i in range(0, max(len(frames), 1), batch)])
+            return np.concatenate(
+                [
+                    self(self.pixels(frames[i : i + batch])).float().cpu().numpy()
+                    for i in range(0, max(len(frames), 1), batch)
+                ]
+            )
 
 # %% ../../nbs/25a_models.image.ipynb #61da3ea4
 _suffixes = (".safetensors", ".pth", ".pt", ".bin")
 
-def find_weights(names,        # what the file's name begins with, best first
-                 weights=None  # a file, or a folder to look in; None: `weights` under VLKD_DATA
-                ) -> Path:
-    "The weights file (or open_clip folder) of an encoder; none or several are errors that say which names were looked for."
-    root = Path(weights) if weights else data_dir()/"weights"
-    if root.is_file() or (root/"open_clip_config.json").is_file(): return root
-    if not root.is_dir(): raise FileNotFoundError(f"{root}: no such weights file or folder")
-    for n in names:
-        found = sorted(p for p in root.iterdir() if (p.suffix in _suffixes and (p.stem == n or p.stem.startswith(n+"-"))) or (p.name == n and (p/"open_clip_config.json").is_file()))
-        if len(found) > 1: raise ValueError(f"{root} holds several files for {n}: {', '.join(p.name for p in found)}; name one of them")
-        if found: return found[0]
-    raise FileNotFoundError(f"{root}: no weights here; looked for {' or '.join(names)} with {', '.join(_suffixes)}")
 
-def _package(name:str, pip:str):
+def find_weights(
+    names,  # what the file's name begins with, best first
+    weights=None,  # a file, or a folder to look in; None: `weights` under VLKD_DATA
+) -> Path:
+    "The weights file (or open_clip folder) of an encoder; none or several are errors that say which names were looked for."
+    root = Path(weights) if weights else data_dir() / "weights"
+    if root.is_file() or (root / "open_clip_config.json").is_file():
+        return root
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such weights file or folder")
+    for n in names:
+        found = sorted(
+            p
+            for p in root.iterdir()
+            if (p.suffix in _suffixes and (p.stem == n or p.stem.startswith(n + "-")))
+            or (p.name == n and (p / "open_clip_config.json").is_file())
+        )
+        if len(found) > 1:
+            raise ValueError(
+                f"{root} holds several files for {n}: {', '.join(p.name for p in found)}; name one of them"
+            )
+        if found:
+            return found[0]
+    raise FileNotFoundError(
+        f"{root}: no weights here; looked for {' or '.join(names)} with {', '.join(_suffixes)}"
+    )
+
+
+def _package(name: str, pip: str):
     "Import an optional package, or say how to get it."
-    try: return importlib.import_module(name)
-    except ImportError as e: raise ImportError(f"this encoder needs the package {name}, which cannot be imported ({e}); install the `encoders` extra of this library (or `{pip}` itself)") from None
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise ImportError(
+            f"this encoder needs the package {name}, which cannot be imported ({e}); install the `encoders` extra of this library (or `{pip}` itself)"
+        ) from None
 
 # %% ../../nbs/25a_models.image.ipynb #3a035edd
-def load_timm(model:str="resnet152", weights=None) -> ImageEncoder: # frozen, on `device()`
+def load_timm(model: str = "resnet152", weights=None) -> ImageEncoder:  # frozen, on `device()`
     "A timm network without its classifier, with local weights."
-    f = find_weights([model, "tv_"+model], weights); timm = _package("timm", "timm")
-    try: net = timm.create_model(model, pretrained=False, num_classes=0)
-    except RuntimeError as e: raise ValueError(f"timm cannot make the model {model!r} ({str(e)[:150]}); timm.list_models() names those that it has") from None
+    f = find_weights([model, "tv_" + model], weights)
+    timm = _package("timm", "timm")
+    try:
+        net = timm.create_model(model, pretrained=False, num_classes=0)
+    except RuntimeError as e:
+        raise ValueError(
+            f"timm cannot make the model {model!r} ({str(e)[:150]}); timm.list_models() names those that it has"
+        ) from None
     head = (getattr(net, "default_cfg", None) or {}).get("classifier", "fc")
-    heads = (head,) if isinstance(head, str) else tuple(head); state, _ = read_weights(f)
-    state = {k: v for k, v in state.items() if not k.startswith(tuple(h+"." for h in heads))}
+    heads = (head,) if isinstance(head, str) else tuple(head)
+    state, _ = read_weights(f)
+    state = {k: v for k, v in state.items() if not k.startswith(tuple(h + "." for h in heads))}
     net.load_state_dict(check_state(state, net.state_dict(), f"{f} (as timm's {model})"))
     cfg = getattr(net, "default_cfg", None) or {}
-    return ImageEncoder(net, f"timm-{model}-{sha256_file(f)[:8]}", net.num_features, mean=cfg.get("mean", (.485, .456, .406)), std=cfg.get("std", (.229, .224, .225))).to(device())
+    return ImageEncoder(
+        net,
+        f"timm-{model}-{sha256_file(f)[:8]}",
+        net.num_features,
+        mean=cfg.get("mean", (0.485, 0.456, 0.406)),
+        std=cfg.get("std", (0.229, 0.224, 0.225)),
+    ).to(device())
 
 # %% ../../nbs/25a_models.image.ipynb #4df392e9
-def _clip_state(f:Path) -> dict:
+def _clip_state(f: Path) -> dict:
     "Weights of a CLIP file; OpenAI's is a TorchScript archive, of which only the tensors are used."
     import zipfile
+
     scripted = zipfile.is_zipfile(f) and any("/code/" in n for n in zipfile.ZipFile(f).namelist())
-    if not scripted: return read_weights(f)[0]
+    if not scripted:
+        return read_weights(f)[0]
     return dict(torch.jit.load(str(f), map_location="cpu").state_dict())
 
-class _Visual(nn.Module):
-    def __init__(self, clip): super().__init__(); self.clip = clip
-    def forward(self, x): return self.clip.encode_image(x)
 
-def load_clip(arch:str="ViT-B-32-quickgelu",  # of open_clip; OpenAI's weights need the quickgelu form
-              weights=None) -> ImageEncoder: # frozen, on `device()`
+class _Visual(nn.Module):
+    def __init__(self, clip):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, x):
+        return self.clip.encode_image(x)
+
+
+def load_clip(
+    arch: str = "ViT-B-32-quickgelu",  # of open_clip; OpenAI's weights need the quickgelu form
+    weights=None,
+) -> ImageEncoder:  # frozen, on `device()`
     "CLIP's image encoder with local weights."
     import logging
-    f = find_weights([arch, "ViT-B-32", "clip"] if arch == "ViT-B-32-quickgelu" else [arch], weights); oc = _package("open_clip", "open_clip_torch")
+
+    f = find_weights([arch, "ViT-B-32", "clip"] if arch == "ViT-B-32-quickgelu" else [arch], weights)
+    oc = _package("open_clip", "open_clip_torch")
     if f.is_dir():
-        try: net, arch = oc.create_model(f"local-dir:{f}"), "clip"
-        except Exception as e: raise ValueError(f"{f}: not a folder that open_clip can load ({type(e).__name__}: {str(e)[:150]})") from None
+        try:
+            net, arch = oc.create_model(f"local-dir:{f}"), "clip"
+        except Exception as e:
+            raise ValueError(
+                f"{f}: not a folder that open_clip can load ({type(e).__name__}: {str(e)[:150]})"
+            ) from None
         stamp = fingerprint({p.name: sha256_file(p) for p in sorted(f.iterdir()) if p.is_file()})[:8]
     else:
-        quiet = logging.root.manager.disable; logging.disable(max(quiet, logging.WARNING))          # it warns that the weights are random, which they are for a moment
-        try: net, stamp = oc.create_model(arch, pretrained=None), sha256_file(f)[:8]
-        except RuntimeError as e: raise ValueError(f"open_clip cannot make the model {arch!r} ({str(e)[:100]}); open_clip.list_models() names those that it has") from None
-        finally: logging.disable(quiet)
-        net.load_state_dict(check_state(_clip_state(f), net.state_dict(), f"{f} (as open_clip's {arch})", optional=("input_resolution", "context_length", "vocab_size")))
-    size = net.visual.image_size; size = size if isinstance(size, int) else size[0]
-    enc = ImageEncoder(_Visual(net), f"clip-{arch}-{stamp}", 0, size, True, tuple(net.visual.image_mean), tuple(net.visual.image_std)).to(device())
-    enc.dim = enc.encode(np.zeros((1, size, size, 3), np.uint8)).shape[1]; return enc
+        quiet = logging.root.manager.disable
+        logging.disable(
+            max(quiet, logging.WARNING)
+        )  # it warns that the weights are random, which they are for a moment
+        try:
+            net, stamp = oc.create_model(arch, pretrained=None), sha256_file(f)[:8]
+        except RuntimeError as e:
+            raise ValueError(
+                f"open_clip cannot make the model {arch!r} ({str(e)[:100]}); open_clip.list_models() names those that it has"
+            ) from None
+        finally:
+            logging.disable(quiet)
+        net.load_state_dict(
+            check_state(
+                _clip_state(f),
+                net.state_dict(),
+                f"{f} (as open_clip's {arch})",
+                optional=("input_resolution", "context_length", "vocab_size"),
+            )
+        )
+    size = net.visual.image_size
+    size = size if isinstance(size, int) else size[0]
+    enc = ImageEncoder(
+        _Visual(net),
+        f"clip-{arch}-{stamp}",
+        0,
+        size,
+        True,
+        tuple(net.visual.image_mean),
+        tuple(net.visual.image_std),
+    ).to(device())
+    enc.dim = enc.encode(np.zeros((1, size, size, 3), np.uint8)).shape[1]
+    return enc
 
 # %% ../../nbs/25a_models.image.ipynb #6fc67f8b
-ENCODERS = dict(mobilenet="MobileNetV2, ImageNet, 1280 features", resnet152="ResNet-152 through timm, 2048 features", clip="CLIP ViT-B/32 through open_clip, 512 features",
-                grid="mean colours on an 8 x 8 grid, 192 features, no weights", resnext50="3D-ResNeXt-50", resnext101="3D-ResNeXt-101", resnext152="3D-ResNeXt-152, 2048 features of clips", resnext3d="the 3D-ResNeXt of a converted file, whatever its size",
-                **{"tabletop-resnet": "Tabletop's 2-D read-outs, 13 features", "tabletop-clip": "Tabletop's CLIP through open_clip, 32 features", "tabletop-3d": "Tabletop's 3-D read-outs of five frames, 14 features"})
+ENCODERS = dict(
+    mobilenet="MobileNetV2, ImageNet, 1280 features",
+    resnet152="ResNet-152 through timm, 2048 features",
+    clip="CLIP ViT-B/32 through open_clip, 512 features",
+    grid="mean colours on an 8 x 8 grid, 192 features, no weights",
+    resnext50="3D-ResNeXt-50",
+    resnext101="3D-ResNeXt-101",
+    resnext152="3D-ResNeXt-152, 2048 features of clips",
+    resnext3d="the 3D-ResNeXt of a converted file, whatever its size",
+    **{
+        "tabletop-resnet": "Tabletop's 2-D read-outs, 13 features",
+        "tabletop-clip": "Tabletop's CLIP through open_clip, 32 features",
+        "tabletop-3d": "Tabletop's 3-D read-outs of five frames, 14 features",
+    },
+)
 
-def load_encoder(spec:str, weights=None):
+
+def load_encoder(spec: str, weights=None):
     "The frozen encoder that `spec` names, `NAME` or `NAME=FILE`, from the folder `weights` (None: under VLKD_DATA); 3-D ones have `frames` and `rate`."
-    name, _, file = str(spec).partition("="); w = file or weights
+    name, _, file = str(spec).partition("=")
+    w = file or weights
     if name == "grid":
-        if file: raise ValueError(f"{spec}: grid has no weights")
+        if file:
+            raise ValueError(f"{spec}: grid has no weights")
         return GridPixels()
     if name == "mobilenet":
         p = Path(w) if w else None
         return load_mobilenet(p.parent if p and p.is_file() else p)
-    if name == "resnet152": return load_timm("resnet152", w)
-    if name == "clip": return load_clip(weights=w)
+    if name == "resnet152":
+        return load_timm("resnet152", w)
+    if name == "clip":
+        return load_clip(weights=w)
     if name in ("tabletop-resnet", "tabletop-clip", "tabletop-3d"):
-        if file and not (Path(file)/"encoders").is_dir(): raise FileNotFoundError(f"{file}: no folder encoders here; a cache of this library has it, and without ={file} the usual cache is taken") # else a slip would train them anew
+        if file and not (Path(file) / "encoders").is_dir():
+            raise FileNotFoundError(
+                f"{file}: no folder encoders here; a cache of this library has it, and without ={file} the usual cache is taken"
+            )  # else a slip would train them anew
         return tabletop_part(name[9:], file or None)
-    if name.startswith("timm:"): return load_timm(name[5:], w)
-    if name.startswith("open_clip:"): return load_clip(name[10:], w)
-    if name == "resnext3d": return load_resnext3d(find_weights(["resnext3d"], w))
-    if name.startswith("resnext") and name in ENCODERS: return load_resnext3d(find_weights([f"resnext3d_{name[7:]}", f"resnext-{name[7:]}", name], w), int(name[7:]))
+    if name.startswith("timm:"):
+        return load_timm(name[5:], w)
+    if name.startswith("open_clip:"):
+        return load_clip(name[10:], w)
+    if name == "resnext3d":
+        return load_resnext3d(find_weights(["resnext3d"], w))
+    if name.startswith("resnext") and name in ENCODERS:
+        return load_resnext3d(
+            find_weights([f"resnext3d_{name[7:]}", f"resnext-{name[7:]}", name], w), int(name[7:])
+        )
     import difflib
+
     near = difflib.get_close_matches(name, ENCODERS, 1)
-    raise ValueError(f"unknown encoder {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" Known: {', '.join(ENCODERS)}, timm:MODEL, open_clip:ARCH, each with =FILE where the weights are not in the weights folder")
+    raise ValueError(
+        f"unknown encoder {name!r}"
+        + (f"; did you mean {near[0]!r}?" if near else "")
+        + f" Known: {', '.join(ENCODERS)}, timm:MODEL, open_clip:ARCH, each with =FILE where the weights are not in the weights folder"
+    )

@@ -22,98 +22,190 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # %% ../../nbs/20_models.language.ipynb #ba70e89e
-def bert_config(s:Scale, vocab_size:int, **more) -> BertConfig:
+def bert_config(s: Scale, vocab_size: int, **more) -> BertConfig:
     "BERT's configuration at a scale."
-    kw = dict(vocab_size=vocab_size, hidden_size=s.hidden, num_hidden_layers=s.layers, num_attention_heads=s.heads, intermediate_size=s.intermediate, max_position_embeddings=max(s.max_tokens, s.ft_tokens, s.max_frames),
-              hidden_dropout_prob=s.dropout, attention_probs_dropout_prob=s.dropout, initializer_range=s.init_std)
+    kw = dict(
+        vocab_size=vocab_size,
+        hidden_size=s.hidden,
+        num_hidden_layers=s.layers,
+        num_attention_heads=s.heads,
+        intermediate_size=s.intermediate,
+        max_position_embeddings=max(s.max_tokens, s.ft_tokens, s.max_frames),
+        hidden_dropout_prob=s.dropout,
+        attention_probs_dropout_prob=s.dropout,
+        initializer_range=s.init_std,
+    )
     return BertConfig(**(kw | more))
 
-QUICK_DROPOUT = [True] # on a CPU; False: torch's own, to compare with
 
-def drop(x:torch.Tensor, p:float) -> torch.Tensor: # as x
+QUICK_DROPOUT = [True]  # on a CPU; False: torch's own, to compare with
+
+
+def drop(x: torch.Tensor, p: float) -> torch.Tensor:  # as x
     "Dropout in 16 random bits an element, `p` rounded to 65,536ths: on a CPU random numbers are drawn in one thread, and torch's dropout costs four times as much."
-    if x.device.type != "cpu" or not QUICK_DROPOUT[0]: return F.dropout(x, p)
-    cut = round(p*2**16); bits = torch.empty((x.numel()+3)//4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()].view(x.shape)
-    return x*(bits >= cut-2**15).to(x.dtype).mul_(2**16/(2**16-cut))
+    if x.device.type != "cpu" or not QUICK_DROPOUT[0]:
+        return F.dropout(x, p)
+    cut = round(p * 2**16)
+    bits = (
+        torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
+        .random_(-(2**63), None)
+        .view(torch.int16)[: x.numel()]
+        .view(x.shape)
+    )
+    return x * (bits >= cut - 2**15).to(x.dtype).mul_(2**16 / (2**16 - cut))
+
 
 class Dropout(nn.Dropout):
     "`drop` as a module."
-    def forward(self, x): return drop(x, self.p) if self.training and self.p else x
 
-def _attend(module, query, key, value, attention_mask, dropout=0., scaling=None, **kw): # SDPA, but for dropout on a CPU, where SDPA computes what is written here
-    if not dropout or query.device.type != "cpu" or not QUICK_DROPOUT[0]: return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
+    def forward(self, x):
+        return drop(x, self.p) if self.training and self.p else x
+
+
+def _attend(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kw
+):  # SDPA, but for dropout on a CPU, where SDPA computes what is written here
+    if not dropout or query.device.type != "cpu" or not QUICK_DROPOUT[0]:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw
+        )
     with torch.autocast("cpu", enabled=False):
-        w = query @ key.transpose(2, 3)*(scaling or query.shape[-1]**-.5)
-        if attention_mask is not None: w = w.masked_fill(~attention_mask, torch.finfo(w.dtype).min)
+        w = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+        if attention_mask is not None:
+            w = w.masked_fill(~attention_mask, torch.finfo(w.dtype).min)
         return (drop(w.softmax(-1), dropout) @ value).transpose(1, 2).contiguous(), None
 
+
 ATTENTION = "sdpa_quick_dropout"
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend); ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
+
 
 def quick_dropout(lm):
     "Put `drop` in the place of a model's dropout, that of attention included; returns the model."
     for m in list(lm.modules()):
         for k, c in m.named_children():
-            if type(c) is nn.Dropout: setattr(m, k, Dropout(c.p))
-    lm.set_attn_implementation(ATTENTION); return lm
+            if type(c) is nn.Dropout:
+                setattr(m, k, Dropout(c.p))
+    lm.set_attn_implementation(ATTENTION)
+    return lm
 
-def language_model(s:Scale, tokenizer, seed:int) -> BertForMaskedLM:
+
+def language_model(s: Scale, tokenizer, seed: int) -> BertForMaskedLM:
     "A BERT with MLM head and random weights drawn from `seed`."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); lm = BertForMaskedLM(bert_config(s, len(tokenizer), pad_token_id=tokenizer.pad_token_id))
+        torch.manual_seed(seed)
+        lm = BertForMaskedLM(bert_config(s, len(tokenizer), pad_token_id=tokenizer.pad_token_id))
     return quick_dropout(lm) if s.dropout else lm
 
 # %% ../../nbs/20_models.language.ipynb #5e43e3e4
-def rows_of(lengths, width:int=0) -> tuple[np.ndarray, np.ndarray]: # row and column at which each sentence starts
+def rows_of(
+    lengths, width: int = 0
+) -> tuple[np.ndarray, np.ndarray]:  # row and column at which each sentence starts
     "First-fit decreasing: lay sentences of `lengths` end to end into rows as wide as the longest, or `width`."
-    width = max(width, int(lengths.max())); room, row, col = [], np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
+    width = max(width, int(lengths.max()))
+    room, row, col = [], np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
     for i in np.argsort(-lengths, kind="stable"):
-        n = int(lengths[i]); r = next((k for k, free in enumerate(room) if free >= n), None)
-        if r is None: r = len(room); room.append(width)
-        row[i], col[i] = r, width-room[r]; room[r] -= n
+        n = int(lengths[i])
+        r = next((k for k, free in enumerate(room) if free >= n), None)
+        if r is None:
+            r = len(room)
+            room.append(width)
+        row[i], col[i] = r, width - room[r]
+        room[r] -= n
     return row, col
 
-def hidden_states(lm, ids, mask, types=None, *, pack:bool=None) -> torch.Tensor: # (B, L, D)
+
+def hidden_states(lm, ids, mask, types=None, *, pack: bool = None) -> torch.Tensor:  # (B, L, D)
     """Last hidden states of the BERT within `lm`, a masked LM or a classifier; `types` are token types, 0 where nothing is said. `pack` lays several sentences into a row, each seeing itself alone, and spares the work on padding; the states are the same, and zero where `mask` is false.
     None: on the CPU, when at least a fifth of the batch is padding at the right."""
-    if mask is None or mask.all(): return lm.bert(input_ids=ids, token_type_ids=types).last_hidden_state
-    if pack is None: pack = ids.device.type == "cpu" and float(mask.float().mean()) < .8 and not (mask[:, 1:] & ~mask[:, :-1]).any()
-    if not pack: return lm.bert(input_ids=ids, attention_mask=mask, token_type_ids=types).last_hidden_state
-    L = mask.shape[1]; n = mask.sum(1).cpu().numpy(); row, col = rows_of(n); b, at = mask.nonzero(as_tuple=True)
-    to = torch.from_numpy(row*L+col).to(ids.device)[b]+at; R = int(row.max())+1           # where each token goes
-    x, who, place, kind = (ids.new_full((R*L,), v) for v in (lm.config.pad_token_id or 0, -1, 0, 0)); x[to], who[to], place[to] = ids[mask], b, at
-    if types is not None: kind[to] = types[mask]
-    who = who.view(R, L); h = lm.bert(input_ids=x.view(R, L), position_ids=place.view(R, L), token_type_ids=kind.view(R, L), attention_mask=(who[:, None, :, None] == who[:, None, None, :])).last_hidden_state
-    out = h.new_zeros(*mask.shape, h.shape[-1]); return out.index_put((b, at), h.flatten(0, 1)[to])
+    if mask is None or mask.all():
+        return lm.bert(input_ids=ids, token_type_ids=types).last_hidden_state
+    if pack is None:
+        pack = (
+            ids.device.type == "cpu"
+            and float(mask.float().mean()) < 0.8
+            and not (mask[:, 1:] & ~mask[:, :-1]).any()
+        )
+    if not pack:
+        return lm.bert(input_ids=ids, attention_mask=mask, token_type_ids=types).last_hidden_state
+    L = mask.shape[1]
+    n = mask.sum(1).cpu().numpy()
+    row, col = rows_of(n)
+    b, at = mask.nonzero(as_tuple=True)
+    to = torch.from_numpy(row * L + col).to(ids.device)[b] + at
+    R = int(row.max()) + 1  # where each token goes
+    x, who, place, kind = (ids.new_full((R * L,), v) for v in (lm.config.pad_token_id or 0, -1, 0, 0))
+    x[to], who[to], place[to] = ids[mask], b, at
+    if types is not None:
+        kind[to] = types[mask]
+    who = who.view(R, L)
+    h = lm.bert(
+        input_ids=x.view(R, L),
+        position_ids=place.view(R, L),
+        token_type_ids=kind.view(R, L),
+        attention_mask=(who[:, None, :, None] == who[:, None, None, :]),
+    ).last_hidden_state
+    out = h.new_zeros(*mask.shape, h.shape[-1])
+    return out.index_put((b, at), h.flatten(0, 1)[to])
 
-def mlm_loss(lm:BertForMaskedLM, hidden, ids, where) -> torch.Tensor:
+
+def mlm_loss(lm: BertForMaskedLM, hidden, ids, where) -> torch.Tensor:
     "Cross entropy of the true tokens `ids` (B, L) at `where` (B, L), mean over them; the head sees only those positions. Zero where nothing is masked."
     logits = lm.cls(hidden[where])
-    return F.cross_entropy(logits.float(), ids[where]) if len(logits) else (hidden.sum()+logits.sum())*0. # gradients of zero, as in a process of several whose part alone has none
+    return (
+        F.cross_entropy(logits.float(), ids[where]) if len(logits) else (hidden.sum() + logits.sum()) * 0.0
+    )  # gradients of zero, as in a process of several whose part alone has none
 
 # %% ../../nbs/20_models.language.ipynb #abc9701d
 class DistillationHead(nn.Sequential):
     "Linear, ReLU, Linear: (..., student width) to (..., teacher width)."
-    def __init__(self, width:int, hidden:int, out:int, init_std:float=.02):
+
+    def __init__(self, width: int, hidden: int, out: int, init_std: float = 0.02):
         super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, out))
         for m in self:
-            if isinstance(m, nn.Linear): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
 
 # %% ../../nbs/20_models.language.ipynb #88262322
 def save_model(folder, lm, tokenizer) -> Path:
     "Save a model and its tokeniser as a `transformers` folder, with the checksums of its files."
-    folder = Path(folder); (folder/SUMS).unlink(missing_ok=True); lm.save_pretrained(folder); tokenizer.save_pretrained(folder); seal_folder(folder); return folder
+    folder = Path(folder)
+    (folder / SUMS).unlink(missing_ok=True)
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    seal_folder(folder)
+    return folder
 
-def load_model(folder, **kw) -> tuple[BertForMaskedLM, object]: # model, tokeniser
+
+def load_model(folder, **kw) -> tuple[BertForMaskedLM, object]:  # model, tokeniser
     "Load what `save_model` wrote; a folder that is no BERT, whose tokeniser does not fit, or whose files were changed, is an error. No code that comes with a folder is run."
     folder = Path(folder)
-    if not (folder/"config.json").is_file(): raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
-    c = read_json(folder/"config.json"); kind = c.get("model_type") if isinstance(c, dict) else c
-    if kind != "bert": raise ValueError(f"{folder} holds a {kind!r} model; a BERT is wanted")
-    why = folder_damage(folder); also = f" ({why})" if why else ""
-    try: lm, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True, **kw); tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as e: raise ValueError(why or f"{folder}: model or tokeniser cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''})") from None
-    if lost := [k for k in info["missing_keys"] if not k.startswith("cls.")]: raise ValueError(f"{folder}: the checkpoint lacks {len(lost)} weights, {lost[0]} among them: it belongs to another architecture{also}")
-    if len(tok) != lm.config.vocab_size: raise ValueError(f"{folder}: the tokeniser has {len(tok)} pieces, the model {lm.config.vocab_size}: they do not belong together{also}")
-    if why: raise ValueError(why)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
+    c = read_json(folder / "config.json")
+    kind = c.get("model_type") if isinstance(c, dict) else c
+    if kind != "bert":
+        raise ValueError(f"{folder} holds a {kind!r} model; a BERT is wanted")
+    why = folder_damage(folder)
+    also = f" ({why})" if why else ""
+    try:
+        lm, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True, **kw)
+        tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e:
+        raise ValueError(
+            why
+            or f"{folder}: model or tokeniser cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''})"
+        ) from None
+    if lost := [k for k in info["missing_keys"] if not k.startswith("cls.")]:
+        raise ValueError(
+            f"{folder}: the checkpoint lacks {len(lost)} weights, {lost[0]} among them: it belongs to another architecture{also}"
+        )
+    if len(tok) != lm.config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokeniser has {len(tok)} pieces, the model {lm.config.vocab_size}: they do not belong together{also}"
+        )
+    if why:
+        raise ValueError(why)
     return lm, tok

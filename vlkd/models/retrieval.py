@@ -14,116 +14,212 @@ from ..core import *
 from ..device import *
 
 # %% ../../nbs/24_models.retrieval.ipynb #be784675
-def _rows(x:torch.Tensor, normalize:bool, name:str) -> torch.Tensor: # float32 or float64
+def _rows(x: torch.Tensor, normalize: bool, name: str) -> torch.Tensor:  # float32 or float64
     "Rows in float32 at least, of unit length where asked; zero rows stay zero, NaN and inf are refused."
     x = at_least_float32(x if x.is_floating_point() else x.float())
-    if not x.isfinite().all(): raise ValueError(f"{name} of shape {tuple(x.shape)} hold NaN or infinite values: select the rows that count before searching")
-    if not normalize: return x
+    if not x.isfinite().all():
+        raise ValueError(
+            f"{name} of shape {tuple(x.shape)} hold NaN or infinite values: select the rows that count before searching"
+        )
+    if not normalize:
+        return x
     n = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x/n.masked_fill(n < 1e-12, 1.)
+    return x / n.masked_fill(n < 1e-12, 1.0)
 
-def _top(x:torch.Tensor, k:int): # (q, n) -> values and columns, (q, k)
+
+def _top(x: torch.Tensor, k: int):  # (q, n) -> values and columns, (q, k)
     "The k largest of each row, best first, earlier columns first where they tie."
     n = x.shape[1]
-    if k == 1: return x.max(1, keepdim=True) # the first of equal maxima
-    v, j = x.topk(min(k + 1, n)); edge = (v[:, k-1] == v[:, k]).nonzero()[:, 0] if n > k else []
+    if k == 1:
+        return x.max(1, keepdim=True)  # the first of equal maxima
+    v, j = x.topk(min(k + 1, n))
+    edge = (v[:, k - 1] == v[:, k]).nonzero()[:, 0] if n > k else []
     v, j = v[:, :k], j[:, :k]
-    if len(edge): s, i = x[edge].sort(dim=1, descending=True, stable=True); v[edge], j[edge] = s[:, :k], i[:, :k] # topk may take any of those that tie at the end
-    j, o = j.sort(1); v, o = v.gather(1, o).sort(dim=1, descending=True, stable=True); return v, j.gather(1, o)
+    if len(edge):
+        s, i = x[edge].sort(dim=1, descending=True, stable=True)
+        v[edge], j[edge] = s[:, :k], i[:, :k]  # topk may take any of those that tie at the end
+    j, o = j.sort(1)
+    v, o = v.gather(1, o).sort(dim=1, descending=True, stable=True)
+    return v, j.gather(1, o)
 
-def _best(x:torch.Tensor, k:int, block:int=64): # (q, n) -> values and columns, (q, k)
+
+def _best(x: torch.Tensor, k: int, block: int = 64):  # (q, n) -> values and columns, (q, k)
     "`_top` by way of blocks of columns: the k largest of a row lie in the k blocks with the largest maxima, the earlier ones where those tie."
-    blocks, n = x.shape[1]//block, x.shape[1]
-    if blocks <= 2*k: return _top(x, k)
-    _, c = _top(x[:, :blocks*block].unflatten(1, (blocks, block)).amax(-1), k)
-    at = (c.sort(1)[0][..., None]*block + torch.arange(block, device=x.device)).flatten(1)
-    if n > blocks*block: at = torch.cat([at, torch.arange(blocks*block, n, device=x.device).expand(len(x), -1)], 1)
-    v, j = _top(x.gather(1, at), k); return v, at.gather(1, j)
+    blocks, n = x.shape[1] // block, x.shape[1]
+    if blocks <= 2 * k:
+        return _top(x, k)
+    _, c = _top(x[:, : blocks * block].unflatten(1, (blocks, block)).amax(-1), k)
+    at = (c.sort(1)[0][..., None] * block + torch.arange(block, device=x.device)).flatten(1)
+    if n > blocks * block:
+        at = torch.cat([at, torch.arange(blocks * block, n, device=x.device).expand(len(x), -1)], 1)
+    v, j = _top(x.gather(1, at), k)
+    return v, at.gather(1, j)
+
 
 class Keys:
     "Keys (N, D) made ready once for many searches: finite, in float32 at least, of unit length unless `normalize` is false. NaN and inf raise `ValueError`."
-    def __init__(self, keys:torch.Tensor, *, normalize:bool=True, tile:int=4096):
-        if keys.dim() != 2: raise ValueError(f"keys should be (N, D), got {tuple(keys.shape)}")
+
+    def __init__(self, keys: torch.Tensor, *, normalize: bool = True, tile: int = 4096):
+        if keys.dim() != 2:
+            raise ValueError(f"keys should be (N, D), got {tuple(keys.shape)}")
         dt = torch.promote_types(keys.dtype, torch.float32) if keys.is_floating_point() else torch.float32
-        self.normalize, same = normalize, not normalize and dt == keys.dtype; self.rows = keys if same else torch.empty(keys.shape, dtype=dt, device=keys.device) # what needs no change is not copied
+        self.normalize, same = normalize, not normalize and dt == keys.dtype
+        self.rows = (
+            keys if same else torch.empty(keys.shape, dtype=dt, device=keys.device)
+        )  # what needs no change is not copied
         for b in range(0, len(keys), tile):
-            x = _rows(keys[b:b+tile], normalize, "keys")
-            if not same: self.rows[b:b+tile] = x
-    def __len__(self): return len(self.rows)
+            x = _rows(keys[b : b + tile], normalize, "keys")
+            if not same:
+                self.rows[b : b + tile] = x
+
+    def __len__(self):
+        return len(self.rows)
+
 
 @torch.no_grad()
-def nearest(queries:torch.Tensor, # (Q, D)
-            keys, # (N, D), or `Keys`
-            k:int=1, *, normalize:bool=None, # None and true: cosine; False: inner product; `Keys` know it themselves
-            tile:int=4096, # memory: at most 2 tile^2 scores at a time, an eighth of that on a CPU
-           ) -> tuple[torch.Tensor, torch.Tensor]: # scores and indices, (Q, k), best first
+def nearest(
+    queries: torch.Tensor,  # (Q, D)
+    keys,  # (N, D), or `Keys`
+    k: int = 1,
+    *,
+    normalize: bool = None,  # None and true: cosine; False: inner product; `Keys` know it themselves
+    tile: int = 4096,  # memory: at most 2 tile^2 scores at a time, an eighth of that on a CPU
+) -> tuple[torch.Tensor, torch.Tensor]:  # scores and indices, (Q, k), best first
     "Exact top-k keys of each query by cosine, in memory bounded by `tile`; wrong shapes, k > N and values that are not finite raise `ValueError`."
     ready, rows = isinstance(keys, Keys), keys.rows if isinstance(keys, Keys) else keys
-    if queries.dim() != 2 or rows.dim() != 2 or queries.shape[1] != rows.shape[1]: raise ValueError(f"queries should be (Q, D) and keys (N, D), got {tuple(queries.shape)} and {tuple(rows.shape)}")
-    if not 1 <= k <= len(rows): raise ValueError(f"k should be from 1 to the number of keys, {len(rows)}, got {k}")
-    if tile < 1: raise ValueError(f"tile should be positive, got {tile}")
-    if ready and normalize not in (None, keys.normalize): raise ValueError(f"normalize={normalize}, but these Keys were made with normalize={keys.normalize}")
-    cosine = keys.normalize if ready else normalize is not False; dev, dt = queries.device, torch.promote_types(torch.promote_types(queries.dtype, rows.dtype), torch.float32)
-    S, I = torch.empty(len(queries), k, dtype=dt, device=dev), torch.empty(len(queries), k, dtype=torch.long, device=dev)
-    few, many = max(1, tile//(8 if dev.type == "cpu" else 1)), tile      # on a CPU, tiles that stay in its cache
-    if k > 1: few, many = max(1, few//2), 4*tile                         # and fewer lists to merge
+    if queries.dim() != 2 or rows.dim() != 2 or queries.shape[1] != rows.shape[1]:
+        raise ValueError(
+            f"queries should be (Q, D) and keys (N, D), got {tuple(queries.shape)} and {tuple(rows.shape)}"
+        )
+    if not 1 <= k <= len(rows):
+        raise ValueError(f"k should be from 1 to the number of keys, {len(rows)}, got {k}")
+    if tile < 1:
+        raise ValueError(f"tile should be positive, got {tile}")
+    if ready and normalize not in (None, keys.normalize):
+        raise ValueError(f"normalize={normalize}, but these Keys were made with normalize={keys.normalize}")
+    cosine = keys.normalize if ready else normalize is not False
+    dev, dt = (
+        queries.device,
+        torch.promote_types(torch.promote_types(queries.dtype, rows.dtype), torch.float32),
+    )
+    S, I = (
+        torch.empty(len(queries), k, dtype=dt, device=dev),
+        torch.empty(len(queries), k, dtype=torch.long, device=dev),
+    )
+    few, many = (
+        max(1, tile // (8 if dev.type == "cpu" else 1)),
+        tile,
+    )  # on a CPU, tiles that stay in its cache
+    if k > 1:
+        few, many = max(1, few // 2), 4 * tile  # and fewer lists to merge
     with no_autocast(queries):
-        for b in range(0, len(rows), many):                              # each tile of keys is made ready once
-            key = rows[b:b+many].to(dev); key = (key if ready else _rows(key, cosine, "keys")).to(dt).T; have = min(k, b)
+        for b in range(0, len(rows), many):  # each tile of keys is made ready once
+            key = rows[b : b + many].to(dev)
+            key = (key if ready else _rows(key, cosine, "keys")).to(dt).T
+            have = min(k, b)
             for a in range(0, len(queries), few):
-                x, s, i = _rows(queries[a:a+few], cosine, "queries").to(dt) @ key, S[a:a+few], I[a:a+few]
-                if not b: w = min(k, x.shape[1]); s[:, :w], i[:, :w] = _best(x, w); continue
-                hot = slice(None) if have < k else (x.amax(1) > s[:, -1]).nonzero()[:, 0] # an equal score later on is no better
-                if have == k and not len(hot): continue
-                v, j = _best(x[hot], min(k, x.shape[1])); v, o = _top(torch.cat([s[hot, :have], v], 1), w := min(k, have + x.shape[1]))
-                j = torch.cat([i[hot, :have], j + b], 1).gather(1, o); s[hot, :w], i[hot, :w] = v, j
+                x, s, i = (
+                    _rows(queries[a : a + few], cosine, "queries").to(dt) @ key,
+                    S[a : a + few],
+                    I[a : a + few],
+                )
+                if not b:
+                    w = min(k, x.shape[1])
+                    s[:, :w], i[:, :w] = _best(x, w)
+                    continue
+                hot = (
+                    slice(None) if have < k else (x.amax(1) > s[:, -1]).nonzero()[:, 0]
+                )  # an equal score later on is no better
+                if have == k and not len(hot):
+                    continue
+                v, j = _best(x[hot], min(k, x.shape[1]))
+                v, o = _top(torch.cat([s[hot, :have], v], 1), w := min(k, have + x.shape[1]))
+                j = torch.cat([i[hot, :have], j + b], 1).gather(1, o)
+                s[hot, :w], i[hot, :w] = v, j
     return S, I
 
 # %% ../../nbs/24_models.retrieval.ipynb #cf44c880
-def vokens(states:torch.Tensor, # (B, L, D) token states of the teacher
-           mask, # (B, L) boolean, true where a token counts, or None: all
-           pool:torch.Tensor, # (N, D) one vector a clip, in the space of the states
-           tile:int=4096) -> torch.Tensor: # LongTensor (B, L), -100 where no token counts
+def vokens(
+    states: torch.Tensor,  # (B, L, D) token states of the teacher
+    mask,  # (B, L) boolean, true where a token counts, or None: all
+    pool: torch.Tensor,  # (N, D) one vector a clip, in the space of the states
+    tile: int = 4096,
+) -> torch.Tensor:  # LongTensor (B, L), -100 where no token counts
     "Index of the clip nearest by cosine to each counted token; wrong shapes raise `ValueError`."
-    if states.dim() != 3 or pool.dim() != 2 or states.shape[-1] != pool.shape[1]: raise ValueError(f"states should be (B, L, D) and the pool (N, D), got {tuple(states.shape)} and {tuple(pool.shape)}")
-    if mask is None: mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-    if mask.dtype != torch.bool or mask.shape != states.shape[:2]: raise ValueError(f"the mask should be boolean {tuple(states.shape[:2])}, got {mask.dtype} {tuple(mask.shape)} for states {tuple(states.shape)}")
+    if states.dim() != 3 or pool.dim() != 2 or states.shape[-1] != pool.shape[1]:
+        raise ValueError(
+            f"states should be (B, L, D) and the pool (N, D), got {tuple(states.shape)} and {tuple(pool.shape)}"
+        )
+    if mask is None:
+        mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    if mask.dtype != torch.bool or mask.shape != states.shape[:2]:
+        raise ValueError(
+            f"the mask should be boolean {tuple(states.shape[:2])}, got {mask.dtype} {tuple(mask.shape)} for states {tuple(states.shape)}"
+        )
     out = torch.full(states.shape[:2], -100, dtype=torch.long, device=states.device)
     out[mask] = nearest(states[mask], pool, tile=tile)[1][:, 0]
     return out
 
 # %% ../../nbs/24_models.retrieval.ipynb #2463391b
-def _above_equal(sim, target): # (Q,), (Q,): candidates with a higher score, others with the same
-    if sim.dim() != 2: raise ValueError(f"similarities should be (Q, N), got {tuple(sim.shape)}")
-    if target is None and sim.shape[0] > sim.shape[1]: raise ValueError(f"without targets, query i belongs to candidate i: similarities should be (Q, N) with Q <= N, got {tuple(sim.shape)}")
-    if sim.isnan().any(): raise ValueError(f"similarities of shape {tuple(sim.shape)} hold NaN")
+def _above_equal(sim, target):  # (Q,), (Q,): candidates with a higher score, others with the same
+    if sim.dim() != 2:
+        raise ValueError(f"similarities should be (Q, N), got {tuple(sim.shape)}")
+    if target is None and sim.shape[0] > sim.shape[1]:
+        raise ValueError(
+            f"without targets, query i belongs to candidate i: similarities should be (Q, N) with Q <= N, got {tuple(sim.shape)}"
+        )
+    if sim.isnan().any():
+        raise ValueError(f"similarities of shape {tuple(sim.shape)} hold NaN")
     t = torch.arange(len(sim), device=sim.device) if target is None else target.to(sim.device)
-    if t.shape != sim.shape[:1] or t.is_floating_point() or (len(t) and not (0 <= t.min() and t.max() < sim.shape[1])): raise ValueError(f"targets should be {len(sim)} indices from 0 to {sim.shape[1]-1}, got shape {tuple(t.shape)}")
+    if (
+        t.shape != sim.shape[:1]
+        or t.is_floating_point()
+        or (len(t) and not (0 <= t.min() and t.max() < sim.shape[1]))
+    ):
+        raise ValueError(
+            f"targets should be {len(sim)} indices from 0 to {sim.shape[1] - 1}, got shape {tuple(t.shape)}"
+        )
     own = sim.gather(1, t.long()[:, None])
     return (sim > own).sum(1), (sim == own).sum(1) - 1
 
-def rank_of(sim:torch.Tensor, # (Q, N) scores, higher is better
-            target=None, # (Q,) the right candidate of each query; None: candidate i of query i
-           ) -> torch.Tensor: # (Q,) float64, 1 is best
+
+def rank_of(
+    sim: torch.Tensor,  # (Q, N) scores, higher is better
+    target=None,  # (Q,) the right candidate of each query; None: candidate i of query i
+) -> torch.Tensor:  # (Q,) float64, 1 is best
     "Expected rank of the right candidate when ties are broken at random."
-    g, e = _above_equal(sim, target); return 1 + g.double() + e.double()/2
+    g, e = _above_equal(sim, target)
+    return 1 + g.double() + e.double() / 2
 
-def _pooled_median(g, e, n): # each query spreads evenly over its tied ranks g+1 ... g+e+1, which are out of n
-    w = 1/(e + 1).double(); steps = torch.zeros(n + 1, dtype=torch.float64, device=g.device)
-    cdf = (steps.index_add(0, g, w).index_add(0, g + e + 1, -w).cumsum(0).cumsum(0)/len(g))[:n]
-    return ((cdf < .5 - 1e-9).sum() + (cdf < .5 + 1e-9).sum()).item()/2 + 1
 
-def recall_at(ranks_or_sim:torch.Tensor, # (Q,) ranks from 1, or (Q, N) scores with the right candidate on the diagonal
-              ks=(1, 5, 10), target=None) -> dict: # R1, R5, ... as fractions, MR the median rank
+def _pooled_median(
+    g, e, n
+):  # each query spreads evenly over its tied ranks g+1 ... g+e+1, which are out of n
+    w = 1 / (e + 1).double()
+    steps = torch.zeros(n + 1, dtype=torch.float64, device=g.device)
+    cdf = (steps.index_add(0, g, w).index_add(0, g + e + 1, -w).cumsum(0).cumsum(0) / len(g))[:n]
+    return ((cdf < 0.5 - 1e-9).sum() + (cdf < 0.5 + 1e-9).sum()).item() / 2 + 1
+
+
+def recall_at(
+    ranks_or_sim: torch.Tensor,  # (Q,) ranks from 1, or (Q, N) scores with the right candidate on the diagonal
+    ks=(1, 5, 10),
+    target=None,
+) -> dict:  # R1, R5, ... as fractions, MR the median rank
     "Recall at each k and the median rank; from scores, ties count by their expectation."
     x = torch.as_tensor(ranks_or_sim)
-    if x.numel() == 0: raise ValueError(f"no query to score: shape {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"no query to score: shape {tuple(x.shape)}")
     if x.dim() == 2:
         g, e = (n.double() for n in _above_equal(x, target))
-        out = {f"R{k}": ((k - g)/(e + 1)).clamp(0, 1).mean().item() for k in ks}; mr = _pooled_median(g.long(), e.long(), x.shape[1])
+        out = {f"R{k}": ((k - g) / (e + 1)).clamp(0, 1).mean().item() for k in ks}
+        mr = _pooled_median(g.long(), e.long(), x.shape[1])
     elif x.dim() == 1:
         r = x.double()
-        if not (r >= 1).all(): raise ValueError(f"ranks start at 1, got {r.min().item()} among shape {tuple(x.shape)}")
-        out = {f"R{k}": (r <= k).double().mean().item() for k in ks}; mr = r.cpu().quantile(.5).item()
-    else: raise ValueError(f"recall_at needs ranks (Q,) or scores (Q, N), got {tuple(x.shape)}")
+        if not (r >= 1).all():
+            raise ValueError(f"ranks start at 1, got {r.min().item()} among shape {tuple(x.shape)}")
+        out = {f"R{k}": (r <= k).double().mean().item() for k in ks}
+        mr = r.cpu().quantile(0.5).item()
+    else:
+        raise ValueError(f"recall_at needs ranks (Q,) or scores (Q, N), got {tuple(x.shape)}")
     return out | dict(MR=mr)

@@ -18,192 +18,485 @@ import torch.nn.functional as F
 
 from ..device import *
 from ..core import *
-from ..data.tabletop import COLOURS, EVENTS, FILMED, FRAMES, ROUND, SHAPES, SIDE, SIZES, TEXTURES, render, surfaces, _script
+from vlkd.data.tabletop import (
+    COLOURS,
+    EVENTS,
+    FILMED,
+    FRAMES,
+    ROUND,
+    SHAPES,
+    SIDE,
+    SIZES,
+    TEXTURES,
+    render,
+    surfaces,
+    _script,
+)
 from ..data.video import _locked
 from .encoders import GridVideo
 
 # %% ../../nbs/23_models.tabletop.ipynb #340bd03c
-def nameless(n:int, seed:int=0) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]: # looks, events and outcomes; every combination equally likely
+def nameless(
+    n: int, seed: int = 0
+) -> tuple[
+    pd.DataFrame, np.ndarray, np.ndarray
+]:  # looks, events and outcomes; every combination equally likely
     "Things to film that belong to no world: shape, size, event and outcome drawn independently (shape decides pushing, as everywhere)."
-    r = rng("nameless", seed); looks = pd.DataFrame(dict(shape=r.choice(SHAPES, n), size=r.choice(list(SIZES), n))); events = r.choice(FILMED, n)
-    outcomes = np.array([("roll" if s in ROUND else "slide") if e == "push" else r.choice(EVENTS[e]) for e, s in zip(events, looks["shape"])])
+    r = rng("nameless", seed)
+    looks = pd.DataFrame(dict(shape=r.choice(SHAPES, n), size=r.choice(list(SIZES), n)))
+    events = r.choice(FILMED, n)
+    outcomes = np.array(
+        [
+            ("roll" if s in ROUND else "slide") if e == "push" else r.choice(EVENTS[e])
+            for e, s in zip(events, looks["shape"])
+        ]
+    )
     return looks, events, outcomes
 
-def windows(x:np.ndarray, length:int=4) -> np.ndarray: # (N, T, F) -> (N, T, length F)
+
+def windows(x: np.ndarray, length: int = 4) -> np.ndarray:  # (N, T, F) -> (N, T, length F)
     "Each frame's features beside those of the frames before it; before the first, the first again."
-    pad = np.concatenate([x[:, :1].repeat(length-1, 1), x], 1); t = x.shape[1]
-    return np.concatenate([pad[:, k:k+t] for k in range(length)], -1)
+    pad = np.concatenate([x[:, :1].repeat(length - 1, 1), x], 1)
+    t = x.shape[1]
+    return np.concatenate([pad[:, k : k + t] for k in range(length)], -1)
 
 # %% ../../nbs/23_models.tabletop.ipynb #61c78a7e
-def _read_out(x, labels, penalty:float=.1) -> tuple: # weights (F, C), bias (C,), classes
+def _read_out(x, labels, penalty: float = 0.1) -> tuple:  # weights (F, C), bias (C,), classes
     "Ridge regression from standardised features to one-hot labels; the standardisation is folded into the weights."
-    classes = sorted(set(labels)); y = (np.asarray(labels)[:, None] == np.array(classes)[None]).astype(np.float64); m, s = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)+1e-2; z = ((x-m)/s).astype(np.float64)
-    w = np.linalg.solve(z.T @ z+penalty*len(z)*np.eye(z.shape[1]), z.T @ (y-y.mean(0)))/s[:, None]
-    return w.astype(np.float32), (y.mean(0)-m @ w).astype(np.float32), classes
+    classes = sorted(set(labels))
+    y = (np.asarray(labels)[:, None] == np.array(classes)[None]).astype(np.float64)
+    m, s = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64) + 1e-2
+    z = ((x - m) / s).astype(np.float64)
+    w = np.linalg.solve(z.T @ z + penalty * len(z) * np.eye(z.shape[1]), z.T @ (y - y.mean(0))) / s[:, None]
+    return w.astype(np.float32), (y.mean(0) - m @ w).astype(np.float32), classes
+
 
 class TabletopEncoder:
     "Frozen 2-D and 3-D features: (N, T, 32, 32, 3) uint8 -> (N, T, dim) float32; the first `dim_2d` columns need one frame only."
-    def __init__(self, clips:int=3000, seed:int=0):
-        self.grid, self.clips, self.seed = GridVideo(8), clips, seed; self.name = f"tabletop-{clips}-{seed}"
+
+    def __init__(self, clips: int = 3000, seed: int = 0):
+        self.grid, self.clips, self.seed = GridVideo(8), clips, seed
+        self.name = f"tabletop-{clips}-{seed}"
+
     def fit(self):
-        looks, events, outcomes = nameless(self.clips, self.seed); seeds = 10**12+self.seed*10**7+np.arange(self.clips)
-        x = np.concatenate([self.grid.encode(render(looks[i:i+500], events[i:i+500], outcomes[i:i+500], seeds[i:i+500])) for i in range(0, self.clips, 500)])
-        frame = rng("frame", self.seed).integers(0, FRAMES, self.clips); flat = x[np.arange(self.clips), frame, :self.grid.dim_2d]
+        looks, events, outcomes = nameless(self.clips, self.seed)
+        seeds = 10**12 + self.seed * 10**7 + np.arange(self.clips)
+        x = np.concatenate(
+            [
+                self.grid.encode(
+                    render(looks[i : i + 500], events[i : i + 500], outcomes[i : i + 500], seeds[i : i + 500])
+                )
+                for i in range(0, self.clips, 500)
+            ]
+        )
+        frame = rng("frame", self.seed).integers(0, FRAMES, self.clips)
+        flat = x[np.arange(self.clips), frame, : self.grid.dim_2d]
         two = [_read_out(flat, y) for y in (looks["shape"], looks["size"], events)]
-        w = windows(x); late = rng("window", self.seed).integers(5, FRAMES, self.clips); at = np.arange(self.clips)
-        three = [_read_out(np.concatenate([w[at, late], w[at[::4], 3]]), [*outcomes, *["nothing yet"]*len(at[::4])])]
-        self.w2, self.b2, self.w3, self.b3 = *(np.concatenate([t[k] for t in two], -1) for k in (0, 1)), three[0][0], three[0][1]
-        self.columns = [c for t in two+three for c in t[2]]; self.dim_2d, self.dim = self.w2.shape[1], self.w2.shape[1]+self.w3.shape[1]; return self
-    def _two(self, x): return 4*(x[..., :self.grid.dim_2d] @ self.w2+self.b2)
-    def _three(self, x): return 4*(windows(x) @ self.w3+self.b3)
-    def encode_2d(self, frames) -> np.ndarray: return self._two(self.grid.encode(frames))      # (N, T, dim_2d)
-    def encode_3d(self, frames) -> np.ndarray: return self._three(self.grid.encode(frames))    # (N, T, dim - dim_2d)
-    def encode(self, frames) -> np.ndarray: x = self.grid.encode(frames); return np.concatenate([self._two(x), self._three(x)], -1)
+        w = windows(x)
+        late = rng("window", self.seed).integers(5, FRAMES, self.clips)
+        at = np.arange(self.clips)
+        three = [
+            _read_out(
+                np.concatenate([w[at, late], w[at[::4], 3]]), [*outcomes, *["nothing yet"] * len(at[::4])]
+            )
+        ]
+        self.w2, self.b2, self.w3, self.b3 = (
+            *(np.concatenate([t[k] for t in two], -1) for k in (0, 1)),
+            three[0][0],
+            three[0][1],
+        )
+        self.columns = [c for t in two + three for c in t[2]]
+        self.dim_2d, self.dim = self.w2.shape[1], self.w2.shape[1] + self.w3.shape[1]
+        return self
+
+    def _two(self, x):
+        return 4 * (x[..., : self.grid.dim_2d] @ self.w2 + self.b2)
+
+    def _three(self, x):
+        return 4 * (windows(x) @ self.w3 + self.b3)
+
+    def encode_2d(self, frames) -> np.ndarray:
+        return self._two(self.grid.encode(frames))  # (N, T, dim_2d)
+
+    def encode_3d(self, frames) -> np.ndarray:
+        return self._three(self.grid.encode(frames))  # (N, T, dim - dim_2d)
+
+    def encode(self, frames) -> np.ndarray:
+        x = self.grid.encode(frames)
+        return np.concatenate([self._two(x), self._three(x)], -1)
 
 # %% ../../nbs/23_models.tabletop.ipynb #3442268b
-SAY = dict(size=dict(small=("small", "little", "tiny"), large=("large", "big")), colour={c: (c,) for c in COLOURS}, texture=dict(plain=("plain", "even"), striped=("striped", "with stripes")),
-    shape=dict(disc=("disc", "round disc"), ring=("ring", "round ring"), oval=("oval", "egg"), square=("square", "box"), triangle=("triangle", "wedge"), bar=("bar", "upright bar")),
-    place=dict(air=("in the air", "high up"), above=("above the surface", "not yet wet"), surface=("at the surface", "half in it"), deep=("under water", "at the bottom"), left=("at the left",), right=("at the right",)),
-    state=dict(whole=("whole", "in one piece"), halves=("in two halves", "broken in two"), dark=("dark", "burnt"), flat=("flat", "melted"), crumpled=("crumpled", "shrunk"), narrow=("narrow", "pressed thin"), wide=("wide", "stretched")),
-    scene=dict(water=("in a tank of water", "with water"), flame=("over a flame", "with a fire below"), jaws=("in the jaws", "in a vice"), hand=("beside a hand", "with a hand"), table=("on a bare table", "and nothing else")))
+SAY = dict(
+    size=dict(small=("small", "little", "tiny"), large=("large", "big")),
+    colour={c: (c,) for c in COLOURS},
+    texture=dict(plain=("plain", "even"), striped=("striped", "with stripes")),
+    shape=dict(
+        disc=("disc", "round disc"),
+        ring=("ring", "round ring"),
+        oval=("oval", "egg"),
+        square=("square", "box"),
+        triangle=("triangle", "wedge"),
+        bar=("bar", "upright bar"),
+    ),
+    place=dict(
+        air=("in the air", "high up"),
+        above=("above the surface", "not yet wet"),
+        surface=("at the surface", "half in it"),
+        deep=("under water", "at the bottom"),
+        left=("at the left",),
+        right=("at the right",),
+    ),
+    state=dict(
+        whole=("whole", "in one piece"),
+        halves=("in two halves", "broken in two"),
+        dark=("dark", "burnt"),
+        flat=("flat", "melted"),
+        crumpled=("crumpled", "shrunk"),
+        narrow=("narrow", "pressed thin"),
+        wide=("wide", "stretched"),
+    ),
+    scene=dict(
+        water=("in a tank of water", "with water"),
+        flame=("over a flame", "with a fire below"),
+        jaws=("in the jaws", "in a vice"),
+        hand=("beside a hand", "with a hand"),
+        table=("on a bare table", "and nothing else"),
+    ),
+)
 _START = ("a photo of a {}", "there is a {}", "a {}", "we see a {}")
 
-def frame_facts(looks, events, outcomes, seeds) -> pd.DataFrame: # N*FRAMES rows, clip by clip; the columns of `SAY`
+
+def frame_facts(
+    looks, events, outcomes, seeds
+) -> pd.DataFrame:  # N*FRAMES rows, clip by clip; the columns of `SAY`
     "What each frame of the clips that `render` makes shows; an empty `place` is nothing to speak of."
-    x, y, sx, sy, gap, dark = np.stack([np.stack(_script(e, o, np.arange(FRAMES))) for e, o in zip(events, outcomes)]).transpose(1, 0, 2); e = np.repeat(np.asarray(events), FRAMES).reshape(-1, FRAMES); t = np.arange(FRAMES)
-    scene = np.select([e == "dunk", e == "heat", e == "squeeze", (e == "push") & (t > 0) & (t < 5)], ["water", "flame", "jaws", "hand"], "table")
-    place = np.select([(e == "drop") & (y < 2), (e == "dunk") & (y < -4), (e == "dunk") & (y < 3), e == "dunk", (e == "push") & (x < -4), (e == "push") & (x > 3)], ["air", "above", "surface", "deep", "left", "right"], "")
-    state = np.select([gap > 0, (dark < .8) & (sy > .9), (sy < .9) & (sx > 1), sy < .9, sx < .9, sx > 1.25], ["halves", "dark", "flat", "crumpled", "narrow", "wide"], "whole")
-    clip = pd.DataFrame(dict(size=np.asarray(looks["size"]), shape=np.asarray(looks["shape"]))).join(surfaces(seeds)); clip = clip.loc[clip.index.repeat(FRAMES)].reset_index(drop=True)
+    x, y, sx, sy, gap, dark = np.stack(
+        [np.stack(_script(e, o, np.arange(FRAMES))) for e, o in zip(events, outcomes)]
+    ).transpose(1, 0, 2)
+    e = np.repeat(np.asarray(events), FRAMES).reshape(-1, FRAMES)
+    t = np.arange(FRAMES)
+    scene = np.select(
+        [e == "dunk", e == "heat", e == "squeeze", (e == "push") & (t > 0) & (t < 5)],
+        ["water", "flame", "jaws", "hand"],
+        "table",
+    )
+    place = np.select(
+        [
+            (e == "drop") & (y < 2),
+            (e == "dunk") & (y < -4),
+            (e == "dunk") & (y < 3),
+            e == "dunk",
+            (e == "push") & (x < -4),
+            (e == "push") & (x > 3),
+        ],
+        ["air", "above", "surface", "deep", "left", "right"],
+        "",
+    )
+    state = np.select(
+        [gap > 0, (dark < 0.8) & (sy > 0.9), (sy < 0.9) & (sx > 1), sy < 0.9, sx < 0.9, sx > 1.25],
+        ["halves", "dark", "flat", "crumpled", "narrow", "wide"],
+        "whole",
+    )
+    clip = pd.DataFrame(dict(size=np.asarray(looks["size"]), shape=np.asarray(looks["shape"]))).join(
+        surfaces(seeds)
+    )
+    clip = clip.loc[clip.index.repeat(FRAMES)].reset_index(drop=True)
     return clip.assign(place=place.ravel(), state=state.ravel(), scene=scene.ravel())[list(SAY)]
 
-def caption_frame(r, frame:dict, keep:float=.85) -> str:
-    "A caption of a frame (a row of `frame_facts`) by the generator `r`; each thing is said with probability `keep`."
-    said = {k: SAY[k][v][r.integers(len(SAY[k][v]))] for k, v in frame.items() if v and r.random() < keep}; noun = said.pop("shape", "thing")
-    before = [said.pop(k) for k in ("size", "colour", "texture") if k in said and not said[k].startswith("with")]; after = list(said.values())
-    return _START[r.integers(len(_START))].format(" ".join([*before, noun, *(after if r.random() < .5 else after[::-1])]))
 
-def sayings(kind:str, value:str) -> list[str]:
+def caption_frame(r, frame: dict, keep: float = 0.85) -> str:
+    "A caption of a frame (a row of `frame_facts`) by the generator `r`; each thing is said with probability `keep`."
+    said = {k: SAY[k][v][r.integers(len(SAY[k][v]))] for k, v in frame.items() if v and r.random() < keep}
+    noun = said.pop("shape", "thing")
+    before = [
+        said.pop(k) for k in ("size", "colour", "texture") if k in said and not said[k].startswith("with")
+    ]
+    after = list(said.values())
+    return _START[r.integers(len(_START))].format(
+        " ".join([*before, noun, *(after if r.random() < 0.5 else after[::-1])])
+    )
+
+
+def sayings(kind: str, value: str) -> list[str]:
     "Sentences that say one thing of a frame, in every wording: the classes of a zero-shot question."
-    return [s.format(w if kind == "shape" else f"{w} thing" if kind in ("size", "colour") or w in ("plain", "even", "striped") else f"thing {w}") for w in SAY[kind][value] for s in _START]
+    return [
+        s.format(
+            w
+            if kind == "shape"
+            else f"{w} thing"
+            if kind in ("size", "colour") or w in ("plain", "even", "striped")
+            else f"thing {w}"
+        )
+        for w in SAY[kind][value]
+        for s in _START
+    ]
 
 # %% ../../nbs/23_models.tabletop.ipynb #d22d8fdf
 def _open_clip():
-    try: return importlib.import_module("open_clip")
-    except ImportError as e: raise ImportError(f"Tabletop's CLIP needs the package open_clip, which cannot be imported ({e}); install the `encoders` extra of this library (or `open_clip_torch` itself)") from None
+    try:
+        return importlib.import_module("open_clip")
+    except ImportError as e:
+        raise ImportError(
+            f"Tabletop's CLIP needs the package open_clip, which cannot be imported ({e}); install the `encoders` extra of this library (or `open_clip_torch` itself)"
+        ) from None
 
-_words = sorted({w for v in SAY.values() for ps in v.values() for p in ps for w in p.split()} | {w for s in _START for w in s.split()}-{"{}"} | {"thing"})
+
+_words = sorted(
+    {w for v in SAY.values() for ps in v.values() for p in ps for w in p.split()}
+    | {w for s in _START for w in s.split()} - {"{}"}
+    | {"thing"}
+)
 _index = {w: i for i, w in enumerate(_words, 1)}
 _length = 20
 
-def clip_tokens(sentences) -> torch.Tensor: # int64 (N, 20)
+
+def clip_tokens(sentences) -> torch.Tensor:  # int64 (N, 20)
     "Words as numbers, then the end as the largest number, where CLIP reads the sentence; a word outside the captions' vocabulary is an error."
     out = torch.zeros(len(sentences), _length, dtype=torch.long)
     for row, s in zip(out, sentences):
-        if unknown := [w for w in s.split() if w not in _index]: raise ValueError(f"{s!r}: Tabletop's CLIP does not know {', '.join(unknown)}; its {len(_words)} words are {' '.join(_words)}")
-        x = [_index[w] for w in s.split()][:_length-1]; row[:len(x)+1] = torch.tensor([*x, len(_words)+1])
+        if unknown := [w for w in s.split() if w not in _index]:
+            raise ValueError(
+                f"{s!r}: Tabletop's CLIP does not know {', '.join(unknown)}; its {len(_words)} words are {' '.join(_words)}"
+            )
+        x = [_index[w] for w in s.split()][: _length - 1]
+        row[: len(x) + 1] = torch.tensor([*x, len(_words) + 1])
     return out
+
 
 class TabletopClip:
     "A small CLIP of frames and captions of nameless things: `image` (..., 32, 32, 3) uint8 -> (..., dim), `text` sentences -> (N, dim), both of unit length."
-    def __init__(self, clips:int=3000, seed:int=0, steps:int=1000, batch:int=128, lr:float=3e-3, dim:int=32, width:int=8):
-        self.clips, self.seed, self.steps, self.batch, self.lr, self.dim, self.width = clips, seed, steps, batch, lr, dim, width; self.seconds = None
+
+    def __init__(
+        self,
+        clips: int = 3000,
+        seed: int = 0,
+        steps: int = 1000,
+        batch: int = 128,
+        lr: float = 3e-3,
+        dim: int = 32,
+        width: int = 8,
+    ):
+        self.clips, self.seed, self.steps, self.batch, self.lr, self.dim, self.width = (
+            clips,
+            seed,
+            steps,
+            batch,
+            lr,
+            dim,
+            width,
+        )
+        self.seconds = None
         self.name = f"tabletop-clip-{fingerprint([1, SAY, _START, {k: v for k, v in vars(self).items() if k != 'seconds'}])[:8]}"
+
     def _net(self):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return _open_clip().CLIP(self.dim, dict(layers=(1, 1, 1, 1), width=self.width, head_width=64, image_size=SIDE), dict(context_length=_length, vocab_size=len(_words)+2, width=64, heads=4, layers=1))
-    def films(self, n:int, seed) -> tuple[np.ndarray, pd.DataFrame]: # uint8 (n*FRAMES, 32, 32, 3), what each shows
+            return _open_clip().CLIP(
+                self.dim,
+                dict(layers=(1, 1, 1, 1), width=self.width, head_width=64, image_size=SIDE),
+                dict(context_length=_length, vocab_size=len(_words) + 2, width=64, heads=4, layers=1),
+            )
+
+    def films(
+        self, n: int, seed
+    ) -> tuple[np.ndarray, pd.DataFrame]:  # uint8 (n*FRAMES, 32, 32, 3), what each shows
         "Frames of nameless things, and what is seen on them."
-        looks, events, outcomes = nameless(n, seed); seeds = 2*10**12+int(fingerprint(["films", seed]), 16) % 2**40+np.arange(n)
-        return np.concatenate([render(looks[i:i+500], events[i:i+500], outcomes[i:i+500], seeds[i:i+500]) for i in range(0, n, 500)]).reshape(-1, SIDE, SIDE, 3), frame_facts(looks, events, outcomes, seeds)
+        looks, events, outcomes = nameless(n, seed)
+        seeds = 2 * 10**12 + int(fingerprint(["films", seed]), 16) % 2**40 + np.arange(n)
+        return np.concatenate(
+            [
+                render(looks[i : i + 500], events[i : i + 500], outcomes[i : i + 500], seeds[i : i + 500])
+                for i in range(0, n, 500)
+            ]
+        ).reshape(-1, SIDE, SIDE, 3), frame_facts(looks, events, outcomes, seeds)
+
     def fit(self):
         "Train on frames and captions that are worded anew each time; a minute or two of one core."
-        loss, threads, began = _open_clip().ClipLoss(), torch.get_num_threads(), time.process_time(); torch.set_num_threads(1)
+        loss, threads, began = _open_clip().ClipLoss(), torch.get_num_threads(), time.process_time()
+        torch.set_num_threads(1)
         try:
-            x, d = self.films(self.clips, 1000+self.seed); d, r = d.to_dict("records"), rng("clip", self.seed); net = self._net().train(); order = np.concatenate([r.permutation(len(x)) for _ in range(-(-self.steps*self.batch//len(x)))])
-            opt = torch.optim.AdamW(net.parameters(), self.lr, betas=(.9, .98), weight_decay=.05); plan = torch.optim.lr_scheduler.OneCycleLR(opt, self.lr, total_steps=self.steps, pct_start=.1)
-            for i in order[:self.steps*self.batch].reshape(self.steps, self.batch):
-                l = loss(*net(self._pixels(x[i]), clip_tokens([caption_frame(r, d[k]) for k in i]))[:3]); opt.zero_grad(); l.backward(); torch.nn.utils.clip_grad_norm_(net.parameters(), 1.); opt.step(); plan.step()
-                with torch.no_grad(): net.logit_scale.clamp_(0, np.log(100))
-        finally: torch.set_num_threads(threads)
-        self.net, self.seconds, self.loss = net.eval().requires_grad_(False), time.process_time()-began, l.item(); return self
-    def _pixels(self, x): return torch.from_numpy(np.ascontiguousarray(x)).movedim(-1, 1).float()/127.5-1
+            x, d = self.films(self.clips, 1000 + self.seed)
+            d, r = d.to_dict("records"), rng("clip", self.seed)
+            net = self._net().train()
+            order = np.concatenate(
+                [r.permutation(len(x)) for _ in range(-(-self.steps * self.batch // len(x)))]
+            )
+            opt = torch.optim.AdamW(net.parameters(), self.lr, betas=(0.9, 0.98), weight_decay=0.05)
+            plan = torch.optim.lr_scheduler.OneCycleLR(opt, self.lr, total_steps=self.steps, pct_start=0.1)
+            for i in order[: self.steps * self.batch].reshape(self.steps, self.batch):
+                l = loss(*net(self._pixels(x[i]), clip_tokens([caption_frame(r, d[k]) for k in i]))[:3])
+                opt.zero_grad()
+                l.backward()
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+                opt.step()
+                plan.step()
+                with torch.no_grad():
+                    net.logit_scale.clamp_(0, np.log(100))
+        finally:
+            torch.set_num_threads(threads)
+        self.net, self.seconds, self.loss = (
+            net.eval().requires_grad_(False),
+            time.process_time() - began,
+            l.item(),
+        )
+        return self
+
+    def _pixels(self, x):
+        return torch.from_numpy(np.ascontiguousarray(x)).movedim(-1, 1).float() / 127.5 - 1
+
     @torch.no_grad()
-    def image(self, frames, batch:int=256) -> np.ndarray: # float32 (..., dim)
+    def image(self, frames, batch: int = 256) -> np.ndarray:  # float32 (..., dim)
         x = np.asarray(frames)
-        if x.dtype != np.uint8 or x.ndim < 3 or x.shape[-3:] != (SIDE, SIDE, 3): raise ValueError(f"frames should be uint8 (..., {SIDE}, {SIDE}, 3), got {x.dtype} {x.shape}")
-        flat = x.reshape(-1, SIDE, SIDE, 3); out = [self.net.encode_image(self._pixels(flat[i:i+batch]), normalize=True).numpy() for i in range(0, len(flat), batch)]
+        if x.dtype != np.uint8 or x.ndim < 3 or x.shape[-3:] != (SIDE, SIDE, 3):
+            raise ValueError(f"frames should be uint8 (..., {SIDE}, {SIDE}, 3), got {x.dtype} {x.shape}")
+        flat = x.reshape(-1, SIDE, SIDE, 3)
+        out = [
+            self.net.encode_image(self._pixels(flat[i : i + batch]), normalize=True).numpy()
+            for i in range(0, len(flat), batch)
+        ]
         return np.concatenate(out or [np.zeros((0, self.dim), np.float32)]).reshape(*x.shape[:-3], self.dim)
+
     @torch.no_grad()
-    def text(self, sentences) -> np.ndarray: return self.net.encode_text(clip_tokens(sentences), normalize=True).numpy() # float32 (N, dim)
-    def zero_shot(self, frames, kind:str) -> np.ndarray: # a value of `SAY[kind]` for each frame
+    def text(self, sentences) -> np.ndarray:
+        return self.net.encode_text(clip_tokens(sentences), normalize=True).numpy()  # float32 (N, dim)
+
+    def zero_shot(self, frames, kind: str) -> np.ndarray:  # a value of `SAY[kind]` for each frame
         "Which of the values' sentences, averaged over wordings, is nearest to each frame."
-        return np.array(list(SAY[kind]))[(self.image(frames) @ np.stack([F.normalize(torch.from_numpy(self.text(sayings(kind, v)).mean(0)), dim=-1).numpy() for v in SAY[kind]]).T).argmax(-1)]
+        return np.array(list(SAY[kind]))[
+            (
+                self.image(frames)
+                @ np.stack(
+                    [
+                        F.normalize(torch.from_numpy(self.text(sayings(kind, v)).mean(0)), dim=-1).numpy()
+                        for v in SAY[kind]
+                    ]
+                ).T
+            ).argmax(-1)
+        ]
+
     def save(self, f):
         from safetensors.torch import save
-        with atomic(f, "wb") as h: h.write(save({k: v.contiguous() for k, v in self.net.state_dict().items()}))
+
+        with atomic(f, "wb") as h:
+            h.write(save({k: v.contiguous() for k, v in self.net.state_dict().items()}))
         stamp_file(f)
+
     def load(self, f):
         from safetensors.torch import load
+
         net = self._net()
-        if not file_intact(f): raise ValueError(f"{f}: damaged (its checksum differs); delete the file, and it is made again")
-        try: net.load_state_dict(load(Path(f).read_bytes()))
-        except Exception as e: raise ValueError(f"{f}: not the weights of {self.name} ({type(e).__name__}: {str(e)[:120]}); delete the file, and they are made again") from None
-        self.net = net.eval().requires_grad_(False); return self
+        if not file_intact(f):
+            raise ValueError(f"{f}: damaged (its checksum differs); delete the file, and it is made again")
+        try:
+            net.load_state_dict(load(Path(f).read_bytes()))
+        except Exception as e:
+            raise ValueError(
+                f"{f}: not the weights of {self.name} ({type(e).__name__}: {str(e)[:120]}); delete the file, and they are made again"
+            ) from None
+        self.net = net.eval().requires_grad_(False)
+        return self
 
 # %% ../../nbs/23_models.tabletop.ipynb #6cef71f0
 _parts = ("w2", "b2", "w3", "b3")
+
+
 def _load_read_outs(cache=None) -> TabletopEncoder:
-    e = TabletopEncoder(); f = Path(cache or path("cache"))/"encoders"/f"{e.name}-1.npz"
+    e = TabletopEncoder()
+    f = Path(cache or path("cache")) / "encoders" / f"{e.name}-1.npz"
     try:
         if ok := f.is_file() and file_intact(f):
-            with np.load(f) as z: parts, e.columns = {k: z[k] for k in _parts}, [str(c) for c in z["columns"]]
-    except Exception: ok = False                              # cut off, or another file
+            with np.load(f) as z:
+                parts, e.columns = {k: z[k] for k in _parts}, [str(c) for c in z["columns"]]
+    except Exception:
+        ok = False  # cut off, or another file
     if not ok:
-        if f.is_file(): print(f"{f} is damaged: it is made again")
+        if f.is_file():
+            print(f"{f} is damaged: it is made again")
         e.fit()
-        with atomic(f, "wb") as h: np.savez(h, columns=np.array(e.columns), **{k: getattr(e, k) for k in _parts})
-        stamp_file(f); return e
-    for k in _parts: setattr(e, k, parts[k])
-    e.dim_2d, e.dim = e.w2.shape[1], e.w2.shape[1]+e.w3.shape[1]; return e
+        with atomic(f, "wb") as h:
+            np.savez(h, columns=np.array(e.columns), **{k: getattr(e, k) for k in _parts})
+        stamp_file(f)
+        return e
+    for k in _parts:
+        setattr(e, k, parts[k])
+    e.dim_2d, e.dim = e.w2.shape[1], e.w2.shape[1] + e.w3.shape[1]
+    return e
+
 
 def load_tabletop_clip(cache=None) -> TabletopClip:
     "The trained CLIP, from the cache or trained now; of several processes that ask at once, one trains and the others wait."
-    c = TabletopClip(); f = Path(cache or path("cache"))/"encoders"/f"{c.name}.safetensors"
+    c = TabletopClip()
+    f = Path(cache or path("cache")) / "encoders" / f"{c.name}.safetensors"
     if not f.is_file():
         _open_clip()
         with _locked(f.parent, f".lock-{c.name}"):
-            if not f.is_file(): c.fit().save(f); return c
+            if not f.is_file():
+                c.fit().save(f)
+                return c
     return c.load(f)
+
 
 class TabletopClipEncoder:
     "CLIP's embedding of each frame beside the 3-D read-outs of `TabletopEncoder`: (N, T, 32, 32, 3) uint8 -> (N, T, dim) float32; the embedding is scaled to about 1 a column."
-    def __init__(self, clip:TabletopClip, base:TabletopEncoder):
-        self.clip, self.base, self.name = clip, base, f"{clip.name}+{base.name}-3d"; self.dim_2d = clip.dim; self.dim = clip.dim+base.dim-base.dim_2d; self.columns = [*(f"clip {i}" for i in range(clip.dim)), *base.columns[base.dim_2d:]]
-    def encode_2d(self, frames) -> np.ndarray: return self.clip.image(frames)*np.float32(self.clip.dim**.5)
-    def encode_3d(self, frames) -> np.ndarray: return self.base.encode_3d(frames)
-    def encode(self, frames) -> np.ndarray: return np.concatenate([self.encode_2d(frames), self.encode_3d(frames)], -1)
 
-def load_tabletop_encoder(cache=None, kind:str="resnet"): # TabletopEncoder or TabletopClipEncoder
+    def __init__(self, clip: TabletopClip, base: TabletopEncoder):
+        self.clip, self.base, self.name = clip, base, f"{clip.name}+{base.name}-3d"
+        self.dim_2d = clip.dim
+        self.dim = clip.dim + base.dim - base.dim_2d
+        self.columns = [*(f"clip {i}" for i in range(clip.dim)), *base.columns[base.dim_2d :]]
+
+    def encode_2d(self, frames) -> np.ndarray:
+        return self.clip.image(frames) * np.float32(self.clip.dim**0.5)
+
+    def encode_3d(self, frames) -> np.ndarray:
+        return self.base.encode_3d(frames)
+
+    def encode(self, frames) -> np.ndarray:
+        return np.concatenate([self.encode_2d(frames), self.encode_3d(frames)], -1)
+
+
+def load_tabletop_encoder(cache=None, kind: str = "resnet"):  # TabletopEncoder or TabletopClipEncoder
     "The encoder of a kind, `resnet` or `clip`, from the cache or made now (seconds; two minutes for CLIP)."
-    if kind not in ("resnet", "clip"): raise ValueError(f"kind {kind!r} of Tabletop's encoders: it should be resnet or clip")
-    e = _load_read_outs(cache); return e if kind == "resnet" else TabletopClipEncoder(load_tabletop_clip(cache), e)
+    if kind not in ("resnet", "clip"):
+        raise ValueError(f"kind {kind!r} of Tabletop's encoders: it should be resnet or clip")
+    e = _load_read_outs(cache)
+    return e if kind == "resnet" else TabletopClipEncoder(load_tabletop_clip(cache), e)
 
 # %% ../../nbs/23_models.tabletop.ipynb #0c2445f7
 class TabletopFrames:
     "The 2-D part of an encoder for `vlkd extract`: uint8 (T, 32, 32, 3) -> float32 (T, dim); films of other sizes are scaled to this square."
+
     size = SIDE
-    def __init__(self, enc): self.enc, self.dim, self.name = enc, enc.dim_2d, f"{enc.clip.name if hasattr(enc, 'clip') else enc.name+'-2d'}"
-    def encode(self, frames) -> np.ndarray: return self.enc.encode_2d(np.asarray(frames)[None])[0]
+
+    def __init__(self, enc):
+        self.enc, self.dim, self.name = (
+            enc,
+            enc.dim_2d,
+            f"{enc.clip.name if hasattr(enc, 'clip') else enc.name + '-2d'}",
+        )
+
+    def encode(self, frames) -> np.ndarray:
+        return self.enc.encode_2d(np.asarray(frames)[None])[0]
+
 
 class TabletopWindows:
     "The 3-D part for `vlkd extract`: uint8 (N, 5, 32, 32, 3), each clip ending at its row's frame -> float32 (N, dim)."
-    frames, rate, size, trailing = 5, 1, SIDE, True
-    def __init__(self, enc): self.enc, self.dim, self.name = enc, enc.dim-enc.dim_2d, f"{enc.name}-3d"
-    def encode(self, clips) -> np.ndarray: return self.enc.encode_3d(clips)[:, -1]
 
-def tabletop_part(name:str, cache=None): # TabletopFrames or TabletopWindows
+    frames, rate, size, trailing = 5, 1, SIDE, True
+
+    def __init__(self, enc):
+        self.enc, self.dim, self.name = enc, enc.dim - enc.dim_2d, f"{enc.name}-3d"
+
+    def encode(self, clips) -> np.ndarray:
+        return self.enc.encode_3d(clips)[:, -1]
+
+
+def tabletop_part(name: str, cache=None):  # TabletopFrames or TabletopWindows
     "The part `resnet`, `clip` (both 2-D) or `3d` of Tabletop's encoders."
-    if name not in ("resnet", "clip", "3d"): raise ValueError(f"part {name!r} of Tabletop's encoders: it should be resnet, clip or 3d")
-    return TabletopWindows(load_tabletop_encoder(cache)) if name == "3d" else TabletopFrames(load_tabletop_encoder(cache, name))
+    if name not in ("resnet", "clip", "3d"):
+        raise ValueError(f"part {name!r} of Tabletop's encoders: it should be resnet, clip or 3d")
+    return (
+        TabletopWindows(load_tabletop_encoder(cache))
+        if name == "3d"
+        else TabletopFrames(load_tabletop_encoder(cache, name))
+    )

@@ -18,68 +18,114 @@ from .language import *
 from transformers import BertModel
 
 # %% ../../nbs/21_models.video.ipynb #713b393d
-def temporal_mean(x, mask=None) -> torch.Tensor: # (B, L, D), (B, L) -> (B, D)
+def temporal_mean(x, mask=None) -> torch.Tensor:  # (B, L, D), (B, L) -> (B, D)
     "Mean over the positions that count."
-    if mask is None: return x.mean(1)
-    m = mask[..., None].to(x.dtype); return torch.where(mask[..., None], x, 0).sum(1)/m.sum(1).clamp(min=1)
+    if mask is None:
+        return x.mean(1)
+    m = mask[..., None].to(x.dtype)
+    return torch.where(mask[..., None], x, 0).sum(1) / m.sum(1).clamp(min=1)
+
 
 class VisualEncoder(nn.Module):
     "Frame features (B, T, F) to one vector a video (B, D), the temporal mean of contextualised frames."
-    def __init__(self, s:Scale, feature_dim:int):
+
+    def __init__(self, s: Scale, feature_dim: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(feature_dim)); self.register_buffer("std", torch.ones(feature_dim))
+        self.register_buffer("mean", torch.zeros(feature_dim))
+        self.register_buffer("std", torch.ones(feature_dim))
         self.project = nn.Linear(feature_dim, s.hidden)
         self.encoder = BertModel(bert_config(s, 2, num_hidden_layers=s.video_layers), add_pooling_layer=False)
-        self.encoder.embeddings.word_embeddings = None   # its place is taken by the projection
+        self.encoder.embeddings.word_embeddings = None  # its place is taken by the projection
 
     def standardise(self, features, mask):
         "Take mean and deviation from training features (N, T, F)."
         x = torch.as_tensor(np.asarray(features)[np.asarray(mask)], dtype=torch.float32)
-        self.mean.copy_(x.mean(0)); self.std.copy_(x.std(0).clamp(min=1e-3)); return self
+        self.mean.copy_(x.mean(0))
+        self.std.copy_(x.std(0).clamp(min=1e-3))
+        return self
 
     def standardise_in(self, batches):
         "The same from batches of (features (B, T, F), mask (B, T)), of which one at a time is held: for data that do not fit in memory."
-        n, total, squares = 0, 0., 0.
-        for x, m in batches: x = torch.as_tensor(x)[torch.as_tensor(m)].double(); n += len(x); total = total+x.sum(0); squares = squares+(x*x).sum(0)
-        if n < 2: raise ValueError(f"{n} frames to take mean and deviation from: at least 2 are needed")
-        mean = total/n; self.mean.copy_(mean); self.std.copy_(((squares-n*mean*mean)/(n-1)).clamp(min=0).sqrt().clamp(min=1e-3)); return self
+        n, total, squares = 0, 0.0, 0.0
+        for x, m in batches:
+            x = torch.as_tensor(x)[torch.as_tensor(m)].double()
+            n += len(x)
+            total = total + x.sum(0)
+            squares = squares + (x * x).sum(0)
+        if n < 2:
+            raise ValueError(f"{n} frames to take mean and deviation from: at least 2 are needed")
+        mean = total / n
+        self.mean.copy_(mean)
+        self.std.copy_(((squares - n * mean * mean) / (n - 1)).clamp(min=0).sqrt().clamp(min=1e-3))
+        return self
 
-    def frames(self, features, mask=None) -> torch.Tensor: # (B, T, D)
+    def frames(self, features, mask=None) -> torch.Tensor:  # (B, T, D)
         "Contextualised frames."
-        x = self.project((features.to(self.mean.dtype)-self.mean)/self.std)
-        return self.encoder(inputs_embeds=x, attention_mask=None if mask is None or mask.all() else mask).last_hidden_state
+        x = self.project((features.to(self.mean.dtype) - self.mean) / self.std)
+        return self.encoder(
+            inputs_embeds=x, attention_mask=None if mask is None or mask.all() else mask
+        ).last_hidden_state
 
-    def forward(self, features, mask=None): return temporal_mean(self.frames(features, mask), mask)
+    def forward(self, features, mask=None):
+        return temporal_mean(self.frames(features, mask), mask)
 
 # %% ../../nbs/21_models.video.ipynb #98cde338
 class Teacher(nn.Module):
     "Language model and visual encoder; widths agree, so that token states and videos meet in one space."
-    def __init__(self, s:Scale, tokenizer, feature_dim:int, seed:int):
-        super().__init__(); self.lm = language_model(s, tokenizer, seed)
-        with torch.random.fork_rng(devices=[]): torch.manual_seed(seed+1); self.video = VisualEncoder(s, feature_dim)
+
+    def __init__(self, s: Scale, tokenizer, feature_dim: int, seed: int):
+        super().__init__()
+        self.lm = language_model(s, tokenizer, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)
+            self.video = VisualEncoder(s, feature_dim)
 
     def save(self, folder, tokenizer) -> Path:
         "`lm/` is a transformers folder; `video.safetensors` holds the visual encoder."
         from safetensors.torch import save_file
-        folder = Path(folder); (folder/SUMS).unlink(missing_ok=True); save_model(folder/"lm", self.lm, tokenizer); save_file(self.video.state_dict(), folder/"video.safetensors"); seal_folder(folder); return folder
+
+        folder = Path(folder)
+        (folder / SUMS).unlink(missing_ok=True)
+        save_model(folder / "lm", self.lm, tokenizer)
+        save_file(self.video.state_dict(), folder / "video.safetensors")
+        seal_folder(folder)
+        return folder
 
     @classmethod
-    def load(cls, folder, s:Scale) -> tuple: # teacher in eval mode, tokeniser
+    def load(cls, folder, s: Scale) -> tuple:  # teacher in eval mode, tokeniser
         "Load what `save` wrote."
         from safetensors.torch import load_file
-        lm, tok = load_model(Path(folder)/"lm"); f = Path(folder)/"video.safetensors"
-        if not f.is_file(): raise FileNotFoundError(f"{f}: the visual encoder is missing")
-        if why := folder_damage(folder): raise ValueError(why)
-        try: state = load_file(f); len(state["mean"])
-        except Exception as e: raise ValueError(f"{f}: not the weights of a visual encoder ({type(e).__name__}: {str(e)[:120]})") from None
-        self = cls.__new__(cls); nn.Module.__init__(self)
+
+        lm, tok = load_model(Path(folder) / "lm")
+        f = Path(folder) / "video.safetensors"
+        if not f.is_file():
+            raise FileNotFoundError(f"{f}: the visual encoder is missing")
+        if why := folder_damage(folder):
+            raise ValueError(why)
+        try:
+            state = load_file(f)
+            len(state["mean"])
+        except Exception as e:
+            raise ValueError(
+                f"{f}: not the weights of a visual encoder ({type(e).__name__}: {str(e)[:120]})"
+            ) from None
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
         self.lm, self.video = lm, VisualEncoder(s, len(state["mean"]))
-        try: self.video.load_state_dict(state)
-        except RuntimeError as e: raise ValueError(f"{folder}/video.safetensors does not fit scale {s.name!r}: {str(e).splitlines()[1].strip()}") from None
+        try:
+            self.video.load_state_dict(state)
+        except RuntimeError as e:
+            raise ValueError(
+                f"{folder}/video.safetensors does not fit scale {s.name!r}: {str(e).splitlines()[1].strip()}"
+            ) from None
         return self.eval(), tok
 
 # %% ../../nbs/21_models.video.ipynb #2c18ae70
-def clip_batch(pairs, rows) -> tuple[torch.Tensor, torch.Tensor]: # features (B, T, F) float32, mask (B, T)
+def clip_batch(pairs, rows) -> tuple[torch.Tensor, torch.Tensor]:  # features (B, T, F) float32, mask (B, T)
     "Features and frame mask of clips `rows`, cut to the longest."
-    rows = np.asarray(rows); mask = pairs.mask[rows]; n = max(int(mask.sum(1).max()), 1)
-    return torch.from_numpy(np.asarray(pairs.features[rows][:, :n], np.float32)), torch.from_numpy(mask[:, :n])
+    rows = np.asarray(rows)
+    mask = pairs.mask[rows]
+    n = max(int(mask.sum(1).max()), 1)
+    return torch.from_numpy(np.asarray(pairs.features[rows][:, :n], np.float32)), torch.from_numpy(
+        mask[:, :n]
+    )

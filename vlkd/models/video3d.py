@@ -21,130 +21,236 @@ from ..core import *
 # %% ../../nbs/25_models.video3d.ipynb #18fb7f4c
 class Bottleneck3D(nn.Module):
     "1x1x1, grouped 3x3x3 and 1x1x1 convolutions with batch normalisation, plus a shortcut: (B, C, T, H, W) -> (B, 2 mid, T/stride, H/stride, W/stride)."
-    def __init__(self, c:int, mid:int, cardinality:int, stride:int=1):
+
+    def __init__(self, c: int, mid: int, cardinality: int, stride: int = 1):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv3d(c, mid, 1, bias=False), nn.BatchNorm3d(mid)
-        self.conv2, self.bn2 = nn.Conv3d(mid, mid, 3, stride, 1, groups=cardinality, bias=False), nn.BatchNorm3d(mid)
-        self.conv3, self.bn3 = nn.Conv3d(mid, 2*mid, 1, bias=False), nn.BatchNorm3d(2*mid)
-        same = stride == 1 and c == 2*mid
-        self.downsample = None if same else nn.Sequential(nn.Conv3d(c, 2*mid, 1, stride, bias=False), nn.BatchNorm3d(2*mid))
+        self.conv2, self.bn2 = (
+            nn.Conv3d(mid, mid, 3, stride, 1, groups=cardinality, bias=False),
+            nn.BatchNorm3d(mid),
+        )
+        self.conv3, self.bn3 = nn.Conv3d(mid, 2 * mid, 1, bias=False), nn.BatchNorm3d(2 * mid)
+        same = stride == 1 and c == 2 * mid
+        self.downsample = (
+            None
+            if same
+            else nn.Sequential(nn.Conv3d(c, 2 * mid, 1, stride, bias=False), nn.BatchNorm3d(2 * mid))
+        )
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x))); y = F.relu(self.bn2(self.conv2(y)))
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
         return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
 
 # %% ../../nbs/25_models.video3d.ipynb #0354a4a5
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
+
 class ResNeXt3D(nn.Module):
     "3D-ResNeXt: (B, 3, T, H, W) -> pooled (B, dim). `config` says everything that its shapes and its input depend on."
-    def __init__(self, blocks=BLOCKS[152],     # bottlenecks in each of the four stages
-                 base:int=128,                 # channels inside the first stage's bottlenecks; they double at each stage
-                 cardinality:int=32,           # groups of the middle convolution
-                 stem:int=64,                  # channels of the first convolution
-                 classes:int=400,              # classes that it was trained on
-                 frames:int=16, rate:int=24, size:int=112,     # a clip: frames, frames a second, pixels a side
-                 mean=(110.6, 103.2, 96.3), std=(1., 1., 1.),  # of RGB in 0 to 255: (x-mean)/std is the network's input
-                 name:str="resnext3d"):
+
+    def __init__(
+        self,
+        blocks=BLOCKS[152],  # bottlenecks in each of the four stages
+        base: int = 128,  # channels inside the first stage's bottlenecks; they double at each stage
+        cardinality: int = 32,  # groups of the middle convolution
+        stem: int = 64,  # channels of the first convolution
+        classes: int = 400,  # classes that it was trained on
+        frames: int = 16,
+        rate: int = 24,
+        size: int = 112,  # a clip: frames, frames a second, pixels a side
+        mean=(110.6, 103.2, 96.3),
+        std=(1.0, 1.0, 1.0),  # of RGB in 0 to 255: (x-mean)/std is the network's input
+        name: str = "resnext3d",
+    ):
         super().__init__()
-        if len(blocks) != 4 or min(blocks) < 1: raise ValueError(f"blocks should be four numbers from 1, got {blocks}")
-        if base % cardinality: raise ValueError(f"base {base} should be a multiple of cardinality {cardinality}")
-        self.config = dict(blocks=list(blocks), base=base, cardinality=cardinality, stem=stem, classes=classes, frames=frames, rate=rate, size=size, mean=list(mean), std=list(std))
-        self.name, self.frames, self.rate, self.size, self.dim = name, frames, rate, size, 16*base
-        self.conv1, self.bn1 = nn.Conv3d(3, stem, 7, (1, 2, 2), 3, bias=False), nn.BatchNorm3d(stem); c = stem
+        if len(blocks) != 4 or min(blocks) < 1:
+            raise ValueError(f"blocks should be four numbers from 1, got {blocks}")
+        if base % cardinality:
+            raise ValueError(f"base {base} should be a multiple of cardinality {cardinality}")
+        self.config = dict(
+            blocks=list(blocks),
+            base=base,
+            cardinality=cardinality,
+            stem=stem,
+            classes=classes,
+            frames=frames,
+            rate=rate,
+            size=size,
+            mean=list(mean),
+            std=list(std),
+        )
+        self.name, self.frames, self.rate, self.size, self.dim = name, frames, rate, size, 16 * base
+        self.conv1, self.bn1 = nn.Conv3d(3, stem, 7, (1, 2, 2), 3, bias=False), nn.BatchNorm3d(stem)
+        c = stem
         for i, n in enumerate(blocks):
-            mid, layers = base*2**i, []
-            for j in range(n): layers.append(Bottleneck3D(c, mid, cardinality, 2 if i and not j else 1)); c = 2*mid
-            setattr(self, f"layer{i+1}", nn.Sequential(*layers))
+            mid, layers = base * 2**i, []
+            for j in range(n):
+                layers.append(Bottleneck3D(c, mid, cardinality, 2 if i and not j else 1))
+                c = 2 * mid
+            setattr(self, f"layer{i + 1}", nn.Sequential(*layers))
         self.fc = nn.Linear(self.dim, classes)
         for m in self.modules():
-            if isinstance(m, nn.Conv3d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(m, nn.Conv3d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def maps(self, x):  # (B, dim, T/16, H/32, W/32), rounded up
         "Feature maps before pooling."
         x = F.max_pool3d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
-    def forward(self, x): return self.maps(x).mean((-3, -2, -1))
-    def logits(self, pooled): return self.fc(pooled)
+
+    def forward(self, x):
+        return self.maps(x).mean((-3, -2, -1))
+
+    def logits(self, pooled):
+        return self.fc(pooled)
 
     def freeze(self):
         "Evaluation mode, no gradients."
         return self.requires_grad_(False).eval()
 
-    def pixels(self, clips) -> torch.Tensor: # float32 (N, 3, frames, size, size)
+    def pixels(self, clips) -> torch.Tensor:  # float32 (N, 3, frames, size, size)
         "uint8 clips (N, frames, size, size, 3) -> the network's input."
         a, want = np.asarray(clips), (self.frames, self.size, self.size, 3)
-        if a.dtype != np.uint8 or a.ndim != 5 or a.shape[1:] != want: raise ValueError(f"clips should be uint8 (N, {', '.join(map(str, want))}), got {a.dtype} {a.shape}")
+        if a.dtype != np.uint8 or a.ndim != 5 or a.shape[1:] != want:
+            raise ValueError(
+                f"clips should be uint8 (N, {', '.join(map(str, want))}), got {a.dtype} {a.shape}"
+            )
         x = torch.tensor(np.ascontiguousarray(a), device=self.fc.weight.device).movedim(-1, 1).float()
-        return (x - x.new_tensor(self.config["mean"]).view(3, 1, 1, 1))/x.new_tensor(self.config["std"]).view(3, 1, 1, 1)
+        return (x - x.new_tensor(self.config["mean"]).view(3, 1, 1, 1)) / x.new_tensor(
+            self.config["std"]
+        ).view(3, 1, 1, 1)
 
     @torch.no_grad()
-    def encode(self, clips, batch:int=8) -> np.ndarray: # float32 (N, dim)
+    def encode(self, clips, batch: int = 8) -> np.ndarray:  # float32 (N, dim)
         "Pooled features of uint8 clips (N, frames, size, size, 3), `batch` clips at a time; the network must be in evaluation mode."
-        if self.training: raise ValueError(f"{self.name} is in training mode, where clips of a batch influence each other; call freeze() first")
+        if self.training:
+            raise ValueError(
+                f"{self.name} is in training mode, where clips of a batch influence each other; call freeze() first"
+            )
         with no_autocast(self.fc.weight):
-            return np.concatenate([self(self.pixels(clips[i:i+batch])).cpu().numpy() for i in range(0, max(len(clips), 1), batch)])
+            return np.concatenate(
+                [
+                    self(self.pixels(clips[i : i + batch])).cpu().numpy()
+                    for i in range(0, max(len(clips), 1), batch)
+                ]
+            )
 
-def tiny_resnext3d(size:int=32, name:str="resnext3d_tiny", **config) -> ResNeXt3D:
+
+def tiny_resnext3d(size: int = 32, name: str = "resnext3d_tiny", **config) -> ResNeXt3D:
     "The same network with one bottleneck a stage and 128 features, for tests and for small worlds."
-    return ResNeXt3D(**dict(dict(blocks=(1, 1, 1, 1), base=8, cardinality=4, stem=8, classes=10, size=size, name=name), **config))
+    return ResNeXt3D(
+        **dict(
+            dict(blocks=(1, 1, 1, 1), base=8, cardinality=4, stem=8, classes=10, size=size, name=name),
+            **config,
+        )
+    )
 
 # %% ../../nbs/25_models.video3d.ipynb #8de0344d
-def checkpoint_state(obj, source="checkpoint") -> dict: # name -> tensor
+def checkpoint_state(obj, source="checkpoint") -> dict:  # name -> tensor
     "The weights in what `torch.load` gave: unpacked from `state_dict`, without the DataParallel prefix."
-    if isinstance(obj, dict) and isinstance(obj.get("state_dict"), dict): obj = obj["state_dict"]
-    if not isinstance(obj, dict) or not obj or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in obj.items()):
-        raise ValueError(f"{source}: no weights here; it should hold a state dict (name -> tensor), bare or under the key 'state_dict'")
+    if isinstance(obj, dict) and isinstance(obj.get("state_dict"), dict):
+        obj = obj["state_dict"]
+    if (
+        not isinstance(obj, dict)
+        or not obj
+        or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in obj.items())
+    ):
+        raise ValueError(
+            f"{source}: no weights here; it should hold a state dict (name -> tensor), bare or under the key 'state_dict'"
+        )
     return {k.removeprefix("module."): v for k, v in obj.items()}
 
-def check_state(state:dict, want:dict, source="checkpoint", optional=()) -> dict: # what to load: `state` with the counters filled in
+
+def check_state(
+    state: dict, want: dict, source="checkpoint", optional=()
+) -> dict:  # what to load: `state` with the counters filled in
     "Compare names and shapes with `want`, a module's state dict; a ValueError lists what is missing, unknown or of another shape."
     counters = [k for k in want if k.endswith("num_batches_tracked") and k not in state]
-    missing = [k for k in want if k not in state and k not in counters]; unknown = [k for k in state if k not in want and k not in optional]
-    shapes = [f"{k} is {tuple(state[k].shape)}, not {tuple(want[k].shape)}" for k in want if k in state and state[k].shape != want[k].shape]
-    say = lambda what, xs: [f"{len(xs)} {what}: {', '.join(xs[:5])}{' ...' if len(xs) > 5 else ''}"] if xs else []
+    missing = [k for k in want if k not in state and k not in counters]
+    unknown = [k for k in state if k not in want and k not in optional]
+    shapes = [
+        f"{k} is {tuple(state[k].shape)}, not {tuple(want[k].shape)}"
+        for k in want
+        if k in state and state[k].shape != want[k].shape
+    ]
+    say = lambda what, xs: (
+        [f"{len(xs)} {what}: {', '.join(xs[:5])}{' ...' if len(xs) > 5 else ''}"] if xs else []
+    )
     faults = say("missing", missing) + say("unknown", unknown) + say("of another shape", shapes)
-    if faults: raise ValueError(f"{source} does not fit: {'; '.join(faults)}")
+    if faults:
+        raise ValueError(f"{source} does not fit: {'; '.join(faults)}")
     return {k: state[k] if k in state else torch.zeros((), dtype=torch.long) for k in want}
 
-def read_weights(file) -> tuple[dict, dict]: # name -> tensor, and the `config` that the converter wrote ({} elsewhere)
+
+def read_weights(
+    file,
+) -> tuple[dict, dict]:  # name -> tensor, and the `config` that the converter wrote ({} elsewhere)
     "Weights of a safetensors or `torch.save` file on the CPU; code in a file is never run."
     f = Path(file)
-    if not f.is_file(): raise FileNotFoundError(f"{f}: no such weights file")
+    if not f.is_file():
+        raise FileNotFoundError(f"{f}: no such weights file")
     try:
         if f.suffix == ".safetensors":
             from safetensors import safe_open
-            with safe_open(f, "pt") as h: return {k: h.get_tensor(k) for k in h.keys()}, json.loads((h.metadata() or {}).get("config", "{}"))
+
+            with safe_open(f, "pt") as h:
+                return {k: h.get_tensor(k) for k in h.keys()}, json.loads(
+                    (h.metadata() or {}).get("config", "{}")
+                )
         return checkpoint_state(torch.load(f, map_location="cpu", weights_only=True), f), {}
-    except (FileNotFoundError, PermissionError): raise
+    except (FileNotFoundError, PermissionError):
+        raise
     except Exception as e:
-        if isinstance(e, ValueError) and "no weights here" in str(e): raise
-        raise ValueError(f"{f}: not a readable weights file ({type(e).__name__}: {str(e)[:120].partition(chr(10))[0]}); it should be a safetensors file or a state dict saved by torch.save") from None
+        if isinstance(e, ValueError) and "no weights here" in str(e):
+            raise
+        raise ValueError(
+            f"{f}: not a readable weights file ({type(e).__name__}: {str(e)[:120].partition(chr(10))[0]}); it should be a safetensors file or a state dict saved by torch.save"
+        ) from None
 
 # %% ../../nbs/25_models.video3d.ipynb #794d85a5
-def load_resnext3d(file,             # a public checkpoint, or what `convert_resnext3d` wrote
-                   depth:int=None,   # layers; None: what a converted file says, and 152 for a public checkpoint
-                   **config          # overrides, for instance mean and std of the checkpoint's family
-                  ) -> ResNeXt3D: # frozen, on `device()`
+def load_resnext3d(
+    file,  # a public checkpoint, or what `convert_resnext3d` wrote
+    depth: int = None,  # layers; None: what a converted file says, and 152 for a public checkpoint
+    **config,  # overrides, for instance mean and std of the checkpoint's family
+) -> ResNeXt3D:  # frozen, on `device()`
     "3D-ResNeXt with the weights of `file`; its name carries their checksum."
-    if depth not in (None, *BLOCKS): raise ValueError(f"depth should be one of {', '.join(map(str, BLOCKS))}, got {depth}")
-    f = Path(file); state, stored = read_weights(f)
-    if depth and stored and tuple(stored["blocks"]) != BLOCKS[depth]: raise ValueError(f"{f} holds a 3D-ResNeXt with {stored['blocks']} bottlenecks, not the {list(BLOCKS[depth])} of 3D-ResNeXt-{depth}")
-    cfg = {**(stored or dict(blocks=BLOCKS[depth or 152], classes=len(state.get("fc.bias", range(400))))), **config}
-    try: net = ResNeXt3D(**cfg)
-    except TypeError as e: raise ValueError(f"{f}: its config is not that of a 3D-ResNeXt ({e})") from None
-    layers = 3*sum(net.config["blocks"])+2
-    net.load_state_dict(check_state(state, net.state_dict(), f"{f} (as a 3D-ResNeXt-{layers})")); net.name = f"resnext3d_{layers}-{sha256_file(f)[:8]}"
+    if depth not in (None, *BLOCKS):
+        raise ValueError(f"depth should be one of {', '.join(map(str, BLOCKS))}, got {depth}")
+    f = Path(file)
+    state, stored = read_weights(f)
+    if depth and stored and tuple(stored["blocks"]) != BLOCKS[depth]:
+        raise ValueError(
+            f"{f} holds a 3D-ResNeXt with {stored['blocks']} bottlenecks, not the {list(BLOCKS[depth])} of 3D-ResNeXt-{depth}"
+        )
+    cfg = {
+        **(stored or dict(blocks=BLOCKS[depth or 152], classes=len(state.get("fc.bias", range(400))))),
+        **config,
+    }
+    try:
+        net = ResNeXt3D(**cfg)
+    except TypeError as e:
+        raise ValueError(f"{f}: its config is not that of a 3D-ResNeXt ({e})") from None
+    layers = 3 * sum(net.config["blocks"]) + 2
+    net.load_state_dict(check_state(state, net.state_dict(), f"{f} (as a 3D-ResNeXt-{layers})"))
+    net.name = f"resnext3d_{layers}-{sha256_file(f)[:8]}"
     return net.freeze().to(device())
 
-def save_resnext3d(net:ResNeXt3D, file) -> Path:
+
+def save_resnext3d(net: ResNeXt3D, file) -> Path:
     "Write a network as safetensors with its `config`, whole or not at all."
     from safetensors.torch import save
-    b = save({k: v.cpu().contiguous() for k, v in net.state_dict().items()}, dict(config=json.dumps(net.config)))
-    with atomic(file, "wb") as f: f.write(b)
+
+    b = save(
+        {k: v.cpu().contiguous() for k, v in net.state_dict().items()}, dict(config=json.dumps(net.config))
+    )
+    with atomic(file, "wb") as f:
+        f.write(b)
     return Path(file)
 
-def convert_resnext3d(source, target, depth:int=None, **config) -> Path:
+
+def convert_resnext3d(source, target, depth: int = None, **config) -> Path:
     "Convert a public checkpoint to safetensors with its `config`; what does not fit is an error and leaves nothing behind."
-    if Path(target).suffix != ".safetensors": raise ValueError(f"{target}: the converted file should end in .safetensors")
+    if Path(target).suffix != ".safetensors":
+        raise ValueError(f"{target}: the converted file should end in .safetensors")
     return save_resnext3d(load_resnext3d(source, depth, **config), target)

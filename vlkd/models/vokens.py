@@ -29,174 +29,392 @@ from .retrieval import *
 def _clip_times(table, times):
     "video -> (n, 2) seconds, from a mapping, a function, or the table's own columns."
     if times is None:
-        if not {"start", "end"} <= set(table.columns): raise ValueError(f"the clips' times are needed: columns start and end, or `times`; the table has {', '.join(table.columns)}")
-        if len(bad := table[~((table.start >= 0) & (table.end > table.start))]): raise ValueError(f"row {bad.index[0]}: a clip of {bad.video.iloc[0]} from {bad.start.iloc[0]} to {bad.end.iloc[0]} s; it should start at 0 or later and end after it starts")
-        return {v: g[["start", "end"]].to_numpy(float) for v, g in table.groupby("video", sort=False)}.__getitem__
+        if not {"start", "end"} <= set(table.columns):
+            raise ValueError(
+                f"the clips' times are needed: columns start and end, or `times`; the table has {', '.join(table.columns)}"
+            )
+        if len(bad := table[~((table.start >= 0) & (table.end > table.start))]):
+            raise ValueError(
+                f"row {bad.index[0]}: a clip of {bad.video.iloc[0]} from {bad.start.iloc[0]} to {bad.end.iloc[0]} s; it should start at 0 or later and end after it starts"
+            )
+        return {
+            v: g[["start", "end"]].to_numpy(float) for v, g in table.groupby("video", sort=False)
+        }.__getitem__
     return times.__getitem__ if isinstance(times, Mapping) else times
 
-def draw_pool(table,                # DataFrame: task, video (and start, end where `times` is None)
-              times=None,           # video -> (n, 2) seconds of its clips; a mapping or a function, `KeyError`: it has none
-              *, size:int=30_000,   # clips
-              shortest:float=1., longest:float=20., # seconds
-              seed:int=0): # DataFrame: task, video, start, end
+
+def draw_pool(
+    table,  # DataFrame: task, video (and start, end where `times` is None)
+    times=None,  # video -> (n, 2) seconds of its clips; a mapping or a function, `KeyError`: it has none
+    *,
+    size: int = 30_000,  # clips
+    shortest: float = 1.0,
+    longest: float = 20.0,  # seconds
+    seed: int = 0,
+):  # DataFrame: task, video, start, end
     "Clips for a pool of vokens, as in appendix A; `ValueError` where the table does not hold enough. `attrs` counts tasks, and tasks without a clip."
     import pandas as pd
-    if miss := [c for c in ("task", "video") if c not in table.columns]: raise ValueError(f"the table lacks {', '.join(miss)}; it has {', '.join(table.columns)}")
-    if size < 1 or not 0 <= shortest <= longest: raise ValueError(f"a pool of {size} clips of {shortest} to {longest} s cannot be")
-    times = _clip_times(table, times); left = {t: sorted(set(g)) for t, g in table.groupby("task")["video"]}
-    for t, v in left.items(): left[t] = [v[i] for i in rng("pool-videos", seed, str(t)).permutation(len(v))]
+
+    if miss := [c for c in ("task", "video") if c not in table.columns]:
+        raise ValueError(f"the table lacks {', '.join(miss)}; it has {', '.join(table.columns)}")
+    if size < 1 or not 0 <= shortest <= longest:
+        raise ValueError(f"a pool of {size} clips of {shortest} to {longest} s cannot be")
+    times = _clip_times(table, times)
+    left = {t: sorted(set(g)) for t, g in table.groupby("task")["video"]}
+    for t, v in left.items():
+        left[t] = [v[i] for i in rng("pool-videos", seed, str(t)).permutation(len(v))]
     tasks, used, out, number = sorted(left), set(), [], 0
+
     def draw(task):
         while left[task]:
             v = left[task].pop(0)
-            if v in used: continue
-            try: c = np.asarray(times(v), float).reshape(-1, 2)
-            except KeyError: continue
-            n = c[:, 1]-c[:, 0]; c = c[(n >= shortest) & (n <= longest)]; c = c[np.lexsort(c.T[::-1])]
-            if len(c): used.add(v); return (task, v, *c[rng("pool-clip", seed, v).integers(len(c))])
+            if v in used:
+                continue
+            try:
+                c = np.asarray(times(v), float).reshape(-1, 2)
+            except KeyError:
+                continue
+            n = c[:, 1] - c[:, 0]
+            c = c[(n >= shortest) & (n <= longest)]
+            c = c[np.lexsort(c.T[::-1])]
+            if len(c):
+                used.add(v)
+                return (task, v, *c[rng("pool-clip", seed, v).integers(len(c))])
+
     while len(out) < size:
         before = len(out)
         for i in rng("pool-tasks", seed, number).permutation(len(tasks)):
-            if len(out) < size and (c := draw(tasks[i])): out.append(c)
-        if len(out) == before: raise ValueError(f"only {len(out):,} of {size:,} clips can be drawn: no video is left of any of the {len(tasks):,} tasks that has a clip of {shortest:g} to {longest:g} s")
+            if len(out) < size and (c := draw(tasks[i])):
+                out.append(c)
+        if len(out) == before:
+            raise ValueError(
+                f"only {len(out):,} of {size:,} clips can be drawn: no video is left of any of the {len(tasks):,} tasks that has a clip of {shortest:g} to {longest:g} s"
+            )
         number += 1
-    pool = pd.DataFrame(out, columns=["task", "video", "start", "end"]); pool.attrs = dict(tasks=len(tasks), without=len(set(tasks) - set(pool.task)) if size >= len(tasks) else 0, rounds=number); return pool
+    pool = pd.DataFrame(out, columns=["task", "video", "start", "end"])
+    pool.attrs = dict(
+        tasks=len(tasks), without=len(set(tasks) - set(pool.task)) if size >= len(tasks) else 0, rounds=number
+    )
+    return pool
 
 # %% ../../nbs/27_models.vokens.ipynb #1ac47a85
 def weights_fingerprint(module) -> str:
     "Hash of a module's weights by name."
     h = hashlib.sha256()
-    for k, v in sorted(module.state_dict().items()): h.update(k.encode()); h.update(np.ascontiguousarray(v.detach().float().cpu().numpy()).tobytes())
+    for k, v in sorted(module.state_dict().items()):
+        h.update(k.encode())
+        h.update(np.ascontiguousarray(v.detach().float().cpu().numpy()).tobytes())
     return h.hexdigest()[:16]
 
+
 @torch.no_grad()
-def encode_clips(video:VisualEncoder, features, clips, *, max_frames:int=512, batch:int=64) -> np.ndarray: # float32 (N, D)
+def encode_clips(
+    video: VisualEncoder, features, clips, *, max_frames: int = 512, batch: int = 64
+) -> np.ndarray:  # float32 (N, D)
     "The visual encoder's vectors of clips (DataFrame: video, start, end), from features of whole videos (`MappedFeatures`)."
-    dev = next(video.parameters()).device; was = video.training; video.eval(); out = []
-    def frames(c): first = int(c.start*features.fps); return torch.from_numpy(np.asarray(features.read(c.video, first, first + int(np.clip(np.ceil(c.end*features.fps)-first, 1, max_frames))), np.float32))
+    dev = next(video.parameters()).device
+    was = video.training
+    video.eval()
+    out = []
+
+    def frames(c):
+        first = int(c.start * features.fps)
+        return torch.from_numpy(
+            np.asarray(
+                features.read(
+                    c.video, first, first + int(np.clip(np.ceil(c.end * features.fps) - first, 1, max_frames))
+                ),
+                np.float32,
+            )
+        )
+
     for k in range(0, len(clips), batch):
-        x = [frames(c) for c in clips.iloc[k:k+batch].itertuples()]; m = torch.arange(max(map(len, x)))[None] < torch.tensor([len(f) for f in x])[:, None]
-        out.append(video(torch.nn.utils.rnn.pad_sequence(x, batch_first=True).to(dev), m.to(dev)).float().cpu().numpy())
-    video.train(was); return np.concatenate(out)
+        x = [frames(c) for c in clips.iloc[k : k + batch].itertuples()]
+        m = torch.arange(max(map(len, x)))[None] < torch.tensor([len(f) for f in x])[:, None]
+        out.append(
+            video(torch.nn.utils.rnn.pad_sequence(x, batch_first=True).to(dev), m.to(dev))
+            .float()
+            .cpu()
+            .numpy()
+        )
+    video.train(was)
+    return np.concatenate(out)
+
 
 class VokenPool:
     "Clips (DataFrame) and their vectors (N, D) float32; `teacher` is the fingerprint of the language model in whose space they lie, empty where it is not known."
-    def __init__(self, clips, vectors, teacher:str=""):
-        self.clips, self.vectors, self.teacher = clips.reset_index(drop=True), np.ascontiguousarray(vectors, np.float32), teacher
-        if self.vectors.ndim != 2 or len(self.vectors) != len(clips) or not len(clips): raise ValueError(f"{len(clips)} clips and vectors of shape {self.vectors.shape}: it should be (clips, width)")
-        if not np.isfinite(self.vectors).all(): raise ValueError(f"the vector of clip {np.flatnonzero(~np.isfinite(self.vectors).all(1))[0]} is not finite")
-    def __len__(self): return len(self.clips)
-    def __repr__(self): return f"VokenPool({len(self):,} clips, {self.vectors.shape[1]} wide)"
+
+    def __init__(self, clips, vectors, teacher: str = ""):
+        self.clips, self.vectors, self.teacher = (
+            clips.reset_index(drop=True),
+            np.ascontiguousarray(vectors, np.float32),
+            teacher,
+        )
+        if self.vectors.ndim != 2 or len(self.vectors) != len(clips) or not len(clips):
+            raise ValueError(
+                f"{len(clips)} clips and vectors of shape {self.vectors.shape}: it should be (clips, width)"
+            )
+        if not np.isfinite(self.vectors).all():
+            raise ValueError(
+                f"the vector of clip {np.flatnonzero(~np.isfinite(self.vectors).all(1))[0]} is not finite"
+            )
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __repr__(self):
+        return f"VokenPool({len(self):,} clips, {self.vectors.shape[1]} wide)"
+
     @property
-    def fingerprint(self) -> str: return fingerprint(self.vectors, self.clips.to_csv(index=False), self.teacher)
+    def fingerprint(self) -> str:
+        return fingerprint(self.vectors, self.clips.to_csv(index=False), self.teacher)
+
     @property
-    def dtype(self): return np.dtype(np.uint16 if len(self) < 1 << 16 else np.uint32)
+    def dtype(self):
+        return np.dtype(np.uint16 if len(self) < 1 << 16 else np.uint32)
+
     def save(self, folder) -> Path:
         "Write the pool; `pool.json` last, so that it exists only beside whole files."
         folder = Path(folder)
-        with atomic(folder/"clips.csv") as f: self.clips.to_csv(f, index=False)
-        with atomic(folder/"vectors.npy", "wb") as f: write_array(f, self.vectors)
-        return write_json(folder/"pool.json", dict(fingerprint=self.fingerprint, teacher=self.teacher, size=len(self)), seal=True)
+        with atomic(folder / "clips.csv") as f:
+            self.clips.to_csv(f, index=False)
+        with atomic(folder / "vectors.npy", "wb") as f:
+            write_array(f, self.vectors)
+        return write_json(
+            folder / "pool.json",
+            dict(fingerprint=self.fingerprint, teacher=self.teacher, size=len(self)),
+            seal=True,
+        )
+
     @classmethod
     def load(cls, folder):
         "Read a pool; one that was changed since it was saved is an error."
         import pandas as pd
+
         folder = Path(folder)
-        if not (folder/"pool.json").is_file(): raise FileNotFoundError(f"{folder}: no pool here (pool.json is missing)")
-        m = read_json(folder/"pool.json")
-        try: p = cls(pd.read_csv(folder/"clips.csv", dtype=dict(task=str, video=str), keep_default_na=False), np.load(folder/"vectors.npy"), m["teacher"])
-        except (ValueError, KeyError, TypeError, OSError, EOFError) as e: raise ValueError(f"{folder}: clips.csv, vectors.npy or pool.json is damaged ({type(e).__name__}: {e}); delete the folder and make the pool again") from None
-        if p.fingerprint != m["fingerprint"]: raise ValueError(f"{folder}: clips.csv or vectors.npy was changed after the pool was saved; delete the folder and make the pool again")
+        if not (folder / "pool.json").is_file():
+            raise FileNotFoundError(f"{folder}: no pool here (pool.json is missing)")
+        m = read_json(folder / "pool.json")
+        try:
+            p = cls(
+                pd.read_csv(folder / "clips.csv", dtype=dict(task=str, video=str), keep_default_na=False),
+                np.load(folder / "vectors.npy"),
+                m["teacher"],
+            )
+        except (ValueError, KeyError, TypeError, OSError, EOFError) as e:
+            raise ValueError(
+                f"{folder}: clips.csv, vectors.npy or pool.json is damaged ({type(e).__name__}: {e}); delete the folder and make the pool again"
+            ) from None
+        if p.fingerprint != m["fingerprint"]:
+            raise ValueError(
+                f"{folder}: clips.csv or vectors.npy was changed after the pool was saved; delete the folder and make the pool again"
+            )
         return p
 
 # %% ../../nbs/27_models.vokens.ipynb #630c8bea
 class TeacherStates:
     "Token states (B, L, D) of a language model, with the fingerprint of its weights."
-    def __init__(self, lm): self.lm, self.fingerprint = lm.to(device()).eval(), weights_fingerprint(lm)
+
+    def __init__(self, lm):
+        self.lm, self.fingerprint = lm.to(device()).eval(), weights_fingerprint(lm)
+
     @torch.inference_mode()
     def __call__(self, ids, mask):
-        with torch.autocast(device().type, torch.bfloat16, enabled=use_bf16()): return hidden_states(self.lm, ids.to(device()), mask.to(device())).float()
+        with torch.autocast(device().type, torch.bfloat16, enabled=use_bf16()):
+            return hidden_states(self.lm, ids.to(device()), mask.to(device())).float()
 
-def _corpus_fingerprint(tokens) -> str: return getattr(tokens, "fingerprint", None) or fingerprint(tokens.ids, tokens.starts)
 
-def _sound(f:Path) -> str|None: # what is wrong with a shard, None: nothing
-    if not f.with_suffix(".json").is_file(): return f"{f}: this shard was not finished"
-    if not f.is_file(): return f"{f}: this shard is missing"
-    try: want = read_json(f.with_suffix(".json"))["sha256"]
-    except (ValueError, KeyError, TypeError): return f"{f}: the checksum of this shard cannot be read"
-    if sha256_file(f) != want: return f"{f}: this shard is damaged (its checksum differs)"
+def _corpus_fingerprint(tokens) -> str:
+    return getattr(tokens, "fingerprint", None) or fingerprint(tokens.ids, tokens.starts)
 
-def vokenize(tokens,                # `Tokens` or `CorpusTokens`
-             states,                # (ids, mask) -> (B, L, D) with `fingerprint`: `TeacherStates(lm)`
-             pool:VokenPool, tokenizer, out, *,
-             batch:int=64, shard_rows:int=1 << 14, # rows
-             tile:int=4096,         # tokens and clips compared at a time
-             rank:int=0, world:int=1 # this process makes every `world`-th shard
-            ) -> int: # shards made now
+
+def _sound(f: Path) -> str | None:  # what is wrong with a shard, None: nothing
+    if not f.with_suffix(".json").is_file():
+        return f"{f}: this shard was not finished"
+    if not f.is_file():
+        return f"{f}: this shard is missing"
+    try:
+        want = read_json(f.with_suffix(".json"))["sha256"]
+    except (ValueError, KeyError, TypeError):
+        return f"{f}: the checksum of this shard cannot be read"
+    if sha256_file(f) != want:
+        return f"{f}: this shard is damaged (its checksum differs)"
+
+
+def vokenize(
+    tokens,  # `Tokens` or `CorpusTokens`
+    states,  # (ids, mask) -> (B, L, D) with `fingerprint`: `TeacherStates(lm)`
+    pool: VokenPool,
+    tokenizer,
+    out,
+    *,
+    batch: int = 64,
+    shard_rows: int = 1 << 14,  # rows
+    tile: int = 4096,  # tokens and clips compared at a time
+    rank: int = 0,
+    world: int = 1,  # this process makes every `world`-th shard
+) -> int:  # shards made now
     "Retrieve the voken of every token into `out`; what is there already is checked and kept. Other inputs than the folder's own are refused."
-    if not 0 <= rank < world: raise ValueError(f"rank should be from 0 to world - 1 = {world-1}, got {rank}")
-    if batch < 1 or shard_rows < 1: raise ValueError(f"batch and shard_rows should be at least 1, got {batch} and {shard_rows}")
-    if pool.teacher and pool.teacher != states.fingerprint: raise ValueError(f"the pool was encoded by the teacher {pool.teacher}, the token states come from {states.fingerprint}: vokens need both in one space")
-    out = Path(out); head = dict(tokenizer=tokenizer_fingerprint(tokenizer), pool=pool.fingerprint, pool_size=len(pool), teacher=states.fingerprint, corpus=_corpus_fingerprint(tokens), rows=len(tokens), shard_rows=shard_rows, dtype=pool.dtype.name)
+    if not 0 <= rank < world:
+        raise ValueError(f"rank should be from 0 to world - 1 = {world - 1}, got {rank}")
+    if batch < 1 or shard_rows < 1:
+        raise ValueError(f"batch and shard_rows should be at least 1, got {batch} and {shard_rows}")
+    if pool.teacher and pool.teacher != states.fingerprint:
+        raise ValueError(
+            f"the pool was encoded by the teacher {pool.teacher}, the token states come from {states.fingerprint}: vokens need both in one space"
+        )
+    out = Path(out)
+    head = dict(
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        pool=pool.fingerprint,
+        pool_size=len(pool),
+        teacher=states.fingerprint,
+        corpus=_corpus_fingerprint(tokens),
+        rows=len(tokens),
+        shard_rows=shard_rows,
+        dtype=pool.dtype.name,
+    )
     with _locked(out):
-        if not (out/"vokens.json").is_file(): write_json(out/"vokens.json", head, seal=True)
-    if diff := [f"{k} {have!r} instead of {v!r}" for k, v in head.items() if (have := read_json(out/"vokens.json").get(k)) != v]: raise ValueError(f"{out} holds other vokens ({'; '.join(diff)}): give another folder, or delete this one")
+        if not (out / "vokens.json").is_file():
+            write_json(out / "vokens.json", head, seal=True)
+    if diff := [
+        f"{k} {have!r} instead of {v!r}"
+        for k, v in head.items()
+        if (have := read_json(out / "vokens.json").get(k)) != v
+    ]:
+        raise ValueError(
+            f"{out} holds other vokens ({'; '.join(diff)}): give another folder, or delete this one"
+        )
     from tqdm import tqdm
+
     vectors, made = torch.from_numpy(pool.vectors).to(device()), 0
-    for k in tqdm(range(rank, -(-len(tokens)//shard_rows), world), desc="vokens", disable=None):
-        f = out/f"{k:05d}.npy"; why = _sound(f)
-        if why is None: continue
-        if f.is_file(): print(f"{why}; making it again")
+    for k in tqdm(range(rank, -(-len(tokens) // shard_rows), world), desc="vokens", disable=None):
+        f = out / f"{k:05d}.npy"
+        why = _sound(f)
+        if why is None:
+            continue
+        if f.is_file():
+            print(f"{why}; making it again")
         flat = []
-        for a in range(k*shard_rows, min((k+1)*shard_rows, len(tokens)), batch):
-            ids, mask = tokens[np.arange(a, min(a+batch, (k+1)*shard_rows, len(tokens)))]
-            v = vokens(states(ids, mask), mask.to(vectors.device), vectors, tile=tile); flat.append(v[mask.to(v.device)].cpu().numpy().astype(pool.dtype))
-        with atomic(f, "wb") as o: write_array(o, np.concatenate(flat))
-        write_json(f.with_suffix(".json"), dict(sha256=sha256_file(f), tokens=int(sum(map(len, flat)))), seal=True); made += 1
+        for a in range(k * shard_rows, min((k + 1) * shard_rows, len(tokens)), batch):
+            ids, mask = tokens[np.arange(a, min(a + batch, (k + 1) * shard_rows, len(tokens)))]
+            v = vokens(states(ids, mask), mask.to(vectors.device), vectors, tile=tile)
+            flat.append(v[mask.to(v.device)].cpu().numpy().astype(pool.dtype))
+        with atomic(f, "wb") as o:
+            write_array(o, np.concatenate(flat))
+        write_json(
+            f.with_suffix(".json"), dict(sha256=sha256_file(f), tokens=int(sum(map(len, flat)))), seal=True
+        )
+        made += 1
     return made
 
 # %% ../../nbs/27_models.vokens.ipynb #0f757b03
 class StoredVokens:
     "Vokens of a corpus: `[rows]` is LongTensor (B, L) that fits `tokens[rows]`. Another corpus, tokeniser or pool, and missing or damaged shards are `ValueError`."
-    def __init__(self, folder, tokens, tokenizer, pool:VokenPool=None):
+
+    def __init__(self, folder, tokens, tokenizer, pool: VokenPool = None):
         self.folder = Path(folder)
-        if not (self.folder/"vokens.json").is_file(): raise FileNotFoundError(f"{self.folder}: no vokens here (vokens.json is missing); make them with `vokenize`")
-        self.manifest = m = read_json(self.folder/"vokens.json")
-        want = dict(tokenizer=tokenizer_fingerprint(tokenizer), corpus=_corpus_fingerprint(tokens), **({} if pool is None else dict(pool=pool.fingerprint)))
+        if not (self.folder / "vokens.json").is_file():
+            raise FileNotFoundError(
+                f"{self.folder}: no vokens here (vokens.json is missing); make them with `vokenize`"
+            )
+        self.manifest = m = read_json(self.folder / "vokens.json")
+        want = dict(
+            tokenizer=tokenizer_fingerprint(tokenizer),
+            corpus=_corpus_fingerprint(tokens),
+            **({} if pool is None else dict(pool=pool.fingerprint)),
+        )
         for k, v in want.items():
-            if m[k] != v: raise ValueError(f"{self.folder}: these vokens belong to another {k} (fingerprint {m[k]}; this one is {v})")
-        self.n = -(-m["rows"]//m["shard_rows"]); self.size = m["pool_size"]; self._maps = {}
-        if todo := [k for k in range(self.n) if not (self.folder/f"{k:05d}.json").is_file()]: raise ValueError(f"{self.folder}: {len(todo)} of {self.n} shards are missing, the first is {todo[0]:05d}; run the job again, it goes on from there")
+            if m[k] != v:
+                raise ValueError(
+                    f"{self.folder}: these vokens belong to another {k} (fingerprint {m[k]}; this one is {v})"
+                )
+        self.n = -(-m["rows"] // m["shard_rows"])
+        self.size = m["pool_size"]
+        self._maps = {}
+        if todo := [k for k in range(self.n) if not (self.folder / f"{k:05d}.json").is_file()]:
+            raise ValueError(
+                f"{self.folder}: {len(todo)} of {self.n} shards are missing, the first is {todo[0]:05d}; run the job again, it goes on from there"
+            )
         self.tokens = tokens
-    def __len__(self): return self.manifest["rows"]
-    def __getstate__(self): return {**self.__dict__, "_maps": {}}
+
+    def __len__(self):
+        return self.manifest["rows"]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_maps": {}}
+
     @cached_property
-    def lengths(self): return np.asarray(self.tokens.lengths)
-    def _shard(self, k:int):
+    def lengths(self):
+        return np.asarray(self.tokens.lengths)
+
+    def _shard(self, k: int):
         if k not in self._maps:
-            f, s = self.folder/f"{k:05d}.npy", self.manifest["shard_rows"]
-            if why := _sound(f): raise ValueError(f"{why}; run the job again to rebuild it")
-            self._maps[k] = np.load(f, mmap_mode="r"), np.concatenate([[0], self.lengths[k*s:(k+1)*s].cumsum()])
+            f, s = self.folder / f"{k:05d}.npy", self.manifest["shard_rows"]
+            if why := _sound(f):
+                raise ValueError(f"{why}; run the job again to rebuild it")
+            self._maps[k] = (
+                np.load(f, mmap_mode="r"),
+                np.concatenate([[0], self.lengths[k * s : (k + 1) * s].cumsum()]),
+            )
         return self._maps[k]
+
     def __getitem__(self, rows) -> torch.Tensor:
-        rows = np.asarray(rows); s = self.manifest["shard_rows"]; n = self.lengths[rows]; out = np.full((len(rows), n.max()), -100, np.int64)
-        for i, r in enumerate(rows): v, at = self._shard(int(r//s)); out[i, :n[i]] = v[at[r % s]:at[r % s + 1]]
+        rows = np.asarray(rows)
+        s = self.manifest["shard_rows"]
+        n = self.lengths[rows]
+        out = np.full((len(rows), n.max()), -100, np.int64)
+        for i, r in enumerate(rows):
+            v, at = self._shard(int(r // s))
+            out[i, : n[i]] = v[at[r % s] : at[r % s + 1]]
         return torch.from_numpy(out)
-    def counts(self) -> np.ndarray: # (pool,)
+
+    def counts(self) -> np.ndarray:  # (pool,)
         "How many tokens each clip is the voken of."
         return sum(np.bincount(self._shard(k)[0], minlength=self.size) for k in range(self.n))
 
 # %% ../../nbs/27_models.vokens.ipynb #78188903
-def voken_job(teacher, text, howto, out, *, s="paper", clean:str="plain", pattern:str="*", size:int=0, seed:int=0, wrong:str="error", batch:int=64, rank:int=0, world:int=1) -> StoredVokens:
+def voken_job(
+    teacher,
+    text,
+    howto,
+    out,
+    *,
+    s="paper",
+    clean: str = "plain",
+    pattern: str = "*",
+    size: int = 0,
+    seed: int = 0,
+    wrong: str = "error",
+    batch: int = 64,
+    rank: int = 0,
+    world: int = 1,
+) -> StoredVokens:
     "Vokens of the text at `text` by the teacher in folder `teacher`, from a pool of the videos in `howto` (HowTo100M_v1.csv, caption.json, features/); `s` is the teacher's scale or its name, `size` 0: as many clips as the scale says."
-    s = scale(s) if isinstance(s, str) else s; t, tok = Teacher.load(teacher, s); howto, out = Path(howto), Path(out)
+    s = scale(s) if isinstance(s, str) else s
+    t, tok = Teacher.load(teacher, s)
+    howto, out = Path(howto), Path(out)
     with _locked(out):
-        corpus = tokenize_corpus(open_text(text, clean=clean, pattern=pattern), tok, out/"corpus", max_tokens=s.max_tokens)
-        if not (out/"pool/pool.json").is_file():
-            feats = MappedFeatures(howto/"features"); table = caption_table(howto/"caption.json", out/"captions", seconds=feats.seconds(), wrong=wrong)
-            clips = draw_pool(howto_videos(howto/"HowTo100M_v1.csv"), table.times, size=size or s.vokens, seed=seed)
-            VokenPool(clips, encode_clips(t.video.to(device()), feats, clips, max_frames=s.max_frames), weights_fingerprint(t.lm)).save(out/"pool")
-        pool = VokenPool.load(out/"pool")
-    if size and len(pool) != size: raise ValueError(f"{out/'pool'} holds {len(pool)} clips instead of {size}: give another folder, or delete this one")
-    vokenize(corpus, TeacherStates(t.lm), pool, tok, out/"vokens", batch=batch, rank=rank, world=world)
-    return StoredVokens(out/"vokens", corpus, tok, pool) if world == 1 else None
+        corpus = tokenize_corpus(
+            open_text(text, clean=clean, pattern=pattern), tok, out / "corpus", max_tokens=s.max_tokens
+        )
+        if not (out / "pool/pool.json").is_file():
+            feats = MappedFeatures(howto / "features")
+            table = caption_table(
+                howto / "caption.json", out / "captions", seconds=feats.seconds(), wrong=wrong
+            )
+            clips = draw_pool(
+                howto_videos(howto / "HowTo100M_v1.csv"), table.times, size=size or s.vokens, seed=seed
+            )
+            VokenPool(
+                clips,
+                encode_clips(t.video.to(device()), feats, clips, max_frames=s.max_frames),
+                weights_fingerprint(t.lm),
+            ).save(out / "pool")
+        pool = VokenPool.load(out / "pool")
+    if size and len(pool) != size:
+        raise ValueError(
+            f"{out / 'pool'} holds {len(pool)} clips instead of {size}: give another folder, or delete this one"
+        )
+    vokenize(corpus, TeacherStates(t.lm), pool, tok, out / "vokens", batch=batch, rank=rank, world=world)
+    return StoredVokens(out / "vokens", corpus, tok, pool) if world == 1 else None

@@ -24,88 +24,216 @@ from ..models.encoders import load_mobilenet
 from ..models.tabletop import load_tabletop_encoder
 
 # %% ../../nbs/41_train.data.ipynb #df7ab584
-FEATURES = ("video", "clip", "image") # 2-D and 3-D of every frame; the same with CLIP for 2-D; 2-D of the middle frame alone
+FEATURES = (
+    "video",
+    "clip",
+    "image",
+)  # 2-D and 3-D of every frame; the same with CLIP for 2-D; 2-D of the middle frame alone
 
-def tabletop_features(world:World, kind:str="resnet", cache=None, chunk:int=500) -> np.ndarray: # (clips, frames, width) float16, memory-mapped
+
+def tabletop_features(
+    world: World, kind: str = "resnet", cache=None, chunk: int = 500
+) -> np.ndarray:  # (clips, frames, width) float16, memory-mapped
     "Features of all clips of a world, rendered and encoded in pieces, cached in one file named by the films and the encoder."
-    enc = load_tabletop_encoder(cache, kind); f = Path(cache or path("cache"))/"tabletop"/f"{fingerprint(world.films, enc.name)}.npy"
-    if f.is_file() and not file_intact(f): print(f"{f} is damaged: it is made again"); f.unlink()
+    enc = load_tabletop_encoder(cache, kind)
+    f = Path(cache or path("cache")) / "tabletop" / f"{fingerprint(world.films, enc.name)}.npy"
+    if f.is_file() and not file_intact(f):
+        print(f"{f} is damaged: it is made again")
+        f.unlink()
     if not f.is_file():
-        x = np.concatenate([enc.encode(world.frames(np.arange(i, min(i+chunk, len(world.clips))))).astype(np.float16) for i in range(0, len(world.clips), chunk)])
-        with atomic(f, "wb") as h: write_array(h, x)
+        x = np.concatenate(
+            [
+                enc.encode(world.frames(np.arange(i, min(i + chunk, len(world.clips))))).astype(np.float16)
+                for i in range(0, len(world.clips), chunk)
+            ]
+        )
+        with atomic(f, "wb") as h:
+            write_array(h, x)
         stamp_file(f)
     return np.load(f, mmap_mode="r")
 
 # %% ../../nbs/41_train.data.ipynb #a09a23b9
-def middle_frame(p:VideoText) -> VideoText:
+def middle_frame(p: VideoText) -> VideoText:
     "The same clips, of which only the middle frame is seen."
-    n = p.mask.sum(1); at = np.where(n > 0, n//2, 0); return VideoText(p.captions, p.clip, np.asarray(p.features)[np.arange(len(n)), at][:, None], p.mask[np.arange(len(n)), at][:, None], p.train, p.valid, p.names)
+    n = p.mask.sum(1)
+    at = np.where(n > 0, n // 2, 0)
+    return VideoText(
+        p.captions,
+        p.clip,
+        np.asarray(p.features)[np.arange(len(n)), at][:, None],
+        p.mask[np.arange(len(n)), at][:, None],
+        p.train,
+        p.valid,
+        p.names,
+    )
+
 
 class Data:
     "Data of one scale and seed: `tokenizer`, `pairs` (VideoText), `sentences`, `task(name, split)`, `clip_labels`."
+
     tasks = ("sst2", "qnli", "qqp", "mnli", "piqa", "tracie")
-    def __init__(self, s:Scale, seed:int): self.s, self.seed = s, seed
+
+    def __init__(self, s: Scale, seed: int):
+        self.s, self.seed = s, seed
+
     @cached_property
-    def tokens(self) -> Tokens: return tokenize(self.tokenizer, self.sentences, self.s.max_tokens)
+    def tokens(self) -> Tokens:
+        return tokenize(self.tokenizer, self.sentences, self.s.max_tokens)
+
     @cached_property
-    def caption_tokens(self) -> Tokens: return tokenize(self.tokenizer, self.pairs.captions, self.s.max_tokens)
+    def caption_tokens(self) -> Tokens:
+        return tokenize(self.tokenizer, self.pairs.captions, self.s.max_tokens)
+
 
 class TabletopData(Data):
     "A Tabletop world; one tokeniser for all words of both corpora."
-    def __init__(self, s, seed, counterfactual=False, features="video", told=0.):
-        super().__init__(s, seed); self.features = features; takes = max(1, min(9, s.captions//1200)) # about one caption a clip; smoke has fewer takes, not fewer events
-        self.world = World(seed, counterfactual=counterfactual, captions=s.captions, sentences=s.sentences, takes=takes, told=told)
+
+    def __init__(self, s, seed, counterfactual=False, features="video", told=0.0):
+        super().__init__(s, seed)
+        self.features = features
+        takes = max(
+            1, min(9, s.captions // 1200)
+        )  # about one caption a clip; smoke has fewer takes, not fewer events
+        self.world = World(
+            seed,
+            counterfactual=counterfactual,
+            captions=s.captions,
+            sentences=s.sentences,
+            takes=takes,
+            told=told,
+        )
+
     @cached_property
-    def captions(self): return self.world.talk()
+    def captions(self):
+        return self.world.talk()
+
     @cached_property
-    def sentences(self): return self.world.write()
+    def sentences(self):
+        return self.world.write()
+
     @cached_property
-    def tokenizer(self): return train_tokenizer([*self.captions[0], *self.sentences], self.s.vocab_size, max(self.s.max_tokens, self.s.ft_tokens))
+    def tokenizer(self):
+        return train_tokenizer(
+            [*self.captions[0], *self.sentences], self.s.vocab_size, max(self.s.max_tokens, self.s.ft_tokens)
+        )
+
     @cached_property
     def pairs(self) -> VideoText:
-        captions, clip = self.captions; x = tabletop_features(self.world, "clip" if self.features == "clip" else "resnet"); held = self.world.clips.held_out.to_numpy()
-        if self.features == "image": x = x[:, FRAMES//2:FRAMES//2+1, :load_tabletop_encoder().dim_2d]
-        return VideoText(captions, clip, x, np.ones(x.shape[:2], bool), np.flatnonzero(~held[clip]), np.flatnonzero(held[clip]), [f"{c.event} {c.noun} ({c.take})" for c in self.world.clips.itertuples()])
-    def task(self, name, split): # every task of `World.task` and of `more_task`
-        if name in TASKS and name not in MAKERS and name not in MORE: raise FileNotFoundError(f"Tabletop has no questions of {name!r}; there are {', '.join([*MAKERS, *MORE])}")
-        return more_task(self.world, name, split, None if self.s.captions >= 6000 else dict(train=200, dev=60, test=100).get(split))
+        captions, clip = self.captions
+        x = tabletop_features(self.world, "clip" if self.features == "clip" else "resnet")
+        held = self.world.clips.held_out.to_numpy()
+        if self.features == "image":
+            x = x[:, FRAMES // 2 : FRAMES // 2 + 1, : load_tabletop_encoder().dim_2d]
+        return VideoText(
+            captions,
+            clip,
+            x,
+            np.ones(x.shape[:2], bool),
+            np.flatnonzero(~held[clip]),
+            np.flatnonzero(held[clip]),
+            [f"{c.event} {c.noun} ({c.take})" for c in self.world.clips.itertuples()],
+        )
+
+    def task(self, name, split):  # every task of `World.task` and of `more_task`
+        if name in TASKS and name not in MAKERS and name not in MORE:
+            raise FileNotFoundError(
+                f"Tabletop has no questions of {name!r}; there are {', '.join([*MAKERS, *MORE])}"
+            )
+        return more_task(
+            self.world,
+            name,
+            split,
+            None if self.s.captions >= 6000 else dict(train=200, dev=60, test=100).get(split),
+        )
+
 
 class RealData(Data):
     "Public data under `VLKD_DATA`: Flickr8k, exercises and MSVD for the teacher, Wikipedia text for the student, the tasks' own files. `task` also gives what there is of the others, and a FileNotFoundError where a file is missing."
+
     tasks = ("sst2", "qnli", "piqa", "tracie")
-    def __init__(self, s, seed, features="video"): super().__init__(s, seed); self.root, self.features = data_dir(), features
+
+    def __init__(self, s, seed, features="video"):
+        super().__init__(s, seed)
+        self.root, self.features = data_dir(), features
+
     @cached_property
     def tokenizer(self):
         from vlkd.data.real import bert_vocab
+
         return load_vocabulary(bert_vocab(), max(self.s.max_tokens, self.s.ft_tokens))
+
     @cached_property
     def pairs(self) -> VideoText:
         from vlkd.data.real import real_pairs
-        p = real_pairs(path("cache")/"real", limit=self.s.captions, encoder=load_mobilenet(), max_frames=self.s.max_frames)
+
+        p = real_pairs(
+            path("cache") / "real",
+            limit=self.s.captions,
+            encoder=load_mobilenet(),
+            max_frames=self.s.max_frames,
+        )
         return p if self.features == "video" else middle_frame(p)
+
     @cached_property
     def sentences(self):
         from vlkd.data.real import real_sentences
+
         return real_sentences(limit=self.s.sentences, max_tokens=self.s.max_tokens)[0]
+
     def task(self, name, split):
-        if name not in TASKS and name not in ("squad1", "squad2"): raise _unknown("task", name, [*TASKS, "squad1", "squad2"])
-        if name == "qnli" and split == "train": return qnli_from_squad(self.root/"squad"/"train-v1.1.json.gz", seed=0, limit=20000)
-        part = "train" if split == "train" else "dev"; folder = self.root/dict(sst2="glue_sst2", qnli="glue_qnli", qqp="glue_qqp", mnli="mnli_1k", mnli_mm="mnli_1k", swag="swag_fixture_21rows", diagnostics="glue_diagnostics", axb="superglue_axb", squad1="squad", squad2="squad").get(name, name)
+        if name not in TASKS and name not in ("squad1", "squad2"):
+            raise _unknown("task", name, [*TASKS, "squad1", "squad2"])
+        if name == "qnli" and split == "train":
+            return qnli_from_squad(self.root / "squad" / "train-v1.1.json.gz", seed=0, limit=20000)
+        part = "train" if split == "train" else "dev"
+        folder = self.root / dict(
+            sst2="glue_sst2",
+            qnli="glue_qnli",
+            qqp="glue_qqp",
+            mnli="mnli_1k",
+            mnli_mm="mnli_1k",
+            swag="swag_fixture_21rows",
+            diagnostics="glue_diagnostics",
+            axb="superglue_axb",
+            squad1="squad",
+            squad2="squad",
+        ).get(name, name)
         try:
-            if name.startswith("squad"): df = read_squad(folder, part, dict(squad1="1.1", squad2="2.0")[name]); return df.iloc[rng("squad", 0).permutation(len(df))[:20000]].reset_index(drop=True) if part == "train" else df
+            if name.startswith("squad"):
+                df = read_squad(folder, part, dict(squad1="1.1", squad2="2.0")[name])
+                return (
+                    df.iloc[rng("squad", 0).permutation(len(df))[:20000]].reset_index(drop=True)
+                    if part == "train"
+                    else df
+                )
             df = read_task(name, folder, part)
-        except FileNotFoundError as e: raise FileNotFoundError(f"scale {self.s.name!r} has no {part} data for {name!r}: {e}") from None
-        if split == "train": # one PIQA training row recurs in the validation set
-            text = list(TASKS[name].columns); seen = set(map(tuple, read_task(name, folder, "dev")[text].to_numpy())); df = df[[tuple(r) not in seen for r in df[text].to_numpy()]].reset_index(drop=True)
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"scale {self.s.name!r} has no {part} data for {name!r}: {e}") from None
+        if split == "train":  # one PIQA training row recurs in the validation set
+            text = list(TASKS[name].columns)
+            seen = set(map(tuple, read_task(name, folder, "dev")[text].to_numpy()))
+            df = df[[tuple(r) not in seen for r in df[text].to_numpy()]].reset_index(drop=True)
         return df
 
 # %% ../../nbs/41_train.data.ipynb #2321a9d4
-def load_data(s:Scale, seed:int=1, *, counterfactual:bool=False, features:str="video", told:float=0.) -> Data:
+def load_data(
+    s: Scale, seed: int = 1, *, counterfactual: bool = False, features: str = "video", told: float = 0.0
+) -> Data:
     "The data of a scale: `seed` is the world at micro and nothing but the training's seed at real. `features` is one of `FEATURES`; `told` is the share of sentences about test nouns that say the outcome."
-    if features not in FEATURES: raise ValueError(f"features {features!r}: it should be {', '.join(FEATURES)}")
-    if s.data_kind == "tabletop": return TabletopData(s, seed, counterfactual, features, told)
-    if counterfactual or told: raise ValueError(f"scale {s.name!r} has no {'counterfactual: real videos cannot be filmed again' if counterfactual else 'share of told outcomes: its text is what it is'}")
-    if features == "clip" and s.data_kind != "paper": raise ValueError(f"scale {s.name!r} has no CLIP features here; extract them with vlkd extract and give their folder")
-    if s.data_kind == "real": return RealData(s, seed, features)
+    if features not in FEATURES:
+        raise ValueError(f"features {features!r}: it should be {', '.join(FEATURES)}")
+    if s.data_kind == "tabletop":
+        return TabletopData(s, seed, counterfactual, features, told)
+    if counterfactual or told:
+        raise ValueError(
+            f"scale {s.name!r} has no {'counterfactual: real videos cannot be filmed again' if counterfactual else 'share of told outcomes: its text is what it is'}"
+        )
+    if features == "clip" and s.data_kind != "paper":
+        raise ValueError(
+            f"scale {s.name!r} has no CLIP features here; extract them with vlkd extract and give their folder"
+        )
+    if s.data_kind == "real":
+        return RealData(s, seed, features)
     from vlkd.data.paper import PaperData
+
     return PaperData(s, seed, features=features)

@@ -19,37 +19,73 @@ from .student import save_distillation, train_student
 from .teacher import train_teacher
 
 # %% ../../nbs/45_train.distributed.ipynb #af28a46e
-def train(kind:str, # teacher | student
-          out, # folder, the same for all processes
-          *, scale_name:str="micro", seed:int=1, kd:str="", teacher:str="", contrast:str="hinge", preset_name:str="paper", features:str="video", change:dict=None) -> list: # history
+def train(
+    kind: str,  # teacher | student
+    out,  # folder, the same for all processes
+    *,
+    scale_name: str = "micro",
+    seed: int = 1,
+    kd: str = "",
+    teacher: str = "",
+    contrast: str = "hinge",
+    preset_name: str = "paper",
+    features: str = "video",
+    change: dict = None,
+) -> list:  # history
     "Train a teacher, or a student beside the teacher in the folder `teacher`, and save it under `out`; under torchrun all its processes call this. `change` replaces settings of the scale."
-    if kind not in ("teacher", "student"): raise ValueError(f"{kind!r}: it should be teacher or student")
-    if kd and not teacher: raise ValueError(f"{kd} needs a teacher: give its folder")
-    out = Path(out); s = scale(scale_name, **(change or {}))
-    with main_first(): # the first makes what is stored
-        data = load_data(s, seed, features=features); data.tokenizer
-        if kind == "teacher" or "voken" in kd: data.pairs
-    if kind == "teacher": model, history = train_teacher(data, out, contrast=contrast, seed=seed, preset_name=preset_name)
+    if kind not in ("teacher", "student"):
+        raise ValueError(f"{kind!r}: it should be teacher or student")
+    if kd and not teacher:
+        raise ValueError(f"{kd} needs a teacher: give its folder")
+    out = Path(out)
+    s = scale(scale_name, **(change or {}))
+    with main_first():  # the first makes what is stored
+        data = load_data(s, seed, features=features)
+        data.tokenizer
+        if kind == "teacher" or "voken" in kd:
+            data.pairs
+    if kind == "teacher":
+        model, history = train_teacher(data, out, contrast=contrast, seed=seed, preset_name=preset_name)
     else:
-        source = Teacher.load(Path(teacher)/"teacher", s)[0] if teacher else None
+        source = Teacher.load(Path(teacher) / "teacher", s)[0] if teacher else None
         model, history = train_student(data, out, teacher=source, kd=kd, seed=seed, preset_name=preset_name)
+
     def save():
-        if kind == "teacher": model.save(out/"teacher", data.tokenizer)
+        if kind == "teacher":
+            model.save(out / "teacher", data.tokenizer)
         else:
-            save_model(out/"student", model.lm, data.tokenizer)
-            if model.kd: save_distillation(model, out/"student")
-        write_json(out/"history.json", history)
-    from_main(save); return history
+            save_model(out / "student", model.lm, data.tokenizer)
+            if model.kd:
+                save_distillation(model, out / "student")
+        write_json(out / "history.json", history)
+
+    from_main(save)
+    return history
+
 
 def parser():
     "Options of the command."
-    p = argparse.ArgumentParser(prog="vlkd.train.distributed", description=train.__doc__); p.add_argument("kind", choices=["teacher", "student"]); p.add_argument("out")
-    for k, v in dict(scale="micro", seed=1, kd="", teacher="", contrast="hinge", preset="paper", features="video").items(): p.add_argument(f"--{k}", type=type(v), default=v)
-    p.add_argument("--change", type=json.loads, default={}, help='settings of the scale, as JSON: {"steps": 100}'); return p
+    p = argparse.ArgumentParser(prog="vlkd.train.distributed", description=train.__doc__)
+    p.add_argument("kind", choices=["teacher", "student"])
+    p.add_argument("out")
+    for k, v in dict(
+        scale="micro", seed=1, kd="", teacher="", contrast="hinge", preset="paper", features="video"
+    ).items():
+        p.add_argument(f"--{k}", type=type(v), default=v)
+    p.add_argument(
+        "--change", type=json.loads, default={}, help='settings of the scale, as JSON: {"steps": 100}'
+    )
+    return p
+
 
 def main(args=None):
-    a = vars(parser().parse_args(args)); train(a.pop("kind"), a.pop("out"), scale_name=a.pop("scale"), preset_name=a.pop("preset"), **a)
-    if ranks()[1] > 1: import torch; torch.distributed.destroy_process_group()
+    a = vars(parser().parse_args(args))
+    train(a.pop("kind"), a.pop("out"), scale_name=a.pop("scale"), preset_name=a.pop("preset"), **a)
+    if ranks()[1] > 1:
+        import torch
+
+        torch.distributed.destroy_process_group()
 
 # %% ../../nbs/45_train.distributed.ipynb #37de595c
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -24,267 +24,595 @@ from ..data.text import *
 from ..models.language import mlm_loss
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-gc.freeze() # imported modules are no garbage: the full collection that Trainer asks for at every start need not walk them
+gc.freeze()  # imported modules are no garbage: the full collection that Trainer asks for at every start need not walk them
 
 # %% ../../nbs/40_train.loop.ipynb #b3f1b160
-def check_trainable(objective:nn.Module, batch:dict) -> dict: # numbers of trainable and frozen parameters
+def check_trainable(objective: nn.Module, batch: dict) -> dict:  # numbers of trainable and frozen parameters
     "Run one batch and raise if a parameter that should train gets no gradient; the gradients are cleared again."
-    was = objective.training; objective.train(); buffers = {k: v.clone() for k, v in objective.named_buffers()}
-    parts = objective(**batch); parts["loss"].backward()
+    was = objective.training
+    objective.train()
+    buffers = {k: v.clone() for k, v in objective.named_buffers()}
+    parts = objective(**batch)
+    parts["loss"].backward()
     lost = [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None]
-    objective.zero_grad(set_to_none=True); objective.train(was)
+    objective.zero_grad(set_to_none=True)
+    objective.train(was)
     with torch.no_grad():
-        for k, v in objective.named_buffers(): v.copy_(buffers[k]) if k in buffers else None
-    if lost: raise ValueError(f"{len(lost)} parameters should train and get no gradient: {', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}. Freeze them (requires_grad_(False)) or put them on the loss's path")
+        for k, v in objective.named_buffers():
+            v.copy_(buffers[k]) if k in buffers else None
+    if lost:
+        raise ValueError(
+            f"{len(lost)} parameters should train and get no gradient: {', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}. Freeze them (requires_grad_(False)) or put them on the loss's path"
+        )
     n = [(p.numel(), p.requires_grad) for p in objective.parameters()]
     return dict(trainable=sum(k for k, g in n if g), frozen=sum(k for k, g in n if not g))
 
 # %% ../../nbs/40_train.loop.ipynb #40b46d66
 SEAL = "sealed.json"
 
+
 def seal(folder) -> None:
     "Write the checksums of a checkpoint's files beside them; from now on it counts."
-    folder = Path(folder); write_json(folder/SEAL, {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != SEAL})
+    folder = Path(folder)
+    write_json(
+        folder / SEAL,
+        {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != SEAL},
+    )
 
-def damage(folder) -> str|None:
+
+def damage(folder) -> str | None:
     "What is wrong with a checkpoint, or None."
     folder = Path(folder)
-    if not (folder/SEAL).is_file(): return "it was not finished"
-    try: want = read_json(folder/SEAL)
-    except ValueError: return f"{SEAL} is broken"
-    return next((f"{n} is {'missing' if not (folder/n).is_file() else 'damaged'}" for n, h in want.items() if not (folder/n).is_file() or sha256_file(folder/n) != h), None)
+    if not (folder / SEAL).is_file():
+        return "it was not finished"
+    try:
+        want = read_json(folder / SEAL)
+    except ValueError:
+        return f"{SEAL} is broken"
+    return next(
+        (
+            f"{n} is {'missing' if not (folder / n).is_file() else 'damaged'}"
+            for n, h in want.items()
+            if not (folder / n).is_file() or sha256_file(folder / n) != h
+        ),
+        None,
+    )
 
-def last_checkpoint(folder) -> Path|None:
+
+def last_checkpoint(folder) -> Path | None:
     "The newest whole checkpoint under `folder`; broken ones are named and removed."
-    found = sorted((p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[-1].isdigit()), key=lambda p: int(p.name.split("-")[-1]), reverse=True)
+    found = sorted(
+        (p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[-1].isdigit()),
+        key=lambda p: int(p.name.split("-")[-1]),
+        reverse=True,
+    )
     for p in found:
-        if (why := damage(p)) is None: return p
-        print(f"checkpoint {p.name} is left out: {why}", flush=True); shutil.rmtree(p)
+        if (why := damage(p)) is None:
+            return p
+        print(f"checkpoint {p.name} is left out: {why}", flush=True)
+        shutil.rmtree(p)
     return None
 
 # %% ../../nbs/40_train.loop.ipynb #1c8c24d7
 class Progress(TrainerCallback):
     "Write `progress.json` about once a second, seal checkpoints, stop at a validation loss that is not a number. Of several processes one writes."
-    def __init__(self, out, what:str=""): self.file, self.what, self.last = Path(out)/"progress.json", what, 0.
+
+    def __init__(self, out, what: str = ""):
+        self.file, self.what, self.last = Path(out) / "progress.json", what, 0.0
+
     def on_step_end(self, args, state, control, **kw):
-        if state.is_world_process_zero and (time.monotonic()-self.last > 1 or state.global_step == state.max_steps):
-            self.last = time.monotonic(); loss = next((h["loss"] for h in reversed(state.log_history) if "loss" in h), None)
-            tmp = self.file.with_suffix(".tmp"); tmp.write_text(json.dumps(dict(what=self.what, step=state.global_step, steps=state.max_steps, loss=loss))); os.replace(tmp, self.file)
+        if state.is_world_process_zero and (
+            time.monotonic() - self.last > 1 or state.global_step == state.max_steps
+        ):
+            self.last = time.monotonic()
+            loss = next((h["loss"] for h in reversed(state.log_history) if "loss" in h), None)
+            tmp = self.file.with_suffix(".tmp")
+            tmp.write_text(
+                json.dumps(dict(what=self.what, step=state.global_step, steps=state.max_steps, loss=loss))
+            )
+            os.replace(tmp, self.file)
+
     def on_log(self, args, state, control, logs=None, **kw):
-        bad = [k for k, v in (logs or {}).items() if k.startswith("eval_") and isinstance(v, float) and not np.isfinite(v)]
-        if bad: raise FloatingPointError(f"{self.what}: {', '.join(bad)} is not a finite number at step {state.global_step}; lower the learning rate or look at the batch")
-    def on_save(self, args, state, control, **kw): from_main(lambda: seal(Path(args.output_dir)/f"checkpoint-{state.global_step}"))
+        bad = [
+            k
+            for k, v in (logs or {}).items()
+            if k.startswith("eval_") and isinstance(v, float) and not np.isfinite(v)
+        ]
+        if bad:
+            raise FloatingPointError(
+                f"{self.what}: {', '.join(bad)} is not a finite number at step {state.global_step}; lower the learning rate or look at the batch"
+            )
+
+    def on_save(self, args, state, control, **kw):
+        from_main(lambda: seal(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
 
 # %% ../../nbs/40_train.loop.ipynb #b4e2f3a5
-def part_of(batch:int, accumulate:int=1, what:str="fit") -> int: # sentences a process computes at once
+def part_of(
+    batch: int, accumulate: int = 1, what: str = "fit"
+) -> int:  # sentences a process computes at once
     "The batch divided by processes and accumulation; ValueError where it does not divide."
-    n = ranks()[1]; k = n*accumulate
-    if batch % k: raise ValueError(f"{what}: a batch of {batch} cannot be shared equally by {n} processes with {accumulate} accumulated parts each; make it a multiple of {k}, such as {max(batch//k, 1)*k} or {(batch//k+1)*k}")
-    return batch//k
+    n = ranks()[1]
+    k = n * accumulate
+    if batch % k:
+        raise ValueError(
+            f"{what}: a batch of {batch} cannot be shared equally by {n} processes with {accumulate} accumulated parts each; make it a multiple of {k}, such as {max(batch // k, 1) * k} or {(batch // k + 1) * k}"
+        )
+    return batch // k
 
-def shares(counts:list[dict]) -> list[dict]: # for each accumulated part: term -> its weight
+
+def shares(counts: list[dict]) -> list[dict]:  # for each accumulated part: term -> its weight
     "Weights with which means over parts of a batch average to the mean over all of it, from what each part's means count; the counts of other processes are added."
-    if not counts[0]: return [{} for _ in counts]
-    c = torch.stack([torch.stack([torch.as_tensor(v) for v in d.values()]) for d in counts]).double().to(device()); total = c.sum(0); n = ranks()[1]
-    if n > 1: torch.distributed.all_reduce(total)
-    return [dict(zip(counts[0], row)) for row in c*n*len(counts)/total.clamp_min(1)]
+    if not counts[0]:
+        return [{} for _ in counts]
+    c = (
+        torch.stack([torch.stack([torch.as_tensor(v) for v in d.values()]) for d in counts])
+        .double()
+        .to(device())
+    )
+    total = c.sum(0)
+    n = ranks()[1]
+    if n > 1:
+        torch.distributed.all_reduce(total)
+    return [dict(zip(counts[0], row)) for row in c * n * len(counts) / total.clamp_min(1)]
+
 
 def shared_mlm(lm, hidden, ids, where, share=None) -> torch.Tensor:
     "`mlm_loss`, weighted with the term's share where there is one."
     loss = mlm_loss(lm, hidden, ids, where)
-    if not share: return loss
-    return loss*share["mlm"].to(loss.dtype)
+    if not share:
+        return loss
+    return loss * share["mlm"].to(loss.dtype)
 
-def same_start(objective:nn.Module) -> None:
+
+def same_start(objective: nn.Module) -> None:
     "ValueError unless all processes hold the same weights, memories and generators."
-    rank, n = ranks(); h = hashlib.sha256()
-    if n == 1: return
-    for k, v in objective.state_dict().items(): h.update(k.encode()); h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    if from_main(h.hexdigest) != h.hexdigest(): raise ValueError(f"the process of rank {rank} starts with other weights than that of rank 0; seed all alike before the objective is made")
+    rank, n = ranks()
+    h = hashlib.sha256()
+    if n == 1:
+        return
+    for k, v in objective.state_dict().items():
+        h.update(k.encode())
+        h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    if from_main(h.hexdigest) != h.hexdigest():
+        raise ValueError(
+            f"the process of rank {rank} starts with other weights than that of rank 0; seed all alike before the objective is made"
+        )
 
 # %% ../../nbs/40_train.loop.ipynb #5891eed7
-LEVERS = dict(precision="auto",            # auto | fp32 | bf16: bfloat16 autocast; auto takes it on a GPU that has it
-              compile=False,               # torch.compile for each transformer layer
-              graphs=False,                # CUDA graphs of whole encoders, one for each length of a batch: for small models, whose kernels end before the next is sent
-              accumulate=1,                # parts of a process's batch that go forward and backward one after another
-              workers=0,                   # processes that make batches ahead
-              optim="adamw_torch_fused",   # as TrainingArguments calls it
-              fsdp=False)                  # shard weights, gradients and optimiser over the processes
+LEVERS = dict(
+    precision="auto",  # auto | fp32 | bf16: bfloat16 autocast; auto takes it on a GPU that has it
+    compile=False,  # torch.compile for each transformer layer
+    graphs=False,  # CUDA graphs of whole encoders, one for each length of a batch: for small models, whose kernels end before the next is sent
+    accumulate=1,  # parts of a process's batch that go forward and backward one after another
+    workers=0,  # processes that make batches ahead
+    optim="adamw_torch_fused",  # as TrainingArguments calls it
+    fsdp=False,
+)  # shard weights, gradients and optimiser over the processes
+
 
 def all_levers(**given) -> dict:
     "`LEVERS`, replaced by the environment (`VLKD_ACCUMULATE=4`) and then by what is given; unknown names and values raise `ValueError`."
-    if unknown := sorted(set(given)-set(LEVERS)): raise ValueError(f"unknown lever {unknown[0]!r}; there are {', '.join(LEVERS)}")
+    if unknown := sorted(set(given) - set(LEVERS)):
+        raise ValueError(f"unknown lever {unknown[0]!r}; there are {', '.join(LEVERS)}")
+
     def value(k, v):
-        kind = type(LEVERS[k]); known = {"true": True, "1": True, "false": False, "0": False}; s = str(v).lower()
-        if kind is bool and s in known: return known[s]
-        if kind is int and s.isdigit() and int(s) >= (k == "accumulate"): return int(s)
-        if kind is str and (k != "precision" or s in ("auto", "fp32", "bf16")): return s
-        raise ValueError(f"lever {k} = {v!r} (VLKD_{k.upper()}): it should be {dict(precision='auto, fp32 or bf16', accumulate='a number from 1', workers='a number from 0').get(k, 'true or false')}")
+        kind = type(LEVERS[k])
+        known = {"true": True, "1": True, "false": False, "0": False}
+        s = str(v).lower()
+        if kind is bool and s in known:
+            return known[s]
+        if kind is int and s.isdigit() and int(s) >= (k == "accumulate"):
+            return int(s)
+        if kind is str and (k != "precision" or s in ("auto", "fp32", "bf16")):
+            return s
+        raise ValueError(
+            f"lever {k} = {v!r} (VLKD_{k.upper()}): it should be {dict(precision='auto, fp32 or bf16', accumulate='a number from 1', workers='a number from 0').get(k, 'true or false')}"
+        )
+
     return {k: value(k, given.get(k, os.environ.get(f"VLKD_{k.upper()}") or v)) for k, v in LEVERS.items()}
 
 # %% ../../nbs/40_train.loop.ipynb #2aeef222
-def sharded(objective:nn.Module) -> nn.Module:
+def sharded(objective: nn.Module) -> nn.Module:
     "A copy whose weights lie spread over all processes; the teacher, which is frozen, is not copied."
     from torch.distributed.fsdp import fully_shard
-    model = copy.deepcopy(objective, {id(t): t for t in getattr(objective, "_teacher", ()) if t is not None}); mesh = torch.distributed.init_device_mesh(device().type, (ranks()[1],))
+
+    model = copy.deepcopy(objective, {id(t): t for t in getattr(objective, "_teacher", ()) if t is not None})
+    mesh = torch.distributed.init_device_mesh(device().type, (ranks()[1],))
     for m in model.modules():
-        if type(m).__name__ == "BertLayer": fully_shard(m, mesh=mesh)
-    objective.cpu(); return fully_shard(model, mesh=mesh)
+        if type(m).__name__ == "BertLayer":
+            fully_shard(m, mesh=mesh)
+    objective.cpu()
+    return fully_shard(model, mesh=mesh)
 
-def whole(x): return x.full_tensor() if hasattr(x, "full_tensor") else x
 
-def unshard(model:nn.Module, objective:nn.Module) -> None:
+def whole(x):
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def unshard(model: nn.Module, objective: nn.Module) -> None:
     "Copy the weights of a sharded model into the objective it was made from."
     objective.load_state_dict({k: whole(v) for k, v in model.state_dict().items()})
 
 # %% ../../nbs/40_train.loop.ipynb #b55178da
 class ObjectiveTrainer(Trainer):
     "Trainer for modules that return `dict(loss=..., part=...)`."
-    def _get_train_sampler(self, train_dataset=None): return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
-    def floating_point_ops(self, inputs): return 0
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def floating_point_ops(self, inputs):
+        return 0
 
     def compute_loss(self, model, inputs, return_outputs=False, **kw):
         parts = model(**inputs)
         if model.training:
             with torch.no_grad():
-                for k, v in parts.items(): self.parts[k] = self.parts.get(k, 0)+v.detach()
+                for k, v in parts.items():
+                    self.parts[k] = self.parts.get(k, 0) + v.detach()
             self.n_parts += 1
         return (parts["loss"], parts) if return_outputs else parts["loss"]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device); self.now = [dict(b) for b in batches]; self.part = 0
-        if self.args.world_size*len(batches) > 1 and hasattr(o := self.objective, "counts"):
-            for b, s in zip(batches, shares([o.counts(b) for b in batches])): b["share"] = s
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.now = [dict(b) for b in batches]
+        self.part = 0
+        if self.args.world_size * len(batches) > 1 and hasattr(o := self.objective, "counts"):
+            for b, s in zip(batches, shares([o.counts(b) for b in batches])):
+                b["share"] = s
         return batches, None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self.args.world_size > 1: torch.manual_seed(int(fingerprint([self.args.seed, self.state.global_step, self.part, self.args.process_index]), 16) % 2**63) # dropout that differs between processes and is drawn again alike by a resumed run
-        if self.graphs and not self.part: torch.compiler.cudagraph_mark_step_begin() # memory of the step before may be written over
+        if self.args.world_size > 1:
+            torch.manual_seed(
+                int(
+                    fingerprint([self.args.seed, self.state.global_step, self.part, self.args.process_index]),
+                    16,
+                )
+                % 2**63
+            )  # dropout that differs between processes and is drawn again alike by a resumed run
+        if self.graphs and not self.part:
+            torch.compiler.cudagraph_mark_step_begin()  # memory of the step before may be written over
         self.part += 1
-        if not model.training: model.train() # walking all modules at every step costs a millisecond
+        if not model.training:
+            model.train()  # walking all modules at every step costs a millisecond
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager(), one_batch(): loss = self.compute_loss(model, inputs)
+        with self.compute_loss_context_manager(), one_batch():
+            loss = self.compute_loss(model, inputs)
         self.finite(loss.detach(), "loss")
-        if self.current_gradient_accumulation_steps > 1: loss = loss/self.current_gradient_accumulation_steps
-        self.accelerator.backward(loss); return loss.detach()
+        if self.current_gradient_accumulation_steps > 1:
+            loss = loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
 
-    def _get_grad_norm(self, model, grad_norm=None): norm = whole(super()._get_grad_norm(model, grad_norm)); self.finite(norm, "gradient"); return norm
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = whole(super()._get_grad_norm(model, grad_norm))
+        self.finite(norm, "gradient")
+        return norm
 
     @property
-    def at_once(self): return self.args.device.type == "cpu"
-    def finite(self, x, what:str):
+    def at_once(self):
+        return self.args.device.type == "cpu"
+
+    def finite(self, x, what: str):
         "Stop at an `x` that is not finite. On the CPU at once; on a GPU, where looking means waiting, the first such step is noted there, and looked at before anything is logged or saved."
         x = torch.as_tensor(x)
-        if self.at_once: return None if torch.isfinite(x) else self.stop(what, self.state.global_step, self.now)
-        if self.bad is None: self.bad = torch.full((2,), -1, device=x.device)
-        k = dict(loss=0, gradient=1)[what]; self.bad[k] = torch.where(torch.isfinite(x) | (self.bad[k] >= 0), self.bad[k], self.state.global_step)
+        if self.at_once:
+            return None if torch.isfinite(x) else self.stop(what, self.state.global_step, self.now)
+        if self.bad is None:
+            self.bad = torch.full((2,), -1, device=x.device)
+        k = dict(loss=0, gradient=1)[what]
+        self.bad[k] = torch.where(torch.isfinite(x) | (self.bad[k] >= 0), self.bad[k], self.state.global_step)
 
     def look(self):
-        if self.bad is None: return
-        loss, gradient = self.bad.tolist(); first = min((s for s in (loss, gradient) if s >= 0), default=None)
-        if first is not None: self.stop("loss" if loss == first else "gradient", first, [self.data_collator([self.train_dataset[k] for k in ks]) for ks in self.draws(first)])
+        if self.bad is None:
+            return
+        loss, gradient = self.bad.tolist()
+        first = min((s for s in (loss, gradient) if s >= 0), default=None)
+        if first is not None:
+            self.stop(
+                "loss" if loss == first else "gradient",
+                first,
+                [self.data_collator([self.train_dataset[k] for k in ks]) for ks in self.draws(first)],
+            )
 
-    def draws(self, step:int) -> list: # for each accumulated part, which draws this process computes on
-        b, w, a = self.args.per_device_train_batch_size, self.args.world_size, self.args.gradient_accumulation_steps
-        return [range(k*b, (k+1)*b) for k in ((step*a+i)*w+self.args.process_index for i in range(a))]
+    def draws(self, step: int) -> list:  # for each accumulated part, which draws this process computes on
+        b, w, a = (
+            self.args.per_device_train_batch_size,
+            self.args.world_size,
+            self.args.gradient_accumulation_steps,
+        )
+        return [
+            range(k * b, (k + 1) * b)
+            for k in ((step * a + i) * w + self.args.process_index for i in range(a))
+        ]
 
-    def stop(self, what:str, step:int, batches:list):
+    def stop(self, what: str, step: int, batches: list):
         "Save the batch at which it happened, and raise."
-        f = self.out/("nonfinite" if self.args.process_index == 0 else f"nonfinite-{self.args.process_index}"); flat = {f"{i}.{k}": v.detach().cpu().contiguous() for i, b in enumerate(batches) for k, v in b.items() if torch.is_tensor(v)}
-        with atomic(f.with_suffix(".safetensors"), "wb") as h: h.write(save(flat))
-        write_json(f.with_suffix(".json"), dict(what=what, step=step+1, examples=[[self.train_dataset[k] for k in ks] for ks in self.draws(step)], seed=self.args.seed, rank=self.args.process_index, processes=self.args.world_size))
-        raise FloatingPointError(f"{self.what}: the {what} is not a finite number at step {step+1}; its batch is saved in {f.with_suffix('.safetensors')}, its examples in {f.name}.json; lower the learning rate or look at the batch")
+        f = self.out / (
+            "nonfinite" if self.args.process_index == 0 else f"nonfinite-{self.args.process_index}"
+        )
+        flat = {
+            f"{i}.{k}": v.detach().cpu().contiguous()
+            for i, b in enumerate(batches)
+            for k, v in b.items()
+            if torch.is_tensor(v)
+        }
+        with atomic(f.with_suffix(".safetensors"), "wb") as h:
+            h.write(save(flat))
+        write_json(
+            f.with_suffix(".json"),
+            dict(
+                what=what,
+                step=step + 1,
+                examples=[[self.train_dataset[k] for k in ks] for ks in self.draws(step)],
+                seed=self.args.seed,
+                rank=self.args.process_index,
+                processes=self.args.world_size,
+            ),
+        )
+        raise FloatingPointError(
+            f"{self.what}: the {what} is not a finite number at step {step + 1}; its batch is saved in {f.with_suffix('.safetensors')}, its examples in {f.name}.json; lower the learning rate or look at the batch"
+        )
 
     def _maybe_log_save_evaluate(self, *a, **kw):
-        if self.control.should_log or self.control.should_save or self.control.should_evaluate: self.look()
+        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+            self.look()
         super()._maybe_log_save_evaluate(*a, **kw)
 
     def prediction_step(self, model, inputs, prediction_loss_only=True, ignore_keys=None):
-        with torch.no_grad(), self.compute_loss_context_manager(): parts = model(**self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            parts = model(**self._prepare_inputs(inputs))
         return parts["loss"].detach(), None, None
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self.n_parts:
-            if self.args.world_size > 1: self.parts = self.accelerator.reduce(self.parts, "mean")
-            logs = logs | {k: float(v)/self.n_parts for k, v in self.parts.items()}; self.parts, self.n_parts = {}, 0 # Trainer's own `loss` forgets, on resuming, what came before the checkpoint
+            if self.args.world_size > 1:
+                self.parts = self.accelerator.reduce(self.parts, "mean")
+            logs = logs | {k: float(v) / self.n_parts for k, v in self.parts.items()}
+            self.parts, self.n_parts = (
+                {},
+                0,
+            )  # Trainer's own `loss` forgets, on resuming, what came before the checkpoint
         super().log(logs, start_time)
 
     def _save(self, output_dir=None, state_dict=None):
-        if self.sharded: unshard(self.model, self.objective)
-        if not self.args.should_save: return
-        Path(output_dir).mkdir(parents=True, exist_ok=True); save_weights(self.objective, str(Path(output_dir)/"model.safetensors"))
+        if self.sharded:
+            unshard(self.model, self.objective)
+        if not self.args.should_save:
+            return
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_weights(self.objective, str(Path(output_dir) / "model.safetensors"))
+
     def _save_optimizer_and_scheduler(self, output_dir):
-        if not self.sharded: return super()._save_optimizer_and_scheduler(output_dir)
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-        state = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if self.args.should_save: torch.save(state, Path(output_dir)/"optimizer_fsdp.pt"); torch.save(self.lr_scheduler.state_dict(), Path(output_dir)/"scheduler.pt")
+
+        state = get_optimizer_state_dict(
+            self.model,
+            self.optimizer.optimizer,
+            options=StateDictOptions(full_state_dict=True, cpu_offload=True),
+        )
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer_fsdp.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if not self.sharded or checkpoint is None: return super()._load_optimizer_and_scheduler(checkpoint)
+        if not self.sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-        read = lambda name: torch.load(Path(checkpoint)/name, map_location="cpu", weights_only=True)
-        set_optimizer_state_dict(self.model, self.optimizer.optimizer, read("optimizer_fsdp.pt"), options=StateDictOptions(full_state_dict=True)); self.lr_scheduler.load_state_dict(read("scheduler.pt"))
+
+        read = lambda name: torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+        set_optimizer_state_dict(
+            self.model,
+            self.optimizer.optimizer,
+            read("optimizer_fsdp.pt"),
+            options=StateDictOptions(full_state_dict=True),
+        )
+        self.lr_scheduler.load_state_dict(read("scheduler.pt"))
+
     def _save_rng_state(self, output_dir):
-        if self.args.world_size == 1: super()._save_rng_state(output_dir) # several processes seed every step
-        else: self.parts = self.accelerator.reduce(self.parts, "mean")
-        if self.args.should_save: Path(output_dir, "parts.safetensors").write_bytes(save({k: v.detach().cpu() for k, v in self.parts.items()}, dict(n=str(self.n_parts)))) # sums since the last log
+        if self.args.world_size == 1:
+            super()._save_rng_state(output_dir)  # several processes seed every step
+        else:
+            self.parts = self.accelerator.reduce(self.parts, "mean")
+        if self.args.should_save:
+            Path(output_dir, "parts.safetensors").write_bytes(
+                save({k: v.detach().cpu() for k, v in self.parts.items()}, dict(n=str(self.n_parts)))
+            )  # sums since the last log
+
     def load_parts(self, checkpoint):
-        with safe_open(str(Path(checkpoint)/"parts.safetensors"), "pt") as f: self.n_parts, self.parts = int(f.metadata()["n"]), {k: f.get_tensor(k).to(self.args.device) for k in f.keys()}
-    def _defer_fsdp_gradient_reduction(self): return contextlib.nullcontext() # Trainer's asks a `config` of the model; each part's gradients are summed as they come
-    def _load_from_checkpoint(self, checkpoint, model=None): load_weights(self.objective, str(Path(checkpoint)/"model.safetensors")) # what is sharded has been loaded before it was
+        with safe_open(str(Path(checkpoint) / "parts.safetensors"), "pt") as f:
+            self.n_parts, self.parts = (
+                int(f.metadata()["n"]),
+                {k: f.get_tensor(k).to(self.args.device) for k in f.keys()},
+            )
+
+    def _defer_fsdp_gradient_reduction(self):
+        return (
+            contextlib.nullcontext()
+        )  # Trainer's asks a `config` of the model; each part's gradients are summed as they come
+
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        load_weights(
+            self.objective, str(Path(checkpoint) / "model.safetensors")
+        )  # what is sharded has been loaded before it was
+
     def _load_best_model(self):
-        if why := damage(self.state.best_model_checkpoint): raise ValueError(f"the best checkpoint, {self.state.best_model_checkpoint}, cannot be used: {why}; delete the run's folder and train again")
+        if why := damage(self.state.best_model_checkpoint):
+            raise ValueError(
+                f"the best checkpoint, {self.state.best_model_checkpoint}, cannot be used: {why}; delete the run's folder and train again"
+            )
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 # %% ../../nbs/40_train.loop.ipynb #904f72d4
-def fit(objective:nn.Module,   # forward(**batch) -> dict with `loss`
-        collate,               # list of (example, epoch) -> batch
-        n:int,                 # number of training examples
-        out,                   # folder for checkpoints and progress
-        *, steps:int, batch:int, lr:float, warmup:int=0, weight_decay:float=.01, seed:int=0, lengths=None, save_every:int=0, valid=None, eval_every:int=0, patience:int=0, what:str="", max_grad_norm:float=1., levers:dict=None
-       ) -> list[dict]: # history: step, loss and its parts
+def fit(
+    objective: nn.Module,  # forward(**batch) -> dict with `loss`
+    collate,  # list of (example, epoch) -> batch
+    n: int,  # number of training examples
+    out,  # folder for checkpoints and progress
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    warmup: int = 0,
+    weight_decay: float = 0.01,
+    seed: int = 0,
+    lengths=None,
+    save_every: int = 0,
+    valid=None,
+    eval_every: int = 0,
+    patience: int = 0,
+    what: str = "",
+    max_grad_norm: float = 1.0,
+    levers: dict = None,
+) -> list[dict]:  # history: step, loss and its parts
     """Train `objective` for `steps` steps of AdamW with linear warm-up and decay, resuming from the last whole checkpoint under `out`. `lengths` (n,) of the examples put those of similar length in a batch.
     `valid=(collate, n)` is evaluated every `eval_every` steps; after `patience` evaluations without a better loss the training stops, and the best weights are kept.
     Started by torchrun, N processes train one objective on parts of the same batches; `out` is one folder, which all of them see. `levers` are those of `LEVERS`."""
-    rank, n_ranks = ranks(); use = all_levers(**(levers or {})); part = part_of(batch, use["accumulate"], what)
-    if use["accumulate"] > 1 and (terms := getattr(objective, "coupled", ())): raise ValueError(f"{what}: accumulate = {use['accumulate']} would change {', '.join(terms)}, which compare the sentences of a whole batch: set it to 1, and use more processes or a smaller batch")
-    out = Path(out); out.mkdir(parents=True, exist_ok=True); checks = out/"checkpoints"; dev = device()
-    size = check_trainable(objective.to(dev), {k: v.to(dev) for k, v in collate([Draws(n, batch, seed)[k] for k in range(min(batch, 8))]).items()})
-    changed = [f"{k} {v}" for k, v in use.items() if v != LEVERS[k]]; same_start(objective)
-    if not rank: print(f"{what}: {size['trainable']:,} parameters train, {size['frozen']:,} are frozen; {steps} steps of {batch} on {f'{n_ranks} x ' if n_ranks > 1 else ''}{device_name()}{'; ' if changed else ''}{', '.join(changed)}", flush=True)
+    rank, n_ranks = ranks()
+    use = all_levers(**(levers or {}))
+    part = part_of(batch, use["accumulate"], what)
+    if use["accumulate"] > 1 and (terms := getattr(objective, "coupled", ())):
+        raise ValueError(
+            f"{what}: accumulate = {use['accumulate']} would change {', '.join(terms)}, which compare the sentences of a whole batch: set it to 1, and use more processes or a smaller batch"
+        )
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    checks = out / "checkpoints"
+    dev = device()
+    size = check_trainable(
+        objective.to(dev),
+        {k: v.to(dev) for k, v in collate([Draws(n, batch, seed)[k] for k in range(min(batch, 8))]).items()},
+    )
+    changed = [f"{k} {v}" for k, v in use.items() if v != LEVERS[k]]
+    same_start(objective)
+    if not rank:
+        print(
+            f"{what}: {size['trainable']:,} parameters train, {size['frozen']:,} are frozen; {steps} steps of {batch} on {f'{n_ranks} x ' if n_ranks > 1 else ''}{device_name()}{'; ' if changed else ''}{', '.join(changed)}",
+            flush=True,
+        )
     keep = valid is not None and eval_every > 0
-    args = TrainingArguments(output_dir=str(checks), max_steps=steps, per_device_train_batch_size=part, gradient_accumulation_steps=use["accumulate"], per_device_eval_batch_size=batch, learning_rate=lr, warmup_steps=warmup, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
-        lr_scheduler_type="linear", optim=use["optim"], bf16=use_bf16(use["precision"]), use_cpu=dev.type == "cpu", seed=seed, data_seed=seed, save_strategy="steps" if save_every or keep else "no", save_steps=(eval_every if keep else save_every) or 500, save_total_limit=2,
-        eval_strategy="steps" if keep else "no", eval_steps=eval_every or None, load_best_model_at_end=keep, restore_callback_states_from_checkpoint=True, metric_for_best_model="loss", greater_is_better=False, logging_steps=max(1, min(50, steps//10)), logging_nan_inf_filter=False,
-        report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_num_workers=use["workers"], ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, dataloader_pin_memory=dev.type == "cuda", log_level="error")
-    if use["fsdp"] and n_ranks == 1: raise ValueError(f"{what}: fsdp shards a model over several processes: start them with torchrun")
-    resume = from_main(lambda: last_checkpoint(checks)); opt = "optimizer_fsdp.pt" if use["fsdp"] else "optimizer.pt"
-    if resume and not (resume/opt).is_file(): raise ValueError(f"{what}: {resume} was written {'without' if use['fsdp'] else 'with'} fsdp: go on as it began, or delete it")
-    if resume and use["fsdp"]: load_weights(objective, str(resume/"model.safetensors"))
+    args = TrainingArguments(
+        output_dir=str(checks),
+        max_steps=steps,
+        per_device_train_batch_size=part,
+        gradient_accumulation_steps=use["accumulate"],
+        per_device_eval_batch_size=batch,
+        learning_rate=lr,
+        warmup_steps=warmup,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        lr_scheduler_type="linear",
+        optim=use["optim"],
+        bf16=use_bf16(use["precision"]),
+        use_cpu=dev.type == "cpu",
+        seed=seed,
+        data_seed=seed,
+        save_strategy="steps" if save_every or keep else "no",
+        save_steps=(eval_every if keep else save_every) or 500,
+        save_total_limit=2,
+        eval_strategy="steps" if keep else "no",
+        eval_steps=eval_every or None,
+        load_best_model_at_end=keep,
+        restore_callback_states_from_checkpoint=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        logging_steps=max(1, min(50, steps // 10)),
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=use["workers"],
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        dataloader_pin_memory=dev.type == "cuda",
+        log_level="error",
+    )
+    if use["fsdp"] and n_ranks == 1:
+        raise ValueError(f"{what}: fsdp shards a model over several processes: start them with torchrun")
+    resume = from_main(lambda: last_checkpoint(checks))
+    opt = "optimizer_fsdp.pt" if use["fsdp"] else "optimizer.pt"
+    if resume and not (resume / opt).is_file():
+        raise ValueError(
+            f"{what}: {resume} was written {'without' if use['fsdp'] else 'with'} fsdp: go on as it began, or delete it"
+        )
+    if resume and use["fsdp"]:
+        load_weights(objective, str(resume / "model.safetensors"))
     model = sharded(objective) if use["fsdp"] else objective
-    if use["graphs"] and (use["compile"] or use["fsdp"]): raise ValueError(f"{what}: graphs and {'compile' if use['compile'] else 'fsdp'} cannot be had together")
-    if use["compile"] or use["graphs"]: compile_layers(model, use["graphs"])
+    if use["graphs"] and (use["compile"] or use["fsdp"]):
+        raise ValueError(
+            f"{what}: graphs and {'compile' if use['compile'] else 'fsdp'} cannot be had together"
+        )
+    if use["compile"] or use["graphs"]:
+        compile_layers(model, use["graphs"])
     callbacks = [Progress(out, what), *([EarlyStoppingCallback(patience)] if keep and patience else [])]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*|.*lr_scheduler.step.*")
-        t = ObjectiveTrainer(model=model, args=args, data_collator=collate, train_dataset=Draws(n, steps*batch, seed, batch, lengths), callbacks=callbacks, eval_dataset=Fixed(valid[1]) if keep else None)
-        t.parts, t.n_parts, t.objective, t.bad, t.out, t.what, t.sharded, t.graphs = {}, 0, objective, None, out, what, use["fsdp"], use["graphs"]; t.is_distributed_loading_by_transformers |= use["fsdp"]; t.remove_callback(PrinterCallback)
-        if keep: t.get_eval_dataloader = lambda *a, **k: torch.utils.data.DataLoader(Fixed(valid[1]), batch_size=batch, collate_fn=valid[0])
-        if resume and (resume/"parts.safetensors").is_file(): t.load_parts(resume)
-        if resume and not rank: print(f"{what}: resumes from {resume.name}", flush=True)
-        t.train(resume_from_checkpoint=str(resume) if resume else None); t.look()
-    if use["fsdp"]: (None if keep and t.state.best_model_checkpoint else unshard(model, objective)); objective.to(dev)
-    objective.eval(); from_main(lambda: shutil.rmtree(checks, ignore_errors=True))
-    return [{k: v for k, v in h.items() if k in ("step", "loss", "eval_loss", "learning_rate", "grad_norm") or not k.startswith(("eval_", "train_", "epoch", "total_"))} for h in t.state.log_history if "loss" in h or "eval_loss" in h]
+        t = ObjectiveTrainer(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=Draws(n, steps * batch, seed, batch, lengths),
+            callbacks=callbacks,
+            eval_dataset=Fixed(valid[1]) if keep else None,
+        )
+        t.parts, t.n_parts, t.objective, t.bad, t.out, t.what, t.sharded, t.graphs = (
+            {},
+            0,
+            objective,
+            None,
+            out,
+            what,
+            use["fsdp"],
+            use["graphs"],
+        )
+        t.is_distributed_loading_by_transformers |= use["fsdp"]
+        t.remove_callback(PrinterCallback)
+        if keep:
+            t.get_eval_dataloader = lambda *a, **k: torch.utils.data.DataLoader(
+                Fixed(valid[1]), batch_size=batch, collate_fn=valid[0]
+            )
+        if resume and (resume / "parts.safetensors").is_file():
+            t.load_parts(resume)
+        if resume and not rank:
+            print(f"{what}: resumes from {resume.name}", flush=True)
+        t.train(resume_from_checkpoint=str(resume) if resume else None)
+        t.look()
+    if use["fsdp"]:
+        (None if keep and t.state.best_model_checkpoint else unshard(model, objective))
+        objective.to(dev)
+    objective.eval()
+    from_main(lambda: shutil.rmtree(checks, ignore_errors=True))
+    return [
+        {
+            k: v
+            for k, v in h.items()
+            if k in ("step", "loss", "eval_loss", "learning_rate", "grad_norm")
+            or not k.startswith(("eval_", "train_", "epoch", "total_"))
+        }
+        for h in t.state.log_history
+        if "loss" in h or "eval_loss" in h
+    ]
 
-def compile_layers(objective:nn.Module, graphs:bool=False) -> None:
+
+def compile_layers(objective: nn.Module, graphs: bool = False) -> None:
     "`torch.compile` each layer of the BERTs of an objective and of its teacher by itself, for every length of a batch; or each encoder as a whole, on a GPU as a CUDA graph for each length."
     kind, how = ("BertEncoder", dict(mode="reduce-overhead")) if graphs else ("BertLayer", {})
     for m in (objective, *getattr(objective, "_teacher", ())):
         for layer in m.modules() if m is not None else ():
-            if type(layer).__name__ == kind and layer._compiled_call_impl is None: layer.compile(dynamic=True, **how)
+            if type(layer).__name__ == kind and layer._compiled_call_impl is None:
+                layer.compile(dynamic=True, **how)
+
 
 class Fixed(torch.utils.data.Dataset):
     "Examples 0..n-1 in order, always epoch 0: what validation sees."
-    def __init__(self, n:int): self.n = n
-    def __len__(self): return self.n
-    def __getitem__(self, k:int): return k, 0
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, k: int):
+        return k, 0

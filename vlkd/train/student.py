@@ -28,152 +28,370 @@ from .data import *
 from .teacher import video_states
 
 # %% ../../nbs/43_train.student.ipynb #d737df58
-KEYS = 4 # tokens of a sentence that are CRD's keys
+KEYS = 4  # tokens of a sentence that are CRD's keys
 KD = ("soft_label", "regression", "voken", "nst", "crd", "nt_xent")
 
-def parse_kd(kd:str) -> tuple: # names
+
+def parse_kd(kd: str) -> tuple:  # names
     "Objectives of a `+`-joined list; an unknown one is an error."
     names = tuple(k for k in kd.replace(" ", "").split("+") if k)
     for k in names:
-        if k not in KD: raise ValueError(f"unknown objective {k!r} in {kd!r}; it should be one of {', '.join(KD)}")
+        if k not in KD:
+            raise ValueError(f"unknown objective {k!r} in {kd!r}; it should be one of {', '.join(KD)}")
     return names
+
 
 class StudentObjective(nn.Module):
     "MLM plus the chosen distillation terms. The teacher is no part of the module: it is neither trained nor saved with it."
-    def __init__(self, lm, teacher_lm=None, kd:str="", *, s:Scale, args:dict=None, weights:dict=None, pool=None, head:bool=True, crd_keys:str="tokens"):
-        super().__init__(); self.kd, args = parse_kd(kd), args or {}
-        if self.kd and teacher_lm is None: raise ValueError(f"{kd} needs a teacher")
-        if "voken" in self.kd and pool is None: raise ValueError("voken needs a pool of video vectors (K, Dt)")
-        if crd_keys not in ("tokens", "sentence"): raise ValueError(f"crd_keys {crd_keys!r}: it should be tokens or sentence")
+
+    def __init__(
+        self,
+        lm,
+        teacher_lm=None,
+        kd: str = "",
+        *,
+        s: Scale,
+        args: dict = None,
+        weights: dict = None,
+        pool=None,
+        head: bool = True,
+        crd_keys: str = "tokens",
+    ):
+        super().__init__()
+        self.kd, args = parse_kd(kd), args or {}
+        if self.kd and teacher_lm is None:
+            raise ValueError(f"{kd} needs a teacher")
+        if "voken" in self.kd and pool is None:
+            raise ValueError("voken needs a pool of video vectors (K, Dt)")
+        if crd_keys not in ("tokens", "sentence"):
+            raise ValueError(f"crd_keys {crd_keys!r}: it should be tokens or sentence")
         self.lm, self._teacher, self._pool, self.crd_keys = lm, [teacher_lm], [pool], crd_keys
-        self.weights = {k: (weights or {}).get(k, 1.) for k in self.kd}; self.args = {k: dict(args.get(k, {})) for k in self.kd}
-        ds = lm.config.hidden_size; dt = teacher_lm.config.hidden_size if teacher_lm is not None else 0
+        self.weights = {k: (weights or {}).get(k, 1.0) for k in self.kd}
+        self.args = {k: dict(args.get(k, {})) for k in self.kd}
+        ds = lm.config.hidden_size
+        dt = teacher_lm.config.hidden_size if teacher_lm is not None else 0
         needs = [k for k in self.kd if k not in ("soft_label",)]
-        self.heads = nn.ModuleDict({k: DistillationHead(ds, s.head_hidden, len(pool) if k == "voken" else dt) if head or k == "voken" else nn.Identity() for k in needs})
-        if not head and ds != dt and any(k in ("regression", "nt_xent") for k in self.kd): raise ValueError(f"without a head, student and teacher must have one width; they have {ds} and {dt}")
-        if "crd" in self.kd: self.crd = CRD(dt if head else ds, dt, s.crd_dim, negatives=s.crd_negatives, bank_size=s.crd_bank, **self.args["crd"])
+        self.heads = nn.ModuleDict(
+            {
+                k: DistillationHead(ds, s.head_hidden, len(pool) if k == "voken" else dt)
+                if head or k == "voken"
+                else nn.Identity()
+                for k in needs
+            }
+        )
+        if not head and ds != dt and any(k in ("regression", "nt_xent") for k in self.kd):
+            raise ValueError(
+                f"without a head, student and teacher must have one width; they have {ds} and {dt}"
+            )
+        if "crd" in self.kd:
+            self.crd = CRD(
+                dt if head else ds,
+                dt,
+                s.crd_dim,
+                negatives=s.crd_negatives,
+                bank_size=s.crd_bank,
+                **self.args["crd"],
+            )
 
-        self.coupled = tuple(k for k in self.kd if k in ("crd", "nt_xent")) # terms that compare sentences of a batch
+        self.coupled = tuple(
+            k for k in self.kd if k in ("crd", "nt_xent")
+        )  # terms that compare sentences of a batch
 
-    def counts(self, batch) -> dict: # by term, of how many things of a batch its mean is taken; of the others, the sentences
-        m = batch["mask"]; tokens = dict.fromkeys(("soft_label", "regression", "voken"), m.sum())
-        if "vokens" in batch: tokens["voken"] = (m & (batch["vokens"] != -100)).sum()
+    def counts(
+        self, batch
+    ) -> dict:  # by term, of how many things of a batch its mean is taken; of the others, the sentences
+        m = batch["mask"]
+        tokens = dict.fromkeys(("soft_label", "regression", "voken"), m.sum())
+        if "vokens" in batch:
+            tokens["voken"] = (m & (batch["vokens"] != -100)).sum()
         return dict(mlm=batch["where"].sum(), **{k: tokens[k] for k in self.kd if k in tokens})
 
     @torch.no_grad()
     def teach(self, masked, ids, mask, known=None) -> dict:
         "What the frozen teacher says: states of the masked input, logits and vokens only where they are asked for."
         t = self._teacher[0]
-        if next(t.parameters()).device != masked.device: t.to(masked.device)
-        t.eval(); out = {}
-        if set(self.kd) - {"voken"}: out["states"] = hidden_states(t, masked, mask)
-        if "soft_label" in self.kd: out["logits"] = t.cls(out["states"][mask])
-        if "voken" in self.kd and known is None: out["vokens"] = vokens(hidden_states(t, ids, mask), mask, self._pool[0].to(masked.device)) # a sentence's vokens are those of its true tokens
+        if next(t.parameters()).device != masked.device:
+            t.to(masked.device)
+        t.eval()
+        out = {}
+        if set(self.kd) - {"voken"}:
+            out["states"] = hidden_states(t, masked, mask)
+        if "soft_label" in self.kd:
+            out["logits"] = t.cls(out["states"][mask])
+        if "voken" in self.kd and known is None:
+            out["vokens"] = vokens(
+                hidden_states(t, ids, mask), mask, self._pool[0].to(masked.device)
+            )  # a sentence's vokens are those of its true tokens
         return out
 
     def forward(self, ids, mask, masked, where, position=None, vokens=None, share=None):
-        h = hidden_states(self.lm, masked, mask); parts = dict(mlm=shared_mlm(self.lm, h, ids, where, share)); at = torch.arange(len(h), device=h.device)[:, None]
-        if self.kd: t = self.teach(masked, ids, mask, vokens)
-        for k in self.kd: # a head sees no padding where its loss counts tokens one by one, and of CRD's tokens only the keys
-            if k == "soft_label": parts[k] = soft_label(self.lm.cls(h[mask]), t["logits"], **self.args[k])
-            elif k == "regression": parts[k] = regression(self.heads[k](h[mask]), t["states"][mask], **self.args[k])
-            elif k == "nst": parts[k] = nst(self.heads[k](h), t["states"], mask, **self.args[k])
-            elif k == "nt_xent": parts[k] = nt_xent(self.heads[k](h), t["states"], mask, **self.args[k])
-            elif k == "voken": parts[k] = voken(self.heads[k](h[mask]), (t["vokens"] if vokens is None else vokens)[mask])
-            elif self.crd_keys == "sentence": parts[k] = self.crd(masked_mean(self.heads[k](h), mask), masked_mean(t["states"], mask))
-            else: parts[k] = self.crd(self.heads[k](h[at, position].flatten(0, 1)), t["states"][at, position].flatten(0, 1))
-            if share and k in share: parts[k] = parts[k]*share[k].to(parts[k].dtype)
-        return dict(loss=parts["mlm"]+sum(self.weights[k]*parts[k] for k in self.kd), **parts)
+        h = hidden_states(self.lm, masked, mask)
+        parts = dict(mlm=shared_mlm(self.lm, h, ids, where, share))
+        at = torch.arange(len(h), device=h.device)[:, None]
+        if self.kd:
+            t = self.teach(masked, ids, mask, vokens)
+        for k in self.kd:  # a head sees no padding where its loss counts tokens one by one, and of CRD's tokens only the keys
+            if k == "soft_label":
+                parts[k] = soft_label(self.lm.cls(h[mask]), t["logits"], **self.args[k])
+            elif k == "regression":
+                parts[k] = regression(self.heads[k](h[mask]), t["states"][mask], **self.args[k])
+            elif k == "nst":
+                parts[k] = nst(self.heads[k](h), t["states"], mask, **self.args[k])
+            elif k == "nt_xent":
+                parts[k] = nt_xent(self.heads[k](h), t["states"], mask, **self.args[k])
+            elif k == "voken":
+                parts[k] = voken(self.heads[k](h[mask]), (t["vokens"] if vokens is None else vokens)[mask])
+            elif self.crd_keys == "sentence":
+                parts[k] = self.crd(masked_mean(self.heads[k](h), mask), masked_mean(t["states"], mask))
+            else:
+                parts[k] = self.crd(
+                    self.heads[k](h[at, position].flatten(0, 1)), t["states"][at, position].flatten(0, 1)
+                )
+            if share and k in share:
+                parts[k] = parts[k] * share[k].to(parts[k].dtype)
+        return dict(loss=parts["mlm"] + sum(self.weights[k] * parts[k] for k in self.kd), **parts)
 
 # %% ../../nbs/43_train.student.ipynb #e2a10a6d
-def text_collator(tokens:Tokens, tokenizer, s:Scale, seed:int, vokens=None): # `vokens`: `Tokens` or `StoredVokens`
+def text_collator(
+    tokens: Tokens, tokenizer, s: Scale, seed: int, vokens=None
+):  # `vokens`: `Tokens` or `StoredVokens`
     "Batches of masked sentences, with the vokens of their tokens where they are given."
+
     def collate(items):
-        i, e = np.array(items).T; ids, mask = tokens[i]
-        masked, where = mask_tokens(ids, mask, tokenizer, seed=seed, epoch=e, example=i, prob=s.mask_prob, scheme=s.mask_scheme)
-        position = torch.from_numpy((uniform(seed, e[:, None], i[:, None], np.arange(KEYS)[None], stream=5)*mask.sum(1).numpy()[:, None]).astype(np.int64))
-        return dict(ids=ids, mask=mask, masked=masked, where=where, position=position) | ({} if vokens is None else dict(vokens=v if torch.is_tensor(v := vokens[i]) else v[0]))
+        i, e = np.array(items).T
+        ids, mask = tokens[i]
+        masked, where = mask_tokens(
+            ids, mask, tokenizer, seed=seed, epoch=e, example=i, prob=s.mask_prob, scheme=s.mask_scheme
+        )
+        position = torch.from_numpy(
+            (
+                uniform(seed, e[:, None], i[:, None], np.arange(KEYS)[None], stream=5)
+                * mask.sum(1).numpy()[:, None]
+            ).astype(np.int64)
+        )
+        return dict(ids=ids, mask=mask, masked=masked, where=where, position=position) | (
+            {} if vokens is None else dict(vokens=v if torch.is_tensor(v := vokens[i]) else v[0])
+        )
+
     return collate
 
 # %% ../../nbs/43_train.student.ipynb #42f17eea
 @torch.no_grad()
-def centre(o:StudentObjective, batch:dict) -> None:
+def centre(o: StudentObjective, batch: dict) -> None:
     "Start CRD's linear layers without the part that all states of a batch share."
-    ids, mask, masked = (batch[k] for k in ("ids", "mask", "masked")); t = o.teach(masked, ids, mask)["states"]; x = o.heads["crd"](hidden_states(o.lm, masked, mask))
-    for f, h in ((o.crd.f1, x), (o.crd.f2, t)): f.bias.copy_(-f.weight @ h[mask].float().mean(0))
+    ids, mask, masked = (batch[k] for k in ("ids", "mask", "masked"))
+    t = o.teach(masked, ids, mask)["states"]
+    x = o.heads["crd"](hidden_states(o.lm, masked, mask))
+    for f, h in ((o.crd.f1, x), (o.crd.f2, t)):
+        f.bias.copy_(-f.weight @ h[mask].float().mean(0))
 
 # %% ../../nbs/43_train.student.ipynb #f195a1d5
-def voken_pool(pairs:VideoText, n:int, seed:int=0) -> np.ndarray: # (n,) clip indices
+def voken_pool(pairs: VideoText, n: int, seed: int = 0) -> np.ndarray:  # (n,) clip indices
     "Clips to retrieve vokens from: one of each subject, then others at random; training clips only."
-    r = rng("pool", seed); clips = r.permutation(np.unique(pairs.clip[pairs.train])); subject = [pairs.names[c].rsplit(" (", 1)[0] if pairs.names else c for c in clips]
-    _, first = np.unique(subject, return_index=True); rest = np.setdiff1d(np.arange(len(clips)), first)
+    r = rng("pool", seed)
+    clips = r.permutation(np.unique(pairs.clip[pairs.train]))
+    subject = [pairs.names[c].rsplit(" (", 1)[0] if pairs.names else c for c in clips]
+    _, first = np.unique(subject, return_index=True)
+    rest = np.setdiff1d(np.arange(len(clips)), first)
     return clips[np.concatenate([r.permutation(first), rest])[:n]]
 
+
 @torch.no_grad()
-def voken_corpus(lm, tokens:Tokens, pool, batch:int=256) -> Tokens: # the vokens of all tokens, -100 as padding
+def voken_corpus(
+    lm, tokens: Tokens, pool, batch: int = 256
+) -> Tokens:  # the vokens of all tokens, -100 as padding
     "Retrieve the vokens of a whole corpus before training: the teacher is frozen, so a sentence's vokens are the same in every epoch."
-    dev = next(lm.parameters()).device; lm.eval(); length = np.asarray(tokens.lengths); starts = np.concatenate([[0], np.cumsum(length)]); out = np.empty(starts[-1], np.int32); order = np.argsort(length, kind="stable")
+    dev = next(lm.parameters()).device
+    lm.eval()
+    length = np.asarray(tokens.lengths)
+    starts = np.concatenate([[0], np.cumsum(length)])
+    out = np.empty(starts[-1], np.int32)
+    order = np.argsort(length, kind="stable")
     for k in range(0, len(order), batch):
-        rows = order[k:k+batch]; ids, mask = (x.to(dev) for x in tokens[rows]); v = vokens(hidden_states(lm, ids, mask), mask, pool.to(dev)).cpu().numpy()
-        for i, r, n in zip(rows, v, length[rows]): out[starts[i]:starts[i]+n] = r[:n]
+        rows = order[k : k + batch]
+        ids, mask = (x.to(dev) for x in tokens[rows])
+        v = vokens(hidden_states(lm, ids, mask), mask, pool.to(dev)).cpu().numpy()
+        for i, r, n in zip(rows, v, length[rows]):
+            out[starts[i] : starts[i] + n] = r[:n]
     return Tokens(out, starts, pad=-100)
 
 # %% ../../nbs/43_train.student.ipynb #363906b3
-def on_disk(data) -> bool: return hasattr(data, "table") # captions as a `CaptionTable`
+def on_disk(data) -> bool:
+    return hasattr(data, "table")  # captions as a `CaptionTable`
 
-def stored_pool(data, teacher:Teacher, out, seed:int=0) -> VokenPool:
+
+def stored_pool(data, teacher: Teacher, out, seed: int = 0) -> VokenPool:
     "The pool under `out`, drawn by task from the clips of `data` and encoded from the features that the teacher is shown."
-    f, t = Path(out)/"pool", data.table
-    if not (f/"pool.json").is_file():
-        clips = draw_pool(howto_videos(data.root/"howto100m/HowTo100M_v1.csv"), t.times, size=data.s.vokens, seed=seed)
-        def row(c): r = t.rows(c.video); return r.start+int(np.flatnonzero((t.start[r.start:r.stop] == np.float32(c.start)) & (t.end[r.start:r.stop] == np.float32(c.end)))[0])
-        VokenPool(clips, video_states(teacher.video.to(device()), data.pairs, [row(c) for c in clips.itertuples()]).numpy(), weights_fingerprint(teacher.lm)).save(f)
+    f, t = Path(out) / "pool", data.table
+    if not (f / "pool.json").is_file():
+        clips = draw_pool(
+            howto_videos(data.root / "howto100m/HowTo100M_v1.csv"), t.times, size=data.s.vokens, seed=seed
+        )
+
+        def row(c):
+            r = t.rows(c.video)
+            return r.start + int(
+                np.flatnonzero(
+                    (t.start[r.start : r.stop] == np.float32(c.start))
+                    & (t.end[r.start : r.stop] == np.float32(c.end))
+                )[0]
+            )
+
+        VokenPool(
+            clips,
+            video_states(
+                teacher.video.to(device()), data.pairs, [row(c) for c in clips.itertuples()]
+            ).numpy(),
+            weights_fingerprint(teacher.lm),
+        ).save(f)
     return VokenPool.load(f)
 
-def stored_vokens(data, teacher:Teacher, tokens, pool:VokenPool, out) -> StoredVokens:
+
+def stored_vokens(data, teacher: Teacher, tokens, pool: VokenPool, out) -> StoredVokens:
     "The vokens of `tokens` under `out`; what is there is kept."
-    with main_first(): vokenize(tokens, TeacherStates(teacher.lm), pool, data.tokenizer, Path(out)/"vokens")
-    return StoredVokens(Path(out)/"vokens", tokens, data.tokenizer, pool)
+    with main_first():
+        vokenize(tokens, TeacherStates(teacher.lm), pool, data.tokenizer, Path(out) / "vokens")
+    return StoredVokens(Path(out) / "vokens", tokens, data.tokenizer, pool)
 
 # %% ../../nbs/43_train.student.ipynb #24a2b7e4
-def train_student(data:Data, out, *, teacher:Teacher=None, kd:str="", steps:int=-1, seed:int=0, preset_name:str="paper", weights:dict=None, head:bool=True, crd_keys:str="tokens", corpus:str="text", start=None, what:str="student") -> tuple[StudentObjective, list]:
-    "Train a student on `data.sentences` (`corpus=\"text+captions\"`: and on the captions, without video), from the language model `start` where one is given. Teacher and student must share the tokeniser."
-    s = data.s; steps = s.steps if steps < 0 else steps; seed_everything(seed); pool = None
-    if corpus not in ("text", "captions", "text+captions"): raise ValueError(f"corpus {corpus!r}: it should be text, captions or text+captions")
-    if corpus == "text+captions" and on_disk(data): raise ValueError(f"corpus {corpus!r} is joined in memory, for which scale {s.name!r} is too large: it should be text or captions")
-    tokens = data.tokens if corpus == "text" else data.caption_tokens if corpus == "captions" else tokenize(data.tokenizer, [*data.sentences, *data.pairs.captions], s.max_tokens); store = None
+def train_student(
+    data: Data,
+    out,
+    *,
+    teacher: Teacher = None,
+    kd: str = "",
+    steps: int = -1,
+    seed: int = 0,
+    preset_name: str = "paper",
+    weights: dict = None,
+    head: bool = True,
+    crd_keys: str = "tokens",
+    corpus: str = "text",
+    start=None,
+    what: str = "student",
+) -> tuple[StudentObjective, list]:
+    'Train a student on `data.sentences` (`corpus="text+captions"`: and on the captions, without video), from the language model `start` where one is given. Teacher and student must share the tokeniser.'
+    s = data.s
+    steps = s.steps if steps < 0 else steps
+    seed_everything(seed)
+    pool = None
+    if corpus not in ("text", "captions", "text+captions"):
+        raise ValueError(f"corpus {corpus!r}: it should be text, captions or text+captions")
+    if corpus == "text+captions" and on_disk(data):
+        raise ValueError(
+            f"corpus {corpus!r} is joined in memory, for which scale {s.name!r} is too large: it should be text or captions"
+        )
+    tokens = (
+        data.tokens
+        if corpus == "text"
+        else data.caption_tokens
+        if corpus == "captions"
+        else tokenize(data.tokenizer, [*data.sentences, *data.pairs.captions], s.max_tokens)
+    )
+    store = None
     if "voken" in parse_kd(kd):
         if on_disk(data):
-            with main_first(): store = stored_pool(data, teacher, out, seed)
+            with main_first():
+                store = stored_pool(data, teacher, out, seed)
             pool = torch.from_numpy(store.vectors).to(device())
-        else: pool = video_states(teacher.video, data.pairs, voken_pool(data.pairs, s.vokens, seed)).to(device())
-    lm = language_model(s, data.tokenizer, 1000+seed)
-    if start is not None: lm.load_state_dict(start.state_dict())
-    o = StudentObjective(lm, teacher.lm if teacher is not None else None, kd, s=s, args=preset(preset_name), weights=weights, pool=pool, head=head, crd_keys=crd_keys)
-    if "crd" in o.kd: centre(o, text_collator(data.tokens, data.tokenizer, s, seed)([(k, 0) for k in range(min(len(data.tokens), 64))]))
-    known = None if pool is None or not steps else voken_corpus(teacher.lm.to(device()), tokens, pool) if store is None else stored_vokens(data, teacher, tokens, store, out)
-    history = fit(o, text_collator(tokens, data.tokenizer, s, seed, known), len(tokens), out, steps=steps, batch=s.batch, lr=s.lr, warmup=s.warmup, weight_decay=s.weight_decay, seed=seed, save_every=s.save_every, what=what) if steps else []
+        else:
+            pool = video_states(teacher.video, data.pairs, voken_pool(data.pairs, s.vokens, seed)).to(
+                device()
+            )
+    lm = language_model(s, data.tokenizer, 1000 + seed)
+    if start is not None:
+        lm.load_state_dict(start.state_dict())
+    o = StudentObjective(
+        lm,
+        teacher.lm if teacher is not None else None,
+        kd,
+        s=s,
+        args=preset(preset_name),
+        weights=weights,
+        pool=pool,
+        head=head,
+        crd_keys=crd_keys,
+    )
+    if "crd" in o.kd:
+        centre(
+            o,
+            text_collator(data.tokens, data.tokenizer, s, seed)(
+                [(k, 0) for k in range(min(len(data.tokens), 64))]
+            ),
+        )
+    known = (
+        None
+        if pool is None or not steps
+        else voken_corpus(teacher.lm.to(device()), tokens, pool)
+        if store is None
+        else stored_vokens(data, teacher, tokens, store, out)
+    )
+    history = (
+        fit(
+            o,
+            text_collator(tokens, data.tokenizer, s, seed, known),
+            len(tokens),
+            out,
+            steps=steps,
+            batch=s.batch,
+            lr=s.lr,
+            warmup=s.warmup,
+            weight_decay=s.weight_decay,
+            seed=seed,
+            save_every=s.save_every,
+            what=what,
+        )
+        if steps
+        else []
+    )
     return o.eval(), history
 
 # %% ../../nbs/43_train.student.ipynb #27405509
-def save_distillation(o:StudentObjective, folder) -> Path:
+def save_distillation(o: StudentObjective, folder) -> Path:
     "Write the heads of a student, and CRD's `f1` and `f2`, to `distillation.safetensors` in its folder."
     from safetensors.torch import save
-    state = {k: v.detach().cpu().contiguous() for k, v in o.state_dict().items() if k.startswith(("heads.", "crd.f1.", "crd.f2."))}
-    with atomic(f := Path(folder)/"distillation.safetensors", "wb") as h: h.write(save(state, {"kd": "+".join(o.kd), "head": str(int(any(k.startswith("heads.") for k in state)))}))
-    seal_folder(folder); return f
 
-def load_distillation(folder, teacher_lm, s:Scale) -> tuple: # student in eval mode, tokeniser
+    state = {
+        k: v.detach().cpu().contiguous()
+        for k, v in o.state_dict().items()
+        if k.startswith(("heads.", "crd.f1.", "crd.f2."))
+    }
+    with atomic(f := Path(folder) / "distillation.safetensors", "wb") as h:
+        h.write(
+            save(state, {"kd": "+".join(o.kd), "head": str(int(any(k.startswith("heads.") for k in state)))})
+        )
+    seal_folder(folder)
+    return f
+
+
+def load_distillation(folder, teacher_lm, s: Scale) -> tuple:  # student in eval mode, tokeniser
     "Load a student with its heads; a folder without `distillation.safetensors` gives a student without heads. ValueError where they do not fit teacher or scale."
     from safetensors import SafetensorError, safe_open
-    lm, tok = load_model(folder); f = Path(folder)/"distillation.safetensors"
-    if not f.is_file(): return StudentObjective(lm, s=s).eval(), tok
+
+    lm, tok = load_model(folder)
+    f = Path(folder) / "distillation.safetensors"
+    if not f.is_file():
+        return StudentObjective(lm, s=s).eval(), tok
     try:
-        with safe_open(str(f), "pt") as h: meta, state = h.metadata() or {}, {k: h.get_tensor(k) for k in h.keys()}
-    except SafetensorError as e: raise ValueError(f"{f} is cut off or no safetensors file ({e}); run the student again") from None
-    if lack := [k for k in ("kd", "head") if k not in meta]: raise ValueError(f"{f}: no {lack[0]!r} in its metadata; save_distillation writes it")
-    o = StudentObjective(lm, teacher_lm, meta["kd"], s=s, pool=state.get("heads.voken.2.weight"), head=meta["head"] == "1") if meta["kd"] else StudentObjective(lm, s=s)
-    try: info = o.load_state_dict(state, strict=False)
-    except RuntimeError as e: raise ValueError(f"{f} does not fit: {str(e).splitlines()[1].strip()}") from None
-    if lost := info.unexpected_keys or [k for k in info.missing_keys if k.startswith(("heads.", "crd.f1.", "crd.f2."))]: raise ValueError(f"{f}: {lost[0]} is missing or not expected with {meta['kd']}")
+        with safe_open(str(f), "pt") as h:
+            meta, state = h.metadata() or {}, {k: h.get_tensor(k) for k in h.keys()}
+    except SafetensorError as e:
+        raise ValueError(f"{f} is cut off or no safetensors file ({e}); run the student again") from None
+    if lack := [k for k in ("kd", "head") if k not in meta]:
+        raise ValueError(f"{f}: no {lack[0]!r} in its metadata; save_distillation writes it")
+    o = (
+        StudentObjective(
+            lm, teacher_lm, meta["kd"], s=s, pool=state.get("heads.voken.2.weight"), head=meta["head"] == "1"
+        )
+        if meta["kd"]
+        else StudentObjective(lm, s=s)
+    )
+    try:
+        info = o.load_state_dict(state, strict=False)
+    except RuntimeError as e:
+        raise ValueError(f"{f} does not fit: {str(e).splitlines()[1].strip()}") from None
+    if lost := info.unexpected_keys or [
+        k for k in info.missing_keys if k.startswith(("heads.", "crd.f1.", "crd.f2."))
+    ]:
+        raise ValueError(f"{f}: {lost[0]} is missing or not expected with {meta['kd']}")
     return o.eval(), tok

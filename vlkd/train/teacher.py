@@ -27,76 +27,206 @@ from .data import *
 # %% ../../nbs/42_train.teacher.ipynb #9e43366c
 class TeacherObjective(nn.Module):
     "MLM plus a contrast of token states (B, L, D) with videos (B, D)."
-    def __init__(self, teacher:Teacher, contrast:str="hinge", *, mlm:bool=True, weight:float=1., freeze_video:bool=False, hinge:dict=None, nce:dict=None):
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        contrast: str = "hinge",
+        *,
+        mlm: bool = True,
+        weight: float = 1.0,
+        freeze_video: bool = False,
+        hinge: dict = None,
+        nce: dict = None,
+    ):
         super().__init__()
-        if contrast not in ("hinge", "info_nce", "none"): raise ValueError(f"contrast {contrast!r}: it should be hinge, info_nce or none")
-        self.teacher, self.contrast, self.mlm, self.weight, self.hinge, self.nce = teacher, contrast, mlm, weight, hinge or {}, nce or {}
-        if freeze_video or contrast == "none": teacher.video.requires_grad_(False)
-        if not mlm: teacher.lm.cls.requires_grad_(False)
-        self.coupled = (contrast,) if contrast != "none" else () # terms that compare sentences of a batch
-    def counts(self, batch) -> dict: # by term, of how many things of a batch its mean is taken; of the others, the sentences
+        if contrast not in ("hinge", "info_nce", "none"):
+            raise ValueError(f"contrast {contrast!r}: it should be hinge, info_nce or none")
+        self.teacher, self.contrast, self.mlm, self.weight, self.hinge, self.nce = (
+            teacher,
+            contrast,
+            mlm,
+            weight,
+            hinge or {},
+            nce or {},
+        )
+        if freeze_video or contrast == "none":
+            teacher.video.requires_grad_(False)
+        if not mlm:
+            teacher.lm.cls.requires_grad_(False)
+        self.coupled = (contrast,) if contrast != "none" else ()  # terms that compare sentences of a batch
+
+    def counts(
+        self, batch
+    ) -> dict:  # by term, of how many things of a batch its mean is taken; of the others, the sentences
         return dict(mlm=batch["where"].sum()) if self.mlm else {}
+
     def forward(self, ids, mask, masked, where, features, frames, draw, share=None):
-        h = hidden_states(self.teacher.lm, masked, mask); parts = {}
-        if self.mlm: parts["mlm"] = shared_mlm(self.teacher.lm, h, ids, where, share)
+        h = hidden_states(self.teacher.lm, masked, mask)
+        parts = {}
+        if self.mlm:
+            parts["mlm"] = shared_mlm(self.teacher.lm, h, ids, where, share)
         if self.contrast != "none":
             v = self.teacher.video(features, frames)
-            parts["contrast"] = token_hinge(h, v, mask, **(self.hinge if self.hinge.get("negatives", "random") != "random" else self.hinge | dict(negatives=circle(gathered(draw))))) if self.contrast == "hinge" else info_nce(h, v, mask, **self.nce)
-        return dict(loss=sum((self.weight if k == "contrast" else 1)*x for k, x in parts.items()), **parts)
+            parts["contrast"] = (
+                token_hinge(
+                    h,
+                    v,
+                    mask,
+                    **(
+                        self.hinge
+                        if self.hinge.get("negatives", "random") != "random"
+                        else self.hinge | dict(negatives=circle(gathered(draw)))
+                    ),
+                )
+                if self.contrast == "hinge"
+                else info_nce(h, v, mask, **self.nce)
+            )
+        return dict(loss=sum((self.weight if k == "contrast" else 1) * x for k, x in parts.items()), **parts)
 
 # %% ../../nbs/42_train.teacher.ipynb #9702d01a
-def video_text_collator(tokens:Tokens, pairs:VideoText, rows:np.ndarray, tokenizer, s:Scale, seed:int):
+def video_text_collator(tokens: Tokens, pairs: VideoText, rows: np.ndarray, tokenizer, s: Scale, seed: int):
     "Batches of masked captions with their clips; `rows` are the captions to draw from."
+
     def collate(items):
-        i, e = np.array(items).T; c = rows[i]; ids, mask = tokens[c]
-        masked, where = mask_tokens(ids, mask, tokenizer, seed=seed, epoch=e, example=c, prob=s.mask_prob, scheme=s.mask_scheme)
+        i, e = np.array(items).T
+        c = rows[i]
+        ids, mask = tokens[c]
+        masked, where = mask_tokens(
+            ids, mask, tokenizer, seed=seed, epoch=e, example=c, prob=s.mask_prob, scheme=s.mask_scheme
+        )
         x, frames = clip_batch(pairs, pairs.clip[c])
-        return dict(ids=ids, mask=mask, masked=masked, where=where, features=x, frames=frames, draw=torch.from_numpy(uniform(seed, e, c, 0, stream=4)))
+        return dict(
+            ids=ids,
+            mask=mask,
+            masked=masked,
+            where=where,
+            features=x,
+            frames=frames,
+            draw=torch.from_numpy(uniform(seed, e, c, 0, stream=4)),
+        )
+
     return collate
 
-def circle(draw:torch.Tensor) -> torch.Tensor: # (B,) numbers -> (B,) indices
+
+def circle(draw: torch.Tensor) -> torch.Tensor:  # (B,) numbers -> (B,) indices
     "A negative for each sentence: whose number is the next larger one, and of the largest the smallest."
-    at = draw.argsort(); return torch.empty_like(at).scatter_(0, at, at.roll(-1))
+    at = draw.argsort()
+    return torch.empty_like(at).scatter_(0, at, at.roll(-1))
 
 # %% ../../nbs/42_train.teacher.ipynb #6a5a14b6
 @torch.no_grad()
-def sentence_states(lm, tokens:Tokens, rows, batch:int=256) -> torch.Tensor: # (N, D)
+def sentence_states(lm, tokens: Tokens, rows, batch: int = 256) -> torch.Tensor:  # (N, D)
     "Mean of the last hidden states of unmasked sentences (appendix E)."
-    dev = next(lm.parameters()).device; lm.eval()
-    out = [masked_mean(hidden_states(lm, i.to(dev), m.to(dev)).float(), m.to(dev)) for i, m in (tokens[rows[k:k+batch]] for k in range(0, len(rows), batch))]
+    dev = next(lm.parameters()).device
+    lm.eval()
+    out = [
+        masked_mean(hidden_states(lm, i.to(dev), m.to(dev)).float(), m.to(dev))
+        for i, m in (tokens[rows[k : k + batch]] for k in range(0, len(rows), batch))
+    ]
     return torch.cat(out).cpu()
 
+
 @torch.no_grad()
-def video_states(video:VisualEncoder, pairs:VideoText, clips, batch:int=256) -> torch.Tensor: # (N, D)
+def video_states(video: VisualEncoder, pairs: VideoText, clips, batch: int = 256) -> torch.Tensor:  # (N, D)
     "The visual encoder's vectors of clips."
-    dev = next(video.parameters()).device; video.eval(); clips = np.asarray(clips); out = []
-    for k in range(0, len(clips), batch): x, m = clip_batch(pairs, clips[k:k+batch]); out.append(video(x.to(dev), m.to(dev)).float().cpu())
+    dev = next(video.parameters()).device
+    video.eval()
+    clips = np.asarray(clips)
+    out = []
+    for k in range(0, len(clips), batch):
+        x, m = clip_batch(pairs, clips[k : k + batch])
+        out.append(video(x.to(dev), m.to(dev)).float().cpu())
     return torch.cat(out)
 
-def pool_of(pairs:VideoText, n:int) -> tuple[np.ndarray, np.ndarray]: # clips, and one held-out caption of each
+
+def pool_of(
+    pairs: VideoText, n: int
+) -> tuple[np.ndarray, np.ndarray]:  # clips, and one held-out caption of each
     "The first `n` held-out clips that have a caption, with their first caption."
-    clips, first = np.unique(pairs.clip[pairs.valid], return_index=True); keep = np.sort(first)[:n]
+    clips, first = np.unique(pairs.clip[pairs.valid], return_index=True)
+    keep = np.sort(first)[:n]
     return pairs.clip[pairs.valid][keep], pairs.valid[keep]
 
 # %% ../../nbs/42_train.teacher.ipynb #779260bc
-def train_teacher(data:Data, out, *, contrast:str="hinge", mlm:bool=True, weight:float=1., freeze_video:bool=False, shuffle:str="", steps:int=-1, seed:int=0, preset_name:str="paper", hinge:dict=None, nce:dict=None, what:str="teacher") -> tuple[Teacher, list]:
+def train_teacher(
+    data: Data,
+    out,
+    *,
+    contrast: str = "hinge",
+    mlm: bool = True,
+    weight: float = 1.0,
+    freeze_video: bool = False,
+    shuffle: str = "",
+    steps: int = -1,
+    seed: int = 0,
+    preset_name: str = "paper",
+    hinge: dict = None,
+    nce: dict = None,
+    what: str = "teacher",
+) -> tuple[Teacher, list]:
     """Train a teacher on `data.pairs` until it converges on held-out pairs or `steps` are done (-1: the scale's; 0: a random teacher). `shuffle` gives captions other clips: "within" those of the same event, "across" any."""
-    s, p = data.s, data.pairs; steps = s.teacher_steps if steps < 0 else steps; args = preset(preset_name)
-    seed_everything(seed); teacher = Teacher(s, data.tokenizer, p.features.shape[-1], seed)
-    some = np.unique(p.clip[p.train]); some = some if len(some) <= 20_000 else np.sort(rng("standardise", seed).choice(some, 20_000, replace=False)) # means need no more
-    if hasattr(data, "table"): teacher.video.standardise_in(clip_batch(p, some[k:k+64]) for k in range(0, len(some), 64)) # features on disk: 20,000 clips of up to 512 frames are more than memory
-    else: teacher.video.standardise(p.features[some], p.mask[some])
-    if shuffle: p = shuffled(p, shuffle, data, seed)
-    o = TeacherObjective(teacher, contrast, mlm=mlm, weight=weight, freeze_video=freeze_video, hinge=args.get("token_hinge", {}) | (hinge or {}), nce=args.get("info_nce", {}) | (nce or {}))
-    held = min(len(p.valid), 1024); held -= held % s.batch if held > s.batch else 0 # whole batches: a pair alone has no negative
+    s, p = data.s, data.pairs
+    steps = s.teacher_steps if steps < 0 else steps
+    args = preset(preset_name)
+    seed_everything(seed)
+    teacher = Teacher(s, data.tokenizer, p.features.shape[-1], seed)
+    some = np.unique(p.clip[p.train])
+    some = (
+        some if len(some) <= 20_000 else np.sort(rng("standardise", seed).choice(some, 20_000, replace=False))
+    )  # means need no more
+    if hasattr(data, "table"):
+        teacher.video.standardise_in(
+            clip_batch(p, some[k : k + 64]) for k in range(0, len(some), 64)
+        )  # features on disk: 20,000 clips of up to 512 frames are more than memory
+    else:
+        teacher.video.standardise(p.features[some], p.mask[some])
+    if shuffle:
+        p = shuffled(p, shuffle, data, seed)
+    o = TeacherObjective(
+        teacher,
+        contrast,
+        mlm=mlm,
+        weight=weight,
+        freeze_video=freeze_video,
+        hinge=args.get("token_hinge", {}) | (hinge or {}),
+        nce=args.get("info_nce", {}) | (nce or {}),
+    )
+    held = min(len(p.valid), 1024)
+    held -= held % s.batch if held > s.batch else 0  # whole batches: a pair alone has no negative
     make = lambda rows, sd: video_text_collator(data.caption_tokens, p, rows, data.tokenizer, s, sd)
-    history = [] if not steps else fit(o, make(p.train, seed), len(p.train), out, steps=steps, batch=s.batch, lr=s.teacher_lr, warmup=s.warmup, weight_decay=s.weight_decay, seed=seed, lengths=data.caption_tokens.lengths[p.train], valid=(make(p.valid[:held], 2**31), held), eval_every=min(s.eval_every, steps), patience=s.patience, what=what)
+    history = (
+        []
+        if not steps
+        else fit(
+            o,
+            make(p.train, seed),
+            len(p.train),
+            out,
+            steps=steps,
+            batch=s.batch,
+            lr=s.teacher_lr,
+            warmup=s.warmup,
+            weight_decay=s.weight_decay,
+            seed=seed,
+            lengths=data.caption_tokens.lengths[p.train],
+            valid=(make(p.valid[:held], 2**31), held),
+            eval_every=min(s.eval_every, steps),
+            patience=s.patience,
+            what=what,
+        )
+    )
     return teacher.eval(), history
 
-def shuffled(p:VideoText, how:str, data, seed:int) -> VideoText:
+
+def shuffled(p: VideoText, how: str, data, seed: int) -> VideoText:
     "Captions with other clips, train and valid apart: a control in which video carries nothing (`across`) or nothing about the noun (`within` an event)."
-    if how not in ("within", "across"): raise ValueError(f"shuffle {how!r}: it should be 'within' or 'across'")
-    clip, r = p.clip.copy(), rng("shuffle", seed, how); event = data.world.clips.event.to_numpy() if how == "within" else np.zeros(len(p.features), int)
+    if how not in ("within", "across"):
+        raise ValueError(f"shuffle {how!r}: it should be 'within' or 'across'")
+    clip, r = p.clip.copy(), rng("shuffle", seed, how)
+    event = data.world.clips.event.to_numpy() if how == "within" else np.zeros(len(p.features), int)
     for rows in (p.train, p.valid):
-        for e in np.unique(event): at = rows[event[p.clip[rows]] == e]; clip[at] = r.permutation(clip[at])
+        for e in np.unique(event):
+            at = rows[event[p.clip[rows]] == e]
+            clip[at] = r.permutation(clip[at])
     return VideoText(p.captions, clip, p.features, p.mask, p.train, p.valid, p.names)
