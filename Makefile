@@ -23,7 +23,7 @@ export: .venv/installed ## notebooks to library, then clean notebooks
 	@$(bin)/nbdev-export && $(bin)/nbdev-clean
 
 readme: .venv/installed ## run nbs/index.ipynb and write README.md from it
-	@$(quiet) $(bin)/nbdev-test nbs/index.ipynb --save --n-workers 1 && $(bin)/nbdev-clean --fname nbs/index.ipynb && $(bin)/python -m vlkd.readme
+	@$(quiet) $(bin)/nbdev-test nbs/index.ipynb --save --n-workers 1 && $(bin)/nbdev-clean --fname nbs/index.ipynb && $(bin)/python -m vlkd.tools.readme
 
 clean: ## remove caches and build outputs; runs and results stay
 	@rm -rf build dist .pytest_cache .hypothesis && find nbs vlkd tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

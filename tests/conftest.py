@@ -1,6 +1,7 @@
 "Quiet, offline and single-threaded tests, with a torchvision that imports."
 
-import os, signal
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ signal.signal(
 )  # a background job of a shell is started with SIGINT ignored, and would hand that on to what the tests interrupt
 
 
-import vlkd  # noqa: E402,F401 a torchvision that imports
+import vlkd
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +32,7 @@ def root() -> Path:
 @pytest.fixture
 def data() -> Path:
     "The folder of real data sets; skips where there is none."
-    from vlkd.core import data_dir
+    from vlkd.core.settings import data_dir
 
     d = data_dir(need=False)
     if d is None:

@@ -1,14 +1,24 @@
 """What strangers bring along: odd video folders, wrong tables and texts, models that do not fit, full disks, slips on the command line."""
 
-import contextlib, gzip, io, json, os, pickle, shutil, signal, time
+import contextlib
+import gzip
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from vlkd.core import *
-from vlkd.data.tasks import *
+from vlkd.core.files import read_json, rng, write_json
+from vlkd.core.records import Run, record
+from vlkd.core.settings import scale
+from vlkd.data.tasks import read_task
 
 ENTAILS = "index\tquestion\tsentence\tlabel\n" + "".join(
     f"{i}\tdoes number {i} walk ?\tsomeone moves\t{'entailment' if i % 2 else 'not_entailment'}\n"
@@ -18,7 +28,7 @@ ENTAILS = "index\tquestion\tsentence\tlabel\n" + "".join(
 
 def vlkd(*a):
     "Exit code of a command, and what it says."
-    from vlkd.cli import main
+    from vlkd.tools.cli import main
 
     with contextlib.redirect_stdout(io.StringIO()) as o, contextlib.redirect_stderr(io.StringIO()) as e:
         try:
@@ -81,8 +91,8 @@ def film(path, n=16, side=(32, 48)):
 
 
 def extract(*a, **kw):
-    from vlkd.models.encoders import GridPixels
-    from vlkd.models.extract import extract_videos
+    from vlkd.features.encoders import GridPixels
+    from vlkd.features.extract import extract_videos
 
     pytest.importorskip("av", reason="the `video` extra is not installed")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -309,10 +319,10 @@ def test_an_unknown_task():
 @pytest.fixture(scope="module")
 def howto(tmp_path_factory):
     "A stand-in for HowTo100M, a tokeniser for it and an untrained teacher."
-    from vlkd.data.howto import write_standin
-    from vlkd.data.real import bert_vocab
+    from vlkd.data.howto100m import write_standin
+    from vlkd.data.public import bert_vocab
     from vlkd.data.text import load_vocabulary
-    from vlkd.models.video import Teacher
+    from vlkd.models.video_text import Teacher
 
     d = tmp_path_factory.mktemp("howto")
     write_standin(d, 100, dim=16)
@@ -334,7 +344,7 @@ def howto(tmp_path_factory):
     ],
 )
 def test_captions_with_wrong_times(howto, tmp_path, key, value, says):
-    from vlkd.data.howto import MappedFeatures, caption_table
+    from vlkd.data.howto100m import MappedFeatures, caption_table
 
     c = json.loads((howto.here / "caption.json").read_text())
     v = next(iter(c))
@@ -439,11 +449,29 @@ def test_texts_of_odd_shapes(howto, tmp_path, data, rows, tokens):
 def model(tmp_path_factory):
     "Folder of a small untrained student, its tokeniser and settings."
     from vlkd.data.text import load_vocabulary
-    from vlkd.models.language import language_model, save_model
+    from vlkd.models.bert import language_model, save_model
 
     s = scale("smoke", steps=4, save_every=2)
     tok = load_vocabulary(
-        "[PAD] [UNK] [CLS] [SEP] [MASK] the a girl boy dropped kettle broke it you did not".split(), 40
+        [
+            "[PAD]",
+            "[UNK]",
+            "[CLS]",
+            "[SEP]",
+            "[MASK]",
+            "the",
+            "a",
+            "girl",
+            "boy",
+            "dropped",
+            "kettle",
+            "broke",
+            "it",
+            "you",
+            "did",
+            "not",
+        ],
+        40,
     )
     return SimpleNamespace(
         folder=save_model(tmp_path_factory.mktemp("model") / "m", language_model(s, tok, 0), tok),
@@ -462,7 +490,7 @@ def config(**kw):
 def other_words(d):
     from vlkd.data.text import load_vocabulary
 
-    load_vocabulary("[PAD] [UNK] [CLS] [SEP] [MASK] word".split(), 40).save_pretrained(d)
+    load_vocabulary(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "word"], 40).save_pretrained(d)
 
 
 @pytest.mark.parametrize(
@@ -477,8 +505,8 @@ def other_words(d):
     ],
 )
 def test_students_that_do_not_fit(model, tmp_path, change, says):
-    from vlkd.eval.language import classifier
-    from vlkd.models.language import load_model
+    from vlkd.models.bert import load_model
+    from vlkd.train.finetune import classifier
 
     shutil.copytree(model.folder, tmp_path / "m")
     change(tmp_path / "m")
@@ -502,7 +530,8 @@ class Evil:
 
 def test_a_pickle_in_the_place_of_weights_is_never_run(model, tmp_path):
     import torch
-    from vlkd.models.language import load_model
+
+    from vlkd.models.bert import load_model
 
     for n, (name, write) in enumerate(
         (
@@ -520,7 +549,7 @@ def test_a_pickle_in_the_place_of_weights_is_never_run(model, tmp_path):
 
 
 def test_an_unknown_task_to_fine_tune_on(model):
-    from vlkd.eval.language import finetune_all
+    from vlkd.train.finetune import finetune_all
 
     with pytest.raises(ValueError, match="unknown task 'sst3'; did you mean 'sst2'"):
         finetune_all(model.folder, SimpleNamespace(tasks=("sst2",), s=model.s), "nowhere", tasks=["sst3"])
@@ -533,9 +562,10 @@ def test_an_unknown_task_to_fine_tune_on(model):
 @pytest.mark.parametrize("size", [2_000, 250_000, 400_000])
 def test_full_disk_while_saving_a_checkpoint(model, tmp_path, size):
     import torch
+
     from vlkd.data.text import tokenize
-    from vlkd.train.loop import last_checkpoint
-    from vlkd.train.student import train_student
+    from vlkd.train.text_student import train_student
+    from vlkd.train.trainer import last_checkpoint
 
     d = SimpleNamespace(
         s=model.s,
@@ -580,7 +610,7 @@ def test_full_disk_while_writing_a_record(tmp_path):
 
 @unix
 def test_full_disk_while_saving_a_model(model, tmp_path):
-    from vlkd.models.language import load_model, save_model
+    from vlkd.models.bert import load_model, save_model
 
     lm, tok = load_model(model.folder)
     big = (model.folder / "model.safetensors").stat().st_size

@@ -1,14 +1,22 @@
 "Benchmarks: forms that are compared have one value, ratios are what they say, the page is written whole or not at all. No test looks at a time."
 
-import copy, json, math, os
+import copy
+import json
+import os
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np
+import pandas as pd
+import pytest
+import torch
 import torch.nn.functional as F
 
-from vlkd import bench, bench_steps
-from vlkd.bench import (
-    BENCHMARKS,
+from vlkd.core.settings import preset, scale
+from vlkd.losses.chunked import chunked_soft_label
+from vlkd.losses.kd import CRD, nst, objective, soft_label
+from vlkd.models.bert import QUICK_DROPOUT
+from vlkd.tools import bench, bench_steps
+from vlkd.tools.bench import (
     benchmarks,
     goal,
     interleave,
@@ -21,10 +29,8 @@ from vlkd.bench import (
     run_benchmarks,
     summary,
 )
-from vlkd.bench_peer import (
+from vlkd.tools.bench_peer import (
     STEP_LEVERS,
-    LeverObjective,
-    PublicObjective,
     broadcast_nst,
     fill_queue,
     plain_crd,
@@ -32,22 +38,17 @@ from vlkd.bench_peer import (
     public_nst,
     public_nt_xent,
 )
-from vlkd.bench_steps import (
+from vlkd.tools.bench_steps import (
     StopWatch,
     Workbench,
-    compare_steps,
     objective_forms,
     objective_rows,
     padded,
     peak_at,
     worth,
 )
-from vlkd.bench_steps import QUICK_DROPOUT
-from vlkd.core import preset, scale
-from vlkd.losses.chunked import chunked_soft_label
-from vlkd.losses.kd import CRD, nst, nt_xent, objective, released_scale, soft_label
-from vlkd.train.loop import ObjectiveTrainer
-from vlkd.train.student import StudentObjective
+from vlkd.train.text_student import StudentObjective
+from vlkd.train.trainer import ObjectiveTrainer
 
 
 def rand(*shape, seed=0):
@@ -383,10 +384,9 @@ def test_stopwatch_puts_everything_back():
         Trainer.__dict__["training_step"],
         Accelerator.__dict__["backward"],
     ]
-    with pytest.raises(ZeroDivisionError):
-        with StopWatch():
-            assert ObjectiveTrainer.__dict__["compute_loss"] is not before[0]
-            1 / 0
+    with pytest.raises(ZeroDivisionError), StopWatch():
+        assert ObjectiveTrainer.__dict__["compute_loss"] is not before[0]
+        1 / 0
     assert before == [
         ObjectiveTrainer.__dict__["compute_loss"],
         Trainer.__dict__["training_step"],
@@ -403,7 +403,7 @@ def test_stopwatch_counts_parts_once():
 
 
 def test_padded_puts_the_function_back():
-    import vlkd.train.student as a
+    import vlkd.train.text_student as a
 
     old = a.hidden_states
     with padded():
@@ -602,7 +602,7 @@ def test_nothing_to_publish(toy):
     ],
 )
 def test_command(args, code, text, capsys):
-    from vlkd.cli import main
+    from vlkd.tools.cli import main
 
     with pytest.raises(SystemExit) as e:
         main(args)
@@ -611,7 +611,7 @@ def test_command(args, code, text, capsys):
 
 
 def test_command_says_that_a_benchmark_failed(toy, capsys):
-    from vlkd.cli import main
+    from vlkd.tools.cli import main
 
     @bench.register("broken", "Broken")
     def broken(quick):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from vlkd.core import *
-from vlkd.cost import *
-from vlkd.models.retrieval import *
+from vlkd.core.settings import scale
+from vlkd.retrieval.nearest import Keys, nearest
+from vlkd.tools.cost import student_flops
 
-bench = pytest.importorskip("vlkd.bench_more", reason="the benchmarks need torch and the extra `video`")
+bench = pytest.importorskip("vlkd.tools.bench_more", reason="the benchmarks need torch and the extra `video`")
 
 
 def by_numpy(q, keys, k):
@@ -109,7 +109,7 @@ def test_tables_of_the_benchmarks(monkeypatch):
 
 def test_table_of_extraction(monkeypatch):
     pytest.importorskip("av")
-    from vlkd.models.encoders import GridPixels
+    from vlkd.features.encoders import GridPixels
 
     monkeypatch.setattr(bench, "_encoders", lambda: {"grid": (GridPixels(4), GridPixels(4))})
     t = bench.extraction_bench(True, films=dict(small=3, web=1), processes=False)

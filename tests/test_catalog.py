@@ -1,10 +1,13 @@
 "Data cards: broken ones are refused by file and key, and the numbers of rows that they state are those of the files."
 
-import gzip, os, re, shutil, subprocess, sys, tomllib
+import gzip
+import re
+import tomllib
 
-import pytest, yaml
+import pytest
+import yaml
 
-from vlkd.core import scales
+from vlkd.core.settings import scales
 from vlkd.data.catalog import SECTIONS, cards, print_status, read_card, require, status, waiting
 
 ALL = [
@@ -279,7 +282,7 @@ def test_cards_name_tables_of_the_plan(root):
 
 
 def test_the_card_of_tabletop_is_of_its_edition():
-    from vlkd.data.tabletop import EDITION, World
+    from vlkd.tabletop.world import EDITION, World
 
     c = cards()["tabletop"]
     assert f"edition `{EDITION}`" in c.sections["Origin"]

@@ -1,6 +1,10 @@
 "One training over several processes has the gradients, the weights and the files of one; what is not finite stops it, and leaves its batch."
 
-import json, os, shutil, subprocess, sys
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import vlkd.device  # noqa: F401
-from vlkd.core import read_json
+import vlkd.core.device
+from vlkd.core.files import read_json
 from vlkd.data.text import Draws
-from vlkd.train import loop
-from vlkd.train.loop import SEAL, damage, fit
+from vlkd.train import trainer as loop
+from vlkd.train.trainer import SEAL, damage, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,15 +27,16 @@ import json, sys
 from pathlib import Path
 import numpy as np, torch
 from torch.nn import functional as F
-from vlkd.device import *
-from vlkd.core import rng, scale
+from vlkd.core.device import *
+from vlkd.core.files import rng
+from vlkd.core.settings import scale
 from vlkd.data.text import VideoText, tokenize
-from vlkd.models.language import language_model
-from vlkd.models.video import Teacher
+from vlkd.models.bert import language_model
+from vlkd.models.video_text import Teacher
 from vlkd.train import loop
-from vlkd.train.data import TabletopData
-from vlkd.train.student import StudentObjective, text_collator
-from vlkd.train.teacher import TeacherObjective, video_text_collator
+from vlkd.train.sources import TabletopData
+from vlkd.train.text_student import StudentObjective, text_collator
+from vlkd.train.video_teacher import TeacherObjective, video_text_collator
 
 out, cases = Path(sys.argv[1]), sys.argv[2].split(); rank, n = ranks(); grads = []
 clip = loop.ObjectiveTrainer._clip_grad_norm
@@ -371,10 +376,11 @@ def test_workers_make_the_same_batches(tmp_path):
 def test_compiled_training_has_the_same_losses(tmp_path):
     "Sentences of several lengths, of a batch and of the teacher; `graphs` makes CUDA graphs on a GPU only."
     from torch._dynamo.utils import counters
-    from vlkd.core import scale
-    from vlkd.models.language import language_model
-    from vlkd.train.data import TabletopData
-    from vlkd.train.student import StudentObjective, text_collator
+
+    from vlkd.core.settings import scale
+    from vlkd.models.bert import language_model
+    from vlkd.train.sources import TabletopData
+    from vlkd.train.text_student import StudentObjective, text_collator
 
     s = scale("smoke", dropout=0.0, batch=8, crd_bank=64, crd_negatives=40)
     d = TabletopData(s, 101)

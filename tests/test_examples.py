@@ -1,14 +1,12 @@
 "Examples drawn by rule: records that do not fit, sentences of every form, retrieval against its definition, heads on disk."
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from vlkd.core import SUMS, preset, scale
-from vlkd.data.tabletop import BASE, EVENTS, FILMED, PAST, World, _did, _do
+from vlkd.core.files import SUMS
+from vlkd.core.settings import preset, scale
 from vlkd.data.text import train_tokenizer
 from vlkd.eval.examples import (
     chance_rates,
@@ -36,9 +34,9 @@ from vlkd.eval.examples import (
     with_texts,
 )
 from vlkd.eval.stats import check_examples
-from vlkd.train.student import load_distillation, save_distillation
-from vlkd.models.language import language_model, save_model
-from vlkd.train.student import StudentObjective
+from vlkd.models.bert import language_model, save_model
+from vlkd.tabletop.world import BASE, FILMED, PAST, World, _did, _do
+from vlkd.train.text_student import StudentObjective, load_distillation, save_distillation
 
 
 def records(run, right, sure=None, group=None, kind="", task="piqa", seed=1):
@@ -266,7 +264,7 @@ def test_chance_is_what_random_clips_reach(world):
     m = pd.DataFrame(draws).mean()
     for k in ("noun", "event", "outcome"):
         assert abs(m[k] - luck[k]) < 1
-    best = max((fits(world, [i] * len(q), q.noun, q.event).outcome.mean() * 100 for i in pool[:400]))
+    best = max(fits(world, [i] * len(q), q.noun, q.event).outcome.mean() * 100 for i in pool[:400])
     assert abs(best - always["outcome"]) < 1e-9 and luck["peer"] <= always["peer"]
 
 

@@ -1,15 +1,17 @@
 "The explorer: its page runs without widgets, its box and lists are wired where there are some, and input that does not fit is answered with a sentence."
 
-import json, re, sys, types
+import json
+import re
+import sys
+import types
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 
-import vlkd.device  # noqa: F401
-from vlkd import explore as ex
-from vlkd.core import SUMS, read_json, scale, write_json
+import vlkd.core.device
+from vlkd.core.files import SUMS, read_json, write_json
+from vlkd.tools import explore as ex
 
 NB = Path(__file__).resolve().parent.parent / "nbs" / "explorer.ipynb"
 
@@ -151,7 +153,7 @@ def test_runs_of_other_data_are_refused(x, copies):
 
 
 def test_answers_of_other_questions_are_refused(x, copies):
-    from vlkd.core import record
+    from vlkd.core.records import record
 
     folder, inputs = copies
     run = x.runs["student-text"]
@@ -261,7 +263,7 @@ def test_panel_with_widgets(x, monkeypatch, capsys):
 
 def test_real_runs(data, monkeypatch):
     "Photos stand in the place of film strips, and what needs a world says so."
-    from vlkd.core import path
+    from vlkd.core.settings import path
 
     if not (path("runs") / "real").is_dir():
         pytest.skip("no finished runs of scale real")

@@ -1,22 +1,29 @@
 """Features of folders of videos: killed and resumed, by several processes, from files of every kind of damage."""
 
-import contextlib, io, os, signal, subprocess, sys, time
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from vlkd.core import data_dir, rng
-from vlkd.data.video import *
-from vlkd.models.encoders import GridPixels
-from vlkd.models.extract import *
-from vlkd.models.video3d import *
+from vlkd.core.files import rng
+from vlkd.core.settings import data_dir
+from vlkd.data.video import extract, load_features, write_mp4
+from vlkd.features.encoders import GridPixels
+from vlkd.features.extract import extract_videos
+from vlkd.features.video3d import load_resnext3d, save_resnext3d, tiny_resnext3d
 
 av = pytest.importorskip("av", reason="the `video` extra is not installed")
 ROOT = data_dir(need=False)
 real = pytest.mark.skipif(ROOT is None, reason="VLKD_DATA is not set")
-CLI = [sys.executable, "-c", "from vlkd.cli import main; main()", "extract"]
+CLI = [sys.executable, "-c", "from vlkd.tools.cli import main; main()", "extract"]
 
 
 def film(path, n=16, fps=8, side=(32, 48)):
@@ -36,7 +43,7 @@ def vlkd(*a):
 
 def here(*a):
     "`vlkd extract` in this process."
-    from vlkd.cli import main
+    from vlkd.tools.cli import main
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as e:
         try:
@@ -371,7 +378,7 @@ def test_more_than_512_rows_are_left_out(tmp_path):
 
 @pytest.mark.parametrize("ending", ["safetensors", "json"])
 def test_a_full_disk_leaves_whole_shards_only(tmp_path, monkeypatch, ending):
-    import vlkd.models.extract as module
+    import vlkd.features.extract as module
 
     v = tmp_path / "v"
     v.mkdir()
@@ -440,7 +447,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path):
 @real
 @pytest.mark.slow
 def test_msvd_clips_through_mobilenet_equal_the_plain_extractor(tmp_path):
-    from vlkd.models.encoders import load_mobilenet
+    from vlkd.features.encoders import load_mobilenet
 
     clips = sorted((ROOT / "msvd_clips").glob("*.mp4"))[:4]
     a = extract_videos({p.stem: p for p in clips}, tmp_path / "a", "mobilenet", max_frames=4, workers=1)

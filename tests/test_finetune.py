@@ -1,18 +1,21 @@
 "Fine-tuning on every task through one function: one frame of records, clear errors, and nothing trained before all data are there."
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
 
-import vlkd.device  # noqa: F401
-from vlkd.core import Run, data_dir, record, scale
-from vlkd.data.tabletop_more import more_task
-from vlkd.data.tasks import CATEGORIES, category_scores
+import vlkd.core.device
+from vlkd.core.records import Run, record
+from vlkd.core.settings import scale
 from vlkd.data.squad import evaluate_squad
-from vlkd.eval import language
-from vlkd.eval.language import answers, classifier, finetune_all
-from vlkd.eval.squad import squad_summary
+from vlkd.data.tasks import CATEGORIES, category_scores
 from vlkd.eval.stats import accuracy_table, check_examples, paired_difference
-from vlkd.models.language import language_model, save_model
-from vlkd.train.data import RealData, load_data
+from vlkd.models.bert import language_model, save_model
+from vlkd.tabletop.questions import more_task
+from vlkd.train import finetune as language
+from vlkd.train.finetune import answers, classifier, finetune_all
+from vlkd.train.sources import RealData, load_data
+from vlkd.train.squad import squad_summary
 
 EVERY = ["sst2", "qnli", "qqp", "mnli", "piqa", "tracie", "squad1", "squad2", "swag"]
 

@@ -1,16 +1,21 @@
 "Objectives and retrieval: what every one of them promises (shapes, padding, precision), and the peers' values where `VLKD_GOLDEN` names their folder."
 
-import copy, io, json, math, os
+import copy
+import io
+import json
+import math
+import os
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 import torch.nn.functional as F
 
-from vlkd.core import preset
-from vlkd.device import generator, seed_everything
-from vlkd.losses.contrastive import derangement, info_nce, masked_mean, token_hinge
+from vlkd.core.device import generator, seed_everything
+from vlkd.core.settings import preset
+from vlkd.losses.contrastive import derangement, info_nce, token_hinge
 from vlkd.losses.kd import CRD, nst, nt_xent, objective, regression, released_scale, soft_label, voken
-from vlkd.models.retrieval import nearest, rank_of, recall_at, vokens
+from vlkd.retrieval.nearest import nearest, rank_of, recall_at, vokens
 
 B, L, D = 5, 7, 6
 LENGTHS = torch.tensor([7, 1, 4, 5, 2])

@@ -1,13 +1,25 @@
 """The real corpora: splits that do not leak, features that are where they belong, and inputs that break."""
 
-import gzip, json, shutil
-from pathlib import Path
+import gzip
+import json
 
 import numpy as np
 import pytest
 
-from vlkd.core import data_dir, path
-from vlkd.data.real import *
+from vlkd.core.settings import data_dir, path
+from vlkd.data.public import (
+    bert_vocab,
+    exercise_clips,
+    flickr8k_features,
+    held_out_photos,
+    json_document,
+    msvd_clips,
+    photo_splits,
+    real_pairs,
+    real_retrieval,
+    real_sentences,
+    squad_articles,
+)
 from vlkd.data.tasks import sentences
 from vlkd.data.text import load_vocabulary
 

@@ -1,12 +1,15 @@
 "Scale paper: what the plan runs there, what a dry run says without any data, and every run through its code on a small stand-in."
 
-import math, os, subprocess, sys
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from vlkd.core import scale
-from vlkd.reproduce import graph, load_plan, plan_runs
+from vlkd.core.settings import scale
+from vlkd.reproduce.run import graph, load_plan, plan_runs
 
 TABLES = ["m1", "m2", "m3", "m4", "m5", "m6", "m7", "a1", "a2-a6", "a-fig1"]
 
@@ -43,7 +46,8 @@ def test_every_run_is_as_printed(runs):
 
 
 def test_what_differs_at_paper_leaves_other_keys_alone(tmp_path):
-    import re, shutil
+    import re
+    import shutil
 
     nbs = Path(next(iter(load_plan().values()))["file"]).parent
     shutil.copytree(nbs, tmp_path / "e")
@@ -61,7 +65,7 @@ def test_dry_run_without_any_data(tmp_path):
         [
             sys.executable,
             "-c",
-            "from vlkd.cli import main; main()",
+            "from vlkd.tools.cli import main; main()",
             "reproduce",
             "m1",
             "m4",
@@ -90,7 +94,15 @@ def test_dry_run_without_any_data(tmp_path):
         assert s in r.stdout, s
     assert r.stdout.count("howto100m is missing") == 1 and not list(tmp_path.rglob("*.json"))
     r = subprocess.run(
-        [sys.executable, "-c", "from vlkd.cli import main; main()", "reproduce", "m4", "--scale", "paper"],
+        [
+            sys.executable,
+            "-c",
+            "from vlkd.tools.cli import main; main()",
+            "reproduce",
+            "m4",
+            "--scale",
+            "paper",
+        ],
         capture_output=True,
         text=True,
         env=env,
@@ -99,7 +111,7 @@ def test_dry_run_without_any_data(tmp_path):
 
 
 def test_costs_follow_the_plan(runs):
-    from vlkd.cost import gpu_hours, plan_cost
+    from vlkd.tools.cost import gpu_hours, plan_cost
 
     df = plan_cost(runs).set_index("run")
     assert (
@@ -122,7 +134,7 @@ def test_costs_follow_the_plan(runs):
 
 
 def test_rehearsal_of_every_run(runs, tmp_path):
-    from vlkd.rehearse import rehearse
+    from vlkd.tools.preflight import rehearse
 
     got = rehearse(
         tmp_path / "r", samples=200, steps=2, runs=runs, vokens=6, max_tokens=64, ft_tokens=64, max_frames=64
@@ -137,7 +149,7 @@ def test_rehearsal_of_every_run(runs, tmp_path):
 
 
 def test_captions_and_text_are_not_joined_in_memory(tmp_path):
-    from vlkd.rehearse import rehearse
+    from vlkd.tools.preflight import rehearse
 
     with pytest.raises(ValueError, match="should be text or captions"):
         rehearse(tmp_path, samples=60, steps=1, runs=[("s", dict(kd="", corpus="text+captions"))])

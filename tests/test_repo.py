@@ -1,13 +1,21 @@
 "The state of the repository: notebooks and library in step, settings that agree, nothing that does not belong."
 
-import ast, configparser, json, os, re, shutil, subprocess, sys, tomllib
+import ast
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = sorted(p for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
-EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
+EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*/*.ipynb"))
 BIN = Path(sys.executable).parent
 name = lambda p: p.name
 
@@ -115,7 +123,7 @@ def test_readme_is_what_the_index_says():
     nb = ROOT / "nbs" / "index.ipynb"
     if not nb.is_file():
         pytest.skip("there is no nbs/index.ipynb")
-    from vlkd.readme import readme
+    from vlkd.tools.readme import readme
 
     assert readme(nb) == (ROOT / "README.md").read_text(encoding="utf-8"), "run `make readme`"
 
@@ -130,8 +138,10 @@ def test_links_of_the_pages_lead_somewhere():
 def test_commands_of_the_pages_exist():
     "Commands of `vlkd` with their options, and targets of make, in shell blocks and in backticks."
     import shlex
+
     from typer.main import get_command
-    from vlkd.cli import app
+
+    from vlkd.tools.cli import app
 
     text = "\n".join((ROOT / f).read_text(encoding="utf-8") for f in ("README.md", "CONTRIBUTING.md"))
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)

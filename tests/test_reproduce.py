@@ -1,12 +1,21 @@
 """The graph runner on torch-free toy notebooks: what runs, what does not, what a crash leaves, and what reports say."""
 
-import json, os, re, shutil, signal, subprocess, sys, time
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-import vlkd.reproduce as R
-from vlkd.core import Run, path, read_json, run_folder, settings_file
+import vlkd.reproduce.run as R
+from vlkd.core.files import read_json
+from vlkd.core.records import Run, run_folder
+from vlkd.core.settings import path, settings_file
 
 params = 'scale: str = "smoke" # section\nseed: int = 0 # world\nseeds: str = "" # worlds\nout: str = "" # folder\ninputs: str = "" # runs read\n'
 start = "import json, os, time\nfrom pathlib import Path\no = Path(out)\ndef say(x):\n    with open(os.environ['TOY_LOG'], 'a') as f: f.write(x + '\\n')\n"
@@ -102,7 +111,7 @@ class Toy:
 
     def runner(self, *ids, jobs=2) -> subprocess.Popen:
         "A runner in a process of its own."
-        code = f"import sys, vlkd.reproduce as R; sys.exit(bool(R.reproduce({list(ids)!r}, scale='smoke', jobs={jobs}, plan={str(self.plan)!r})['failed']))"
+        code = f"import sys, vlkd.reproduce.run as R; sys.exit(bool(R.reproduce({list(ids)!r}, scale='smoke', jobs={jobs}, plan={str(self.plan)!r})['failed']))"
         return subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -224,7 +233,7 @@ def test_dry_run_says_which_part_changed(quick, monkeypatch, tmp_path):
     shutil.copytree(R._library(), lib, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(R, "_library", lambda: lib)
     toy.edit("t1", "import json", "import vlkd.plots as plots, json")
-    toy.edit("other", "import json", "from vlkd.core import read_json\\nimport json")
+    toy.edit("other", "import json", "from vlkd.core.files import read_json\\nimport json")
     assert toy.run()["failed"] == {}
 
     def changed(f, old, new):
@@ -240,7 +249,7 @@ def test_dry_run_says_which_part_changed(quick, monkeypatch, tmp_path):
     }
     assert changed(lib / "plots.py", '"""Figures and tables', '"""Tables and figures') == {}
     assert changed(lib / "core.py", "h = hashlib.sha256()", "h = hashlib.sha512()") == {
-        "other@1": "module vlkd.core changed",
+        "other@1": "module vlkd.core.files changed",
         "t1@1": "needs other@1, which changed",
     }
     assert changed(lib / "__init__.py", "__version__", "_ = 1; __version__") == {}
@@ -495,7 +504,7 @@ def reporting(toy):
     toy.nb(
         "t1",
         params,
-        "from vlkd.core import *\nimport pandas as pd, matplotlib.pyplot as plt",
+        "from vlkd.core.records import open_inputs, out_dir, record\nimport pandas as pd, matplotlib.pyplot as plt",
         "df = pd.DataFrame(dict(row=['a', 'b'], score=[.5, .75])); df",
         "fig, ax = plt.subplots(figsize=(2, 1)); ax.plot([1, 2])\nprint(out)",
         "#| hide\nprint('hidden words')",
@@ -579,7 +588,7 @@ def test_publish_and_check(quick):
     toy.nb(
         "t2",
         params,
-        "from vlkd.core import *\nimport pandas as pd\nrecord(out_dir(out), dict(x=1), tables=dict(n=pd.DataFrame(dict(x=[1]))), private=True, headline='one')",
+        "from vlkd.core.records import open_inputs, out_dir, record\nimport pandas as pd\nrecord(out_dir(out), dict(x=1), tables=dict(n=pd.DataFrame(dict(x=[1]))), private=True, headline='one')",
     )
     toy.write(second)
     assert toy.run(["t2"])["failed"] == {}
@@ -610,7 +619,7 @@ def test_publish_and_check(quick):
 
 def vlkd(*args, **kw):
     return subprocess.run(
-        [sys.executable, "-c", "from vlkd.cli import main; main()", *args],
+        [sys.executable, "-c", "from vlkd.tools.cli import main; main()", *args],
         capture_output=True,
         text=True,
         **kw,
@@ -652,7 +661,7 @@ def test_command_line(toy):
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, vlkd.cli, vlkd.reproduce; print([m for m in ('torch', 'papermill', 'nbformat', 'nbconvert', 'pandas', 'matplotlib') if m in sys.modules])"
+    code = "import sys, vlkd.tools.cli, vlkd.reproduce.run; print([m for m in ('torch', 'papermill', 'nbformat', 'nbconvert', 'pandas', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

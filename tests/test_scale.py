@@ -1,18 +1,37 @@
 "What the notebooks of corpora, HowTo100M and vokens do not show: processes that are killed, full disks, files cut anywhere."
 
-import gzip, json, os, signal, subprocess, sys, time
-from pathlib import Path
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from vlkd.core import *
-from vlkd.data.corpus import *
-from vlkd.data.howto import *
-from vlkd.data.text import *
+from vlkd.core.files import read_json, rng
+from vlkd.core.settings import scale
+from vlkd.data.corpus import open_text, pack, text_files, text_list, tokenize_corpus
+from vlkd.data.howto100m import MappedFeatures, caption_table, hold_out, howto_pairs, json_entries
+from vlkd.data.text import train_tokenizer
 
-WORDS = "copper iron gold salt ice is soft hard and melts rusts never often".split()
+WORDS = [
+    "copper",
+    "iron",
+    "gold",
+    "salt",
+    "ice",
+    "is",
+    "soft",
+    "hard",
+    "and",
+    "melts",
+    "rusts",
+    "never",
+    "often",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +45,7 @@ def sentences(n, seed=0):
 
 
 def test_training_sees_the_same_batches_from_disk_and_from_memory(tok, tmp_path):
-    from vlkd.train.student import text_collator
+    from vlkd.train.text_student import text_collator
 
     s = scale("smoke")
     texts = sentences(300)

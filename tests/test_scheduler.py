@@ -1,17 +1,27 @@
 """Runs on a Dask cluster: the same records, also when a worker is killed; what is refused, and what is left when the runner goes."""
 
-import json, os, re, shutil, signal, socket, subprocess, sys, threading, time
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("distributed", reason="needs Dask: the extra `cluster`")
 import psutil
+from test_reproduce import Toy, end, gone, params, start, toy, vlkd, wait_for
 
-import vlkd.reproduce as R
-from test_reproduce import Toy, end, gone, params, start, toy, vlkd, wait_for  # noqa: F401
-from vlkd.core import read_json, run_folder
-from vlkd.scheduler import Cluster, library_code
+import vlkd.reproduce.run as R
+from vlkd.core.files import read_json
+from vlkd.core.records import run_folder
+from vlkd.reproduce.scheduler import Cluster, library_code
 
 ROOT = Path(__file__).resolve().parent.parent
 # A training whose result depends on each step and not on where it was interrupted; it says where it starts.
@@ -143,7 +153,7 @@ def test_a_killed_worker_and_the_same_records(toy, dask, capfd):
 # A worker's own process for a notebook that executes cells in plain Python: for what does not depend on kernels.
 plain = """
 import json, sys, threading
-from vlkd.reproduce import _watch
+from vlkd.reproduce.run import _watch
 job = json.loads(sys.stdin.read()); nb = json.load(open(job["notebook"])); g = {}
 threading.Thread(target=_watch, args=(job["parent"],), daemon=True).start()
 for c in nb["cells"]:
@@ -156,7 +166,7 @@ json.dump(nb, open(job["output"], "w"))
 @pytest.fixture
 def quick(toy):
     (toy.d / "plain.py").write_text(
-        f"import sys, vlkd.reproduce as R\nR._worker_command = [sys.executable, '-c', {plain!r}]\n"
+        f"import sys, vlkd.reproduce.run as R\nR._worker_command = [sys.executable, '-c', {plain!r}]\n"
     )
     toy.preload = ("--preload", str(toy.d / "plain.py"))
     return toy
@@ -256,7 +266,7 @@ def test_no_workers_and_no_scheduler(toy, dask):
         [
             sys.executable,
             "-c",
-            "import sys; sys.modules['distributed'] = None; from vlkd.cli import main; main()",
+            "import sys; sys.modules['distributed'] = None; from vlkd.tools.cli import main; main()",
             "reproduce",
             "other",
             "--scale",
@@ -318,7 +328,7 @@ def test_the_runner_goes_and_nothing_is_left(toy, how):
         [
             sys.executable,
             "-c",
-            "from vlkd.cli import main; main()",
+            "from vlkd.tools.cli import main; main()",
             "reproduce",
             "teacher",
             "--scale",
@@ -363,7 +373,7 @@ def test_a_runner_that_is_killed_leaves_its_remote_runs_to_nobody(quick, dask):
         [
             sys.executable,
             "-c",
-            "from vlkd.cli import main; main()",
+            "from vlkd.tools.cli import main; main()",
             "reproduce",
             "teacher",
             "--scale",
@@ -431,7 +441,8 @@ def dask_command(words):
 
 def vlkd_command(words):
     from typer.main import get_command
-    from vlkd.cli import app
+
+    from vlkd.tools.cli import app
 
     c = get_command(app)
     while words and hasattr(c, "commands"):
@@ -548,7 +559,7 @@ def test_slurm_recipe(toy, tmp_path):
     b.mkdir()
     for name, text in dict(
         dask=f'#!/bin/sh\nexec "{sys.executable}" -m dask "$@"\n',
-        vlkd=f'#!/bin/sh\nexec "{sys.executable}" -c "from vlkd.cli import main; main()" "$@"\n',
+        vlkd=f'#!/bin/sh\nexec "{sys.executable}" -c "from vlkd.tools.cli import main; main()" "$@"\n',
         srun='#!/bin/sh\nshift\n"$@" & "$@" & wait\n',
     ).items():
         (b / name).write_text(text)
@@ -581,7 +592,7 @@ def test_slurm_recipe(toy, tmp_path):
 
 
 def test_other_code_than_the_key_says(toy):
-    import vlkd.scheduler as S
+    import vlkd.reproduce.scheduler as S
 
     n = R.graph(["other"], "smoke", 1, toy.plan)["other@1"]
     job = dict(notebook=str(n.entry["file"]), code=n.parts["code"], modules=n.parts["modules"])
@@ -591,6 +602,6 @@ def test_other_code_than_the_key_says(toy):
     toy.edit("other", "score  =  seed", "score = seed + 1")
     assert S._other_code(job, 0).startswith("another ") and "other.ipynb" in S._other_code(job, 0)
     assert (
-        S._other_code(job | dict(modules={"vlkd.core": "x"}), 0).startswith("another ")
+        S._other_code(job | dict(modules={"vlkd.core.files": "x"}), 0).startswith("another ")
         and S._other_code(job | dict(notebook="gone.ipynb"), 0) == "no gone.ipynb"
     )

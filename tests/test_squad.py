@@ -1,13 +1,31 @@
 "SQuAD: corrupt and unseen files, scores beside the official scorer, windows beside a brute-force reading, and the real files where VLKD_DATA is set."
 
-import gzip, importlib.machinery, importlib.util, json, os, random
+import gzip
+import importlib.machinery
+import importlib.util
+import json
+import os
+import random
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
-from hypothesis import given, settings, strategies as st, HealthCheck
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from vlkd.core import data_dir
-from vlkd.data.squad import *
+from vlkd.core.settings import data_dir
+from vlkd.data.squad import (
+    evaluate_squad,
+    exact_match,
+    f1_score,
+    hub_squad,
+    normalize_answer,
+    read_squad,
+    squad_scores,
+    squad_windows,
+    write_squad,
+)
 
 fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXT = "Cork floats. A stone sinks, é\u2028and \U0001f600 a nail."
@@ -457,8 +475,8 @@ def test_accents_keep_characters(tok):
 
 @real
 def test_real_windows():
+    from vlkd.data.public import bert_vocab
     from vlkd.data.text import load_vocabulary
-    from vlkd.data.real import bert_vocab
 
     df = read_squad(data_dir() / "squad", "dev", "1.1").iloc[::40]
     tk = load_vocabulary(bert_vocab(), 512)
@@ -479,7 +497,7 @@ def test_real_windows():
 # ---- fine-tuning
 def test_decoding_over_windows(tok):
     "The best span over all windows equals the best over all pairs of tokens in all windows, and its text is cut from the context."
-    from vlkd.eval.squad import SquadRecipe, decode_spans
+    from vlkd.train.squad import SquadRecipe, decode_spans
 
     g = np.random.default_rng(0)
     df = pd.concat(
@@ -513,8 +531,9 @@ def test_decoding_over_windows(tok):
 
 
 def test_folders_that_do_not_fit(tok, tmp_path):
-    from vlkd.eval.squad import SquadRecipe, finetune_squad, span_classifier
     from transformers import BertConfig, BertForMaskedLM
+
+    from vlkd.train.squad import SquadRecipe, finetune_squad, span_classifier
 
     small = dict(
         hidden_size=8,

@@ -1,15 +1,27 @@
 "Statistics of evidence against known cases, and the rules of the claims ledger."
 
-from pathlib import Path
-
-import numpy as np, pandas as pd, pytest
-from hypothesis import given, settings, strategies as st
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats as sp
 
-from vlkd.core import path
-from vlkd.data.tasks import TASKS
-from vlkd.eval.stats import *
-from vlkd.eval.stats import _t_quantile
+from vlkd.core.settings import path
+from vlkd.eval.stats import (
+    _t_quantile,
+    accuracy_table,
+    check_claim,
+    check_examples,
+    detectable_effect,
+    equivalence,
+    holm,
+    judge,
+    judge_all,
+    mean_interval,
+    paired_difference,
+    read_claims,
+)
 
 
 def records(run, right, task="piqa", kind="", group=None, seed=1):  # right (n,)

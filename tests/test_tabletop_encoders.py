@@ -1,19 +1,30 @@
 """Tabletop's own encoders: captions that say what can be seen, a CLIP that is trained once, and the same features from files."""
 
-import contextlib, io, threading
+import contextlib
+import io
+import threading
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 
-import vlkd.models.tabletop as module
-from vlkd.core import rng
-from vlkd.data.tabletop import *
+import vlkd.tabletop.encoders as module
+from vlkd.core.files import rng
 from vlkd.data.video import read_frames, write_mp4
-from vlkd.models.encoders import GridPixels
-from vlkd.models.extract import VideoItem, encode_video, extract_videos
-from vlkd.models.tabletop import *
+from vlkd.features.encoders import GridPixels
+from vlkd.features.extract import VideoItem, encode_video, extract_videos
+from vlkd.tabletop.encoders import (
+    SAY,
+    TabletopClip,
+    caption_frame,
+    clip_tokens,
+    frame_facts,
+    load_tabletop_clip,
+    load_tabletop_encoder,
+    nameless,
+)
+from vlkd.tabletop.world import COLOURS, EVENTS, ROUND, SHAPES, SIDE, STATIC, World, render, surfaces
 
 clip = pytest.mark.skipif(
     not __import__("importlib").util.find_spec("open_clip"), reason="the `encoders` extra is not installed"
@@ -136,7 +147,7 @@ def test_clips_that_look_back_end_at_their_row(tmp_path):
 @video
 @pytest.mark.parametrize("kind", ["resnet", pytest.param("clip", marks=[clip, pytest.mark.slow])])
 def test_films_of_a_world_through_the_command(tmp_path, kind):
-    from vlkd.cli import main
+    from vlkd.tools.cli import main
 
     world = World(6)
     films = world.frames(np.arange(12))

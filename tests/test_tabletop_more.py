@@ -1,11 +1,12 @@
 "More questions about the embedded world: what every one of them promises, in other worlds than the notebook's."
 
-import pandas as pd, pytest
+import pandas as pd
+import pytest
 
-from vlkd.data.squad import *
-from vlkd.data.tabletop import EVENTS, SAID, World
-from vlkd.data.tabletop_more import *
-from vlkd.data.tasks import *
+from vlkd.data.squad import read_squad, write_squad
+from vlkd.data.tasks import canonical, read_task, write_task
+from vlkd.tabletop.questions import MORE, more_task
+from vlkd.tabletop.world import EVENTS, SAID, World
 
 N = dict(train=150, dev=60, test=150)
 OUTCOME = {p: (e, o) for e, v in EVENTS.items() for o in v for p in SAID[o]}

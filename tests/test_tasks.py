@@ -1,14 +1,35 @@
 "Readers and writers of the downstream tasks: round trips, every mistake, fuzz, and the real files where VLKD_DATA is set."
 
-import csv, gzip, json, os
-from pathlib import Path
+import csv
+import gzip
+import json
+import os
 
-import numpy as np, pandas as pd, pytest
-from hypothesis import given, settings, strategies as st, HealthCheck
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from vlkd.core import data_dir
-from vlkd.data.tasks import *
-from vlkd.data.tasks import _words
+from vlkd.core.settings import data_dir
+from vlkd.data.tasks import (
+    TASKS,
+    _words,
+    bag_of_words_baseline,
+    canonical,
+    category_scores,
+    hub_task,
+    hypothesis_only_baseline,
+    majority,
+    matthews,
+    prior,
+    qnli_from_squad,
+    read_task,
+    tracie_scores,
+    two_way,
+    uniform_prior,
+    write_task,
+)
 
 fuzz = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 HEADS = dict(
@@ -116,7 +137,7 @@ def test_writer_refuses_and_leaves_folder(tmp_path):
         for bad in ("a\tb", "a\nb", "a\rb"):
             df = frame(name)
             df.loc[2, c] = bad
-            if name in ("piqa", "axb") or name == "swag" and "\r" not in bad:
+            if name in ("piqa", "axb") or (name == "swag" and "\r" not in bad):
                 write_task(name, df, tmp_path / "json", "dev")
                 assert read_task(name, tmp_path / "json", "dev")[c][2] == bad
                 continue
@@ -469,6 +490,7 @@ def test_categories_survive(tmp_path):
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
 def test_matthews(pairs):
     import warnings
+
     from sklearn.metrics import matthews_corrcoef
 
     y, p = map(np.array, zip(*pairs))

@@ -1,6 +1,11 @@
 "Trainings that are killed and started again, checkpoints that are not whole, and what a world may say."
 
-import os, pickle, random, re, subprocess, sys
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-import vlkd.device  # noqa: F401
-from vlkd.core import scale
-from vlkd.data.tabletop import CLASSES, EVENTS, PLACE, SAID, SHAPES, World
+import vlkd.core.device
+from vlkd.core.settings import scale
 from vlkd.data.text import train_tokenizer
-from vlkd.models.language import language_model
-from vlkd.models.video import Teacher
-from vlkd.train.data import TabletopData
-from vlkd.train.loop import SEAL, check_trainable, fit, seal
-from vlkd.train.student import StudentObjective, text_collator
-from vlkd.train.teacher import TeacherObjective, video_text_collator
+from vlkd.models.bert import language_model
+from vlkd.models.video_text import Teacher
+from vlkd.tabletop.world import CLASSES, EVENTS, PLACE, SAID, SHAPES, World
+from vlkd.train.sources import TabletopData
+from vlkd.train.text_student import StudentObjective, text_collator
+from vlkd.train.trainer import SEAL, check_trainable, fit, seal
+from vlkd.train.video_teacher import TeacherObjective, video_text_collator
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,15 +32,16 @@ import os, signal, sys
 from functools import cached_property
 from pathlib import Path
 import numpy as np
-from vlkd.device import *
-from vlkd.core import rng, scale
+from vlkd.core.device import *
+from vlkd.core.files import rng
+from vlkd.core.settings import scale
 from vlkd.data.text import VideoText
-from vlkd.models.language import save_model
-from vlkd.models.video import Teacher
+from vlkd.models.bert import save_model
+from vlkd.models.video_text import Teacher
 from vlkd.train import loop
-from vlkd.train.data import TabletopData
-from vlkd.train.student import train_student
-from vlkd.train.teacher import train_teacher
+from vlkd.train.sources import TabletopData
+from vlkd.train.text_student import train_student
+from vlkd.train.video_teacher import train_teacher
 
 class Films(TabletopData):
     "Noise in the place of features, so that nothing is rendered."
@@ -135,7 +141,7 @@ def test_student_loads_with_transformers_alone(whole, tmp_path):
         timeout=300,
     )
     assert r.returncode == 0, r.stderr[-2000:]
-    from vlkd.models.language import hidden_states, load_model
+    from vlkd.models.bert import hidden_states, load_model
 
     lm, tok = load_model(whole[0] / "bert")
     x = np.load(tmp_path / "x.npz")

@@ -1,20 +1,47 @@
 """What is promised of interrupted, damaged and hostile circumstances: processes killed anywhere, bits that flip, full disks, folders that cannot be written, code in the place of data."""
 
-import ast, contextlib, io, json, os, pickle, re, shutil, signal, stat, sys, time
+import ast
+import contextlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import stat
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from test_bad_inputs import Evil, content, extract, films, forked, unix, vlkd
+from test_reproduce import Toy, end, params, plain, plan, quick, start, toy
 
-from test_bad_inputs import Evil, content, extract, films, forked, unix, vlkd  # noqa: F401 films is a fixture
-from test_reproduce import Toy, end, params, plain, plan, quick, start, toy  # noqa: F401 quick and toy are fixtures
-from vlkd.core import *
+from vlkd.core.files import SUMS, read_json, rng, sha256_file, write_json
+from vlkd.core.records import Run, record, run_folder
+from vlkd.core.settings import path, scale, settings_file
 
 LIBRARY = Path(__file__).resolve().parent.parent / "vlkd"
 KILLS = int(os.environ.get("VLKD_KILLS", 20))  # moments at which each job is killed
-WORDS = "copper iron gold salt ice is soft hard and melts rusts never often".split()
+WORDS = [
+    "copper",
+    "iron",
+    "gold",
+    "salt",
+    "ice",
+    "is",
+    "soft",
+    "hard",
+    "and",
+    "melts",
+    "rusts",
+    "never",
+    "often",
+]
 
 
 # Jobs: each makes a folder, gives the same numbers whenever it is asked to, and goes on where it was broken off
@@ -75,7 +102,7 @@ def features(out):
 
 
 def read_features(out):
-    from vlkd.data.howto import MappedFeatures
+    from vlkd.data.howto100m import MappedFeatures
     from vlkd.data.video import load_features
 
     f, g = load_features(out), MappedFeatures(out)
@@ -84,7 +111,7 @@ def read_features(out):
 
 
 def captions(out):
-    from vlkd.data.howto import caption_table
+    from vlkd.data.howto100m import caption_table
 
     src = out.parent / "captions.json"
     r = rng("captions")
@@ -103,7 +130,7 @@ def captions(out):
 
 
 def read_captions(out):
-    from vlkd.data.howto import CaptionTable
+    from vlkd.data.howto100m import CaptionTable
 
     t = CaptionTable(out)
     return dict(
@@ -116,7 +143,7 @@ def read_captions(out):
 
 
 def pool():
-    from vlkd.models.vokens import VokenPool
+    from vlkd.retrieval.vokens import VokenPool
 
     r = rng("pool")
     n = 9
@@ -128,7 +155,7 @@ def pool():
 
 def vokens(out):
     from vlkd.data.text import tokenize
-    from vlkd.models.vokens import vokenize
+    from vlkd.retrieval.vokens import vokenize
 
     pool().save(out / "pool")
     tok = tokenizer()
@@ -138,7 +165,7 @@ def vokens(out):
 
 def read_vokens(out):
     from vlkd.data.text import tokenize
-    from vlkd.models.vokens import StoredVokens, VokenPool
+    from vlkd.retrieval.vokens import StoredVokens, VokenPool
 
     tok = tokenizer()
     p = VokenPool.load(out / "pool")
@@ -153,8 +180,7 @@ def read_vokens(out):
 
 
 def teacher(out):
-    import torch
-    from vlkd.models.video import Teacher
+    from vlkd.models.video_text import Teacher
 
     s = scale("smoke", hidden=16, heads=2, layers=1, intermediate=16)
     tok = tokenizer()
@@ -164,7 +190,7 @@ def teacher(out):
 
 
 def read_teacher(out):
-    from vlkd.models.video import Teacher
+    from vlkd.models.video_text import Teacher
 
     t, tok = Teacher.load(out, scale("smoke", hidden=16, heads=2, layers=1, intermediate=16))
     return {k: v.numpy() for k, v in t.state_dict().items()} | dict(
@@ -225,8 +251,8 @@ def same(a, b):
 
 
 def part(name, a, b):
-    return (
-        same(a, b) or name == "features" and set(a) < set(b) and all(np.array_equal(a[k], b[k]) for k in a)
+    return same(a, b) or (
+        name == "features" and set(a) < set(b) and all(np.array_equal(a[k], b[k]) for k in a)
     )  # a folder of features says how far it has come
 
 
@@ -263,8 +289,7 @@ def crash(f, below, *, event=None, after=None, count=None):
             if what == "open":
                 where, w = (
                     args[0],
-                    isinstance(args[1], str)
-                    and set(args[1]) & set("wax+")
+                    (isinstance(args[1], str) and set(args[1]) & set("wax+"))
                     or args[2] & (os.O_WRONLY | os.O_RDWR),
                 )
             else:
@@ -334,7 +359,7 @@ def test_extraction_killed_at_random_moments(films, tmp_path, kills=KILLS):
 # `vlkd reproduce`
 
 chain = """import hashlib, time
-from vlkd.core import write_json
+from vlkd.core.files import write_json
 p = o/'chain.json'; s = json.loads(p.read_text()) if p.exists() else dict(n=0, h='')
 while s['n'] < 10: s = dict(n=s['n']+1, h=hashlib.sha256(f"{s['h']} {seed} {s['n']}".encode()).hexdigest()); write_json(p, s); time.sleep(.01)
 score = int(s['h'][:6], 16)"""
@@ -512,7 +537,7 @@ def test_damage_of_a_checkpoint(how, tmp_path, whole):
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damage_of_a_cache_file(how, tmp_path, monkeypatch):
     "Read-outs of Tabletop's encoder: made again, with the same numbers."
-    from vlkd.models import tabletop as t
+    from vlkd.tabletop import encoders as t
 
     def fit(self, *a):
         r = rng("read-outs")
@@ -591,7 +616,8 @@ def without_rights(f):
 
     def bound():
         if os.geteuid() == 0:
-            import ctypes, struct
+            import ctypes
+            import struct
 
             if ctypes.CDLL(None, use_errno=True).capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)):
                 os._exit(77)  # no capabilities at all
@@ -856,8 +882,9 @@ def test_nothing_in_the_library_runs_or_unpacks_what_a_file_holds():
         "pd.read_pickle(f)",
     ):
         assert risks(bad), bad
-    from vlkd.data.catalog import _Loader
     import yaml
+
+    from vlkd.data.catalog import _Loader
 
     assert issubclass(_Loader, yaml.SafeLoader)
 
@@ -883,10 +910,10 @@ def evil_files(mark):
 @pytest.mark.parametrize("kind", ["pickle", "torch", "npy", "npz"])
 def test_a_pickle_in_the_place_of_data_is_refused(kind, whole, tmp_path, monkeypatch):
     "Wherever arrays, weights or tables are read: an error, and the pickle has not run."
-    from vlkd.data.howto import MappedFeatures
-    from vlkd.data.real import flickr8k_features
-    from vlkd.models.encoders import load_mobilenet
-    from vlkd.models.video3d import read_weights
+    from vlkd.data.howto100m import MappedFeatures
+    from vlkd.data.public import flickr8k_features
+    from vlkd.features.encoders import load_mobilenet
+    from vlkd.features.video3d import read_weights
 
     mark = tmp_path / "ran"
     b = evil_files(mark)[kind]
@@ -918,7 +945,7 @@ def test_a_pickle_in_the_place_of_data_is_refused(kind, whole, tmp_path, monkeyp
     shutil.copytree(whole("teacher").folder / "lm", d := tmp_path / "unsealed" / "lm")
     (d / SUMS).unlink()
     (d / "model.safetensors").write_bytes(b)  # a folder from elsewhere
-    from vlkd.models.language import load_model
+    from vlkd.models.bert import load_model
 
     with pytest.raises(ValueError):
         load_model(d)
@@ -929,7 +956,7 @@ def test_a_pickle_in_the_place_of_data_is_refused(kind, whole, tmp_path, monkeyp
 
 
 def test_code_that_comes_with_a_model_is_not_run(whole, tmp_path):
-    from vlkd.models.language import load_model
+    from vlkd.models.bert import load_model
 
     d = tmp_path / "m"
     shutil.copytree(whole("teacher").folder / "lm", d)

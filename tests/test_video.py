@@ -1,13 +1,16 @@
 """Video files as found in the wild, and feature shards made from them."""
 
-import json, subprocess, sys, warnings
+import json
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vlkd.core import data_dir
-from vlkd.data.video import *
+from vlkd.core.settings import data_dir
+from vlkd.data.video import VideoError, VideoWarning, extract, load_features, read_frames, write_mp4
 
 pytest.importorskip("av", reason="the `video` extra is not installed")
 ROOT = data_dir(need=False)
@@ -109,7 +112,7 @@ def test_library_imports_without_av():
 
 def test_damaged_bytes_fuzz(tmp_path):
     "Flipped bytes anywhere: frames, a VideoError, never another exception."
-    from vlkd.core import rng
+    from vlkd.core.files import rng
 
     r = rng("fuzz")
     x = r.integers(0, 255, (12, 32, 32, 3)).astype(np.uint8)

@@ -6,11 +6,12 @@
 __all__ = ['palette', 'markers', 'style', 'bars_with_ci', 'curves', 'film_strip', 'table_md', 'table_html']
 
 # %% ../nbs/05_plots.ipynb #0f1c294c
-import html, math
+import html
+import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import matplotlib.pyplot as plt
 from cycler import cycler
 
 # %% ../nbs/05_plots.ipynb #459dbd22
@@ -213,7 +214,7 @@ def table_html(
     skip=(),
 ) -> str:  # skip: labels in the first column that do not compete (chance, ceiling, the paper's rows)
     "A frame as html: header, rows, the best of some columns in bold, notes below. Text is escaped."
-    best = best if isinstance(best, dict) else {c: "max" for c in best or []}
+    best = best if isinstance(best, dict) else dict.fromkeys(best or [], "max")
     _need(df, *best)
     if bad := [v for v in best.values() if v not in ("max", "min")]:
         raise ValueError(f"best is max or min, got {bad[0]!r}")

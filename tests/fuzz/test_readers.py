@@ -1,17 +1,29 @@
 """Files that were valid and then changed anywhere: every reader gives what it always gives, or an error that names the file. Never a KeyError, TypeError, IndexError or AttributeError, never an endless wait."""
 
-import contextlib, copy, gzip, io, json, os, shutil, signal, sys, warnings
+import contextlib
+import copy
+import gzip
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from test_tasks import GOOD  # noqa: E402
-from vlkd.core import *  # noqa: E402
+from test_tasks import GOOD
+
+from vlkd.core.files import SUMS, read_json, rng, write_json
+from vlkd.core.records import Run, record
+from vlkd.core.settings import path, preset, scale, scales
 
 ROOT = Path(__file__).resolve().parents[2]
 fuzz = settings(
@@ -223,7 +235,7 @@ CAPTIONS = {f"v{i}": dict(start=[0.5, 2], end=[2, 4.5], text=["cut the wood", "n
 
 
 def captions(d):
-    from vlkd.data.howto import caption_table, read_captions
+    from vlkd.data.howto100m import caption_table, read_captions
 
     rows = list(read_captions(d / "c.json"))
     list(read_captions(d / "csv"))
@@ -238,13 +250,13 @@ def captions(d):
 
 
 def howto(d):
-    from vlkd.data.howto import howto_videos
+    from vlkd.data.howto100m import howto_videos
 
     return howto_videos(d / "h.csv")
 
 
 def listed(d):
-    from vlkd.models.extract import find_videos
+    from vlkd.features.extract import find_videos
 
     v = find_videos(d / "list.csv")
     assert all(x.path.is_absolute() for x in v.values())
@@ -258,7 +270,7 @@ def card(d):
 
 
 def plan(d):
-    from vlkd.reproduce import load_plan
+    from vlkd.reproduce.run import load_plan
 
     p = load_plan(d / "plan.toml")
     assert all(isinstance(e["needs"], list) and e["file"].is_file() for e in p.values())
@@ -302,7 +314,7 @@ def ini(d):
 
 
 def flickr(d):
-    from vlkd.data.real import flickr8k_captions, flickr8k_features, held_out_photos, photo_splits
+    from vlkd.data.public import flickr8k_captions, flickr8k_features, held_out_photos, photo_splits
 
     s = photo_splits(retrieval=1, root=d)
     held_out_photos(root=d)
@@ -311,19 +323,19 @@ def flickr(d):
 
 
 def exercises(d):
-    from vlkd.data.real import exercise_clips
+    from vlkd.data.public import exercise_clips
 
     return exercise_clips(d)
 
 
 def msvd(d):
-    from vlkd.data.real import msvd_clips
+    from vlkd.data.public import msvd_clips
 
     return msvd_clips(d)
 
 
 def articles(d):
-    from vlkd.data.real import bert_vocab, squad_articles, wikitext_articles
+    from vlkd.data.public import bert_vocab, squad_articles, wikitext_articles
 
     bert_vocab(d)
     return [*squad_articles(d), *wikitext_articles(d)]
@@ -348,7 +360,7 @@ def npy(x):
 
 
 def mobilenet(d):
-    from vlkd.models.encoders import load_mobilenet
+    from vlkd.features.encoders import load_mobilenet
 
     return load_mobilenet(d).encode(np.zeros((1, 224, 224, 3), np.uint8))
 
@@ -364,7 +376,7 @@ MOBILENET = npz(
 
 
 def weights(d):
-    from vlkd.models.video3d import read_weights
+    from vlkd.features.video3d import read_weights
 
     for f in ("w.pt", "w.safetensors"):
         s, _ = read_weights(d / f)
@@ -421,7 +433,7 @@ def video_file(d):
 
 
 def mapped(d):
-    from vlkd.data.howto import MappedFeatures
+    from vlkd.data.howto100m import MappedFeatures
 
     m = MappedFeatures(d / "f")
     m.seconds()
@@ -434,7 +446,7 @@ def record_of(d):
 
 
 def student(d):
-    from vlkd.models.language import load_model
+    from vlkd.models.bert import load_model
 
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -442,7 +454,7 @@ def student(d):
 
 
 def notebook(d):
-    from vlkd.reproduce import notebook_parameters
+    from vlkd.reproduce.run import notebook_parameters
 
     return notebook_parameters(d / "a.ipynb")
 
@@ -462,9 +474,9 @@ def made_files(make, d):
 
 def a_student(d, sums=False):
     from vlkd.data.text import load_vocabulary
-    from vlkd.models.language import language_model, save_model
+    from vlkd.models.bert import language_model, save_model
 
-    tok = load_vocabulary("[PAD] [UNK] [CLS] [SEP] [MASK] the a girl".split(), 40)
+    tok = load_vocabulary(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "girl"], 40)
     save_model(
         d / "m", language_model(scale("smoke", hidden=8, heads=2, layers=1, intermediate=8), tok, 0), tok
     )
@@ -508,9 +520,9 @@ ARTICLES = {
         json.dumps(dict(data=[dict(title="T", paragraphs=[dict(context="Cork floats on water.")])])).encode(),
         mtime=0,
     ),
-    "wikitext/wikitext-2.train.raw": " = T = \n \n Cork floats . \n".encode(),
+    "wikitext/wikitext-2.train.raw": b" = T = \n \n Cork floats . \n",
     "tokenizer_vocabs/bert-base-uncased-vocab.txt.gz": gzip.compress(
-        "\n".join("[PAD] [UNK] [CLS] [SEP] [MASK] a b".split()).encode() + b"\n", mtime=0
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]).encode() + b"\n", mtime=0
     ),
 }
 

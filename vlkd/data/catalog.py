@@ -7,14 +7,15 @@ __all__ = ['ROLES', 'SECTIONS', 'SIZE_CATEGORIES', 'DataFile', 'Card', 'read_car
            'require']
 
 # %% ../../nbs/14_data.catalog.ipynb #d1df407f
-import itertools, re
+import itertools
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd, yaml
+import pandas as pd
+import yaml
 
-from ..core import *
-from ..core import _unknown
+from ..core.settings import _unknown, data_dir, path, scales, settings_file
 
 # %% ../../nbs/14_data.catalog.ipynb #5832ae9f
 @dataclass(frozen=True)

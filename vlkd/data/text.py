@@ -6,7 +6,6 @@
 __all__ = ['SPECIAL', 'VideoText', 'train_tokenizer', 'load_vocabulary', 'Tokens', 'tokenize', 'uniform', 'mask_tokens', 'Draws']
 
 # %% ../../nbs/10_data.text.ipynb #c656455a
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from ..device import *
-from ..core import *
-from transformers import PreTrainedTokenizerFast, BertTokenizer
+from ..core.files import rng
 
 # %% ../../nbs/10_data.text.ipynb #2be7b3ee
 @dataclass

@@ -7,14 +7,18 @@ __all__ = ['VideoError', 'VideoWarning', 'write_mp4', 'Sample', 'stream_frames',
            'load_features', 'extract']
 
 # %% ../../nbs/11_data.video.ipynb #5a952091
-import contextlib, math, os, sys, warnings
+import contextlib
+import math
+import os
+import sys
+import warnings
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from ..core import *
+from ..core.files import atomic, fingerprint, read_json, sha256_file, write_json
 
 # %% ../../nbs/11_data.video.ipynb #df4b8d31
 class VideoError(ValueError):
