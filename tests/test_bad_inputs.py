@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from vlkd.core.files import read_json, rng, write_json
-from vlkd.core.records import Run, record
+from vlkd.core.records import record, Run
 from vlkd.core.settings import scale
 from vlkd.data.tasks import read_task
 

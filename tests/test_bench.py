@@ -30,21 +30,21 @@ from vlkd.tools.bench import (
     summary,
 )
 from vlkd.tools.bench_peer import (
-    STEP_LEVERS,
     broadcast_nst,
     fill_queue,
     plain_crd,
     plain_nst,
     public_nst,
     public_nt_xent,
+    STEP_LEVERS,
 )
 from vlkd.tools.bench_steps import (
-    StopWatch,
-    Workbench,
     objective_forms,
     objective_rows,
     padded,
     peak_at,
+    StopWatch,
+    Workbench,
     worth,
 )
 from vlkd.train.text_student import StudentObjective

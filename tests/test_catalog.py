@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from vlkd.core.settings import scales
-from vlkd.data.catalog import SECTIONS, cards, print_status, read_card, require, status, waiting
+from vlkd.data.catalog import cards, print_status, read_card, require, SECTIONS, status, waiting
 
 ALL = [
     "flickr8k",

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 import vlkd.core.device
-from vlkd.core.records import Run, record
+from vlkd.core.records import record, Run
 from vlkd.core.settings import scale
 from vlkd.data.squad import evaluate_squad
 from vlkd.data.tasks import CATEGORIES, category_scores
@@ -14,7 +14,7 @@ from vlkd.models.bert import language_model, save_model
 from vlkd.tabletop.questions import more_task
 from vlkd.train import finetune as language
 from vlkd.train.finetune import answers, classifier, finetune_all
-from vlkd.train.sources import RealData, load_data
+from vlkd.train.sources import load_data, RealData
 from vlkd.train.squad import squad_summary
 
 EVERY = ["sst2", "qnli", "qqp", "mnli", "piqa", "tracie", "squad1", "squad2", "swag"]

@@ -14,7 +14,7 @@ import torch
 from vlkd.core.files import read_json, rng
 from vlkd.core.settings import scale
 from vlkd.data.corpus import open_text, pack, text_files, text_list, tokenize_corpus
-from vlkd.data.howto100m import MappedFeatures, caption_table, hold_out, howto_pairs, json_entries
+from vlkd.data.howto100m import caption_table, hold_out, howto_pairs, json_entries, MappedFeatures
 from vlkd.data.text import train_tokenizer
 
 WORDS = [

@@ -13,18 +13,18 @@ import vlkd.tabletop.encoders as module
 from vlkd.core.files import rng
 from vlkd.data.video import read_frames, write_mp4
 from vlkd.features.encoders import GridPixels
-from vlkd.features.extract import VideoItem, encode_video, extract_videos
+from vlkd.features.extract import encode_video, extract_videos, VideoItem
 from vlkd.tabletop.encoders import (
-    SAY,
-    TabletopClip,
     caption_frame,
     clip_tokens,
     frame_facts,
     load_tabletop_clip,
     load_tabletop_encoder,
     nameless,
+    SAY,
+    TabletopClip,
 )
-from vlkd.tabletop.world import COLOURS, EVENTS, ROUND, SHAPES, SIDE, STATIC, World, render, surfaces
+from vlkd.tabletop.world import COLOURS, EVENTS, render, ROUND, SHAPES, SIDE, STATIC, surfaces, World
 
 clip = pytest.mark.skipif(
     not __import__("importlib").util.find_spec("open_clip"), reason="the `encoders` extra is not installed"

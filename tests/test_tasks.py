@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from vlkd.core.settings import data_dir
 from vlkd.data.tasks import (
-    TASKS,
     _words,
     bag_of_words_baseline,
     canonical,
@@ -25,6 +24,7 @@ from vlkd.data.tasks import (
     prior,
     qnli_from_squad,
     read_task,
+    TASKS,
     tracie_scores,
     two_way,
     uniform_prior,

@@ -21,7 +21,7 @@ from vlkd.models.video_text import Teacher
 from vlkd.tabletop.world import CLASSES, EVENTS, PLACE, SAID, SHAPES, World
 from vlkd.train.sources import TabletopData
 from vlkd.train.text_student import StudentObjective, text_collator
-from vlkd.train.trainer import SEAL, check_trainable, fit, seal
+from vlkd.train.trainer import check_trainable, fit, seal, SEAL
 from vlkd.train.video_teacher import TeacherObjective, video_text_collator
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_tasks import GOOD
 
-from vlkd.core.files import SUMS, read_json, rng, write_json
-from vlkd.core.records import Run, record
+from vlkd.core.files import read_json, rng, SUMS, write_json
+from vlkd.core.records import record, Run
 from vlkd.core.settings import path, preset, scale, scales
 
 ROOT = Path(__file__).resolve().parents[2]

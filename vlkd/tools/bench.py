@@ -380,7 +380,7 @@ _INTRO = "Variants are measured in turns in one process, every round in a new or
 
 def _page(recs: dict, md: bool) -> str:  # stamp -> record
     from vlkd.plots import table_html, table_md
-    from vlkd.reproduce.run import _html
+    from vlkd.reproduce.report import _html
 
     e = html.escape
     h = (lambda n, t: f"{'#' * n} {t}") if md else (lambda n, t: f"<h{n}>{e(t)}</h{n}>")

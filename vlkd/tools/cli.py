@@ -37,7 +37,8 @@ def reproduce(
     ),
 ):
     "Bring tables up to date: run what is missing or changed, then render reports/latest."
-    from vlkd.reproduce.run import report, reproduce
+    from vlkd.reproduce.report import report
+    from vlkd.reproduce.run import reproduce
 
     if scheduler:
         from vlkd.reproduce.scheduler import Cluster
@@ -73,7 +74,7 @@ def report(
 ):
     "Render the pages of finished tables."
     from vlkd.core.settings import scale as settings
-    from vlkd.reproduce.run import check_reports, report
+    from vlkd.reproduce.report import check_reports, report
 
     settings(scale)  # an unknown scale is an error, not one without results
     if check:
