@@ -15,15 +15,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from vlkd.core.files import fingerprint, read_json, sha256_file, write_json
-from vlkd.core.records import Run
+from ..core.files import fingerprint, read_json, sha256_file, write_json
+from ..core.records import Run
 from vlkd.core.settings import (
     _sections,
     path,
     settings_file,
 )
-from vlkd.reproduce.run import _cells, (
+from vlkd.reproduce.run import (
     Node,
+    _cells,
     _library,
     _quick_imports,
     _span,
