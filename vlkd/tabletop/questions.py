@@ -8,7 +8,7 @@ __all__ = ['MORE', 'more_task']
 # %% ../../nbs/23_tabletop.questions.ipynb #fd4a4b44
 import pandas as pd
 
-from ..core.settings import _unknown
+from ..core.settings import unknown_name
 from ..data.tasks import CATEGORIES
 from vlkd.tabletop.world import (
     BAD,
@@ -224,7 +224,7 @@ def more_task(world: World, name: str, split: str = "test", n: int = None) -> pd
     if name in MAKERS:
         return world.task(name, split, n)
     if name not in MORE:
-        raise _unknown("task", name, [*MAKERS, *MORE])
+        raise unknown_name("task", name, [*MAKERS, *MORE])
     names = world._of(split)
     n = n or dict(train=8000 if name.startswith("squad") else 4000, dev=600, test=800)[split]
     r = world.random("task", name, split)
