@@ -23,7 +23,7 @@ from ..features.encoders import GridVideo
 from vlkd.tabletop.world import (
     COLOURS,
     EVENTS,
-    FILMED,
+    CLIP_EVENTS,
     FRAMES,
     ROUND,
     SHAPES,
@@ -43,7 +43,7 @@ def nameless(
     "Things to film that belong to no world: shape, size, event and outcome drawn independently (shape decides pushing, as everywhere)."
     r = rng("nameless", seed)
     looks = pd.DataFrame(dict(shape=r.choice(SHAPES, n), size=r.choice(list(SIZES), n)))
-    events = r.choice(FILMED, n)
+    events = r.choice(CLIP_EVENTS, n)
     outcomes = np.array(
         [
             ("roll" if s in ROUND else "slide") if e == "push" else r.choice(EVENTS[e])

@@ -39,7 +39,7 @@ from ..models.bert import hidden_states, load_model, save_model
 from ..models.video_text import Teacher
 from ..plots import film_strip, markers, palette, style, table_html
 from ..retrieval.nearest import nearest
-from ..tabletop.world import BASE, EDITION, EVENTS, NOUNS, PAST, SAID, said_of
+from ..tabletop.world import BASE, EDITION, EVENTS, NOUNS, PAST, OUTCOME_PHRASES, stated_counts
 from ..train.finetune import finetune_all
 from ..train.sources import load_data
 from ..train.text_student import train_student
@@ -790,7 +790,8 @@ def noun_facts(
     if not x.world:
         return pd.Series(out, name=noun)
     said = x.kept(
-        "said", lambda: tuple(said_of(t, nouns_of(x)) for t in (x.data.pairs.captions, x.data.sentences))
+        "said",
+        lambda: tuple(stated_counts(t, nouns_of(x)) for t in (x.data.pairs.captions, x.data.sentences)),
     )
     d = x.world.nouns.loc[noun]
     return pd.Series(
@@ -946,7 +947,7 @@ def guess(
         )
     if x.world and noun and event in (*EVENTS, "push"):  # a word that begins several outcomes tells none
         begins = {
-            o: {p.split()[0] for p in SAID[o]}
+            o: {p.split()[0] for p in OUTCOME_PHRASES[o]}
             for o in (EVENTS[event] if event in EVENTS else ("roll", "slide"))
         }
         true = x.world.nouns.loc[noun, event]
