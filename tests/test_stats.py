@@ -332,7 +332,7 @@ def test_missing_records_are_not_tested():
     for claim, says in (
         (greater(better="c"), "no records of c on piqa"),
         (greater(tasks=["piqa", "mnli"]), "no records of a on mnli"),
-        (greater(subset="hidden"), "of kind hidden"),
+        (greater(subset="video-only"), "of kind video-only"),
     ):
         j = judge(claim, r)
         assert j["verdict"] == "not tested" and says in j["evidence"] and j["p"] is None and j["n"] == 0
@@ -343,17 +343,17 @@ def test_missing_records_are_not_tested():
 def test_subset():
     r = pd.concat(
         [
-            worlds("a", 0.9, kind="hidden"),
-            worlds("b", 0.5, kind="hidden"),
-            worlds("a", 0.5, kind="unfilmed", n=300).assign(id=lambda d: "u" + d.id),
-            worlds("b", 0.5, kind="unfilmed", n=300).assign(id=lambda d: "u" + d.id),
+            worlds("a", 0.9, kind="video-only"),
+            worlds("b", 0.5, kind="video-only"),
+            worlds("a", 0.5, kind="never filmed", n=300).assign(id=lambda d: "u" + d.id),
+            worlds("b", 0.5, kind="never filmed", n=300).assign(id=lambda d: "u" + d.id),
         ]
     )
     assert (
-        judge(greater(subset="hidden"), r)["n"] == 1000
-        and judge(greater(subset="hidden"), r)["diff"]
+        judge(greater(subset="video-only"), r)["n"] == 1000
+        and judge(greater(subset="video-only"), r)["diff"]
         > judge(greater(), r)["diff"]
-        > judge(greater(subset="unfilmed"), r)["diff"]
+        > judge(greater(subset="never filmed"), r)["diff"]
     )
 
 
@@ -444,10 +444,13 @@ def test_committed_claims():
     assert (h["better"], h["worse"], h["subset"], h["min_effect"]) == (
         "student-nst-crd-micro",
         "student-text",
-        "hidden",
+        "video-only",
         5,
     )
-    assert (claims["m5.unfilmed.micro"]["subset"], claims["m5.unfilmed.micro"]["bound"]) == ("unfilmed", 5)
+    assert (claims["m5.unfilmed.micro"]["subset"], claims["m5.unfilmed.micro"]["bound"]) == (
+        "never filmed",
+        5,
+    )
 
 
 def test_smallest_effects_are_under_those_of_the_paper():

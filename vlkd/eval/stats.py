@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import rng
-from ..core.settings import _unknown, scales
+from ..core.settings import scales, unknown_name
 from ..data.tasks import TASKS
 
 # %% ../../nbs/63_eval.stats.ipynb #662bbda9
@@ -280,13 +280,13 @@ def check_claim(c, where="claim") -> dict:
         if not isinstance(c.get(k), str) or not c[k].strip():
             raise ValueError(f'{where}: needs {k} = "..."; every claim has {", ".join(_TEXT)}')
     if c["kind"] not in _KINDS:
-        raise ValueError(f"{where}: " + str(_unknown("kind of claim", c["kind"], _KINDS)))
+        raise ValueError(f"{where}: " + str(unknown_name("kind of claim", c["kind"], _KINDS)))
     need, may = _KINDS[c["kind"]]
     types = need | may | _ANY
     for k in c:
         if k not in _TEXT and k not in types:
             raise ValueError(
-                f"{where}: " + str(_unknown(f"key of a claim of kind {c['kind']}", k, (*_TEXT, *types)))
+                f"{where}: " + str(unknown_name(f"key of a claim of kind {c['kind']}", k, (*_TEXT, *types)))
             )
     if lack := [k for k in need if k not in c]:
         raise ValueError(f"{where}: a claim of kind {c['kind']} needs {', '.join(lack)}")
@@ -302,7 +302,7 @@ def check_claim(c, where="claim") -> dict:
                 *(f"retrieval-{k}" for k in ("noun", "event", "outcome", "peer")),
             )
         ):
-            raise ValueError(f"{where}: " + str(_unknown("task", t, known)))
+            raise ValueError(f"{where}: " + str(unknown_name("task", t, known)))
     if "tasks" in c and (not c["tasks"] or len(set(c["tasks"])) < len(c["tasks"])):
         raise ValueError(f"{where}: tasks should name at least one task, each once")
     for k, ok in (
@@ -316,7 +316,7 @@ def check_claim(c, where="claim") -> dict:
             )
     for k, v in c.get("not_at", {}).items():
         if k not in scales():
-            raise ValueError(f"{where}: not_at: " + str(_unknown("scale", k, scales())))
+            raise ValueError(f"{where}: not_at: " + str(unknown_name("scale", k, scales())))
         if not isinstance(v, str) or not v.strip():
             raise ValueError(f"{where}: not_at: {k} should say why, got {v!r}")
     for x, y in (("better", "worse"), ("a", "b")):
