@@ -706,6 +706,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'vlkd.plots.bars_with_ci': ('plots.html#bars_with_ci', 'vlkd/plots.py'),
                             'vlkd.plots.curves': ('plots.html#curves', 'vlkd/plots.py'),
                             'vlkd.plots.film_strip': ('plots.html#film_strip', 'vlkd/plots.py'),
+                            'vlkd.plots.markdown_text': ('plots.html#markdown_text', 'vlkd/plots.py'),
                             'vlkd.plots.style': ('plots.html#style', 'vlkd/plots.py'),
                             'vlkd.plots.table_html': ('plots.html#table_html', 'vlkd/plots.py'),
                             'vlkd.plots.table_md': ('plots.html#table_md', 'vlkd/plots.py')},
