@@ -35,8 +35,8 @@ from vlkd.eval.examples import (
 )
 from vlkd.eval.stats import check_examples
 from vlkd.models.bert import language_model, save_model
-from vlkd.tabletop.world import _did, _do, BASE, FILMED, PAST, World
-from vlkd.train.text_student import load_distillation, save_distillation, StudentObjective
+from vlkd.tabletop.world import BASE, FILMED, PAST, World, _did, _do
+from vlkd.train.text_student import StudentObjective, load_distillation, save_distillation
 
 
 def records(run, right, sure=None, group=None, kind="", task="piqa", seed=1):

@@ -9,8 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import vlkd.core.device
-from vlkd.core.files import read_json, SUMS, write_json
+from vlkd.core.files import SUMS, read_json, write_json
 from vlkd.tools import explore as ex
 
 NB = Path(__file__).resolve().parent.parent / "nbs" / "explorer.ipynb"

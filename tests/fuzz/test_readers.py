@@ -299,7 +299,7 @@ PLAN = b'[[run]]\nid = "a"\nnotebook = "a.ipynb"\nparams = { lr = 0.5 }\nat = { 
 
 
 def claims(d):
-    from vlkd.eval.stats import read_claims
+    from vlkd.eval.claims import read_claims
 
     return read_claims(d / "claims.toml")
 
@@ -553,8 +553,8 @@ READERS = dict(
     claims=(
         lambda d: {
             "claims.toml": b"".join(
-                (ROOT / "nbs/experiments/claims.toml").read_bytes().partition(b"[[claim]]")[1:]
-            )[:3000].rpartition(b"[[claim]]")[0]
+                (ROOT / "nbs/experiments/vidlankd/claims.toml").read_bytes().partition(b"[defaults]\n")[1:]
+            )[:3000].rpartition(b"[[table.m5.claim]]")[0]
         },
         claims,
     ),
