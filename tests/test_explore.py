@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from vlkd.core.files import SUMS, read_json, write_json
+import vlkd.core.device
+from vlkd.core.files import CHECKSUMS, read_json, write_json
 from vlkd.tools import explore as ex
 
 NB = Path(__file__).resolve().parent.parent / "nbs" / "explorer.ipynb"
@@ -146,7 +147,7 @@ def test_runs_of_other_data_are_refused(x, copies):
     a, b = list(v)[-2:]
     v[a], v[b] = v[b], v[a]
     write_json(f, t)
-    (f.parent / SUMS).unlink()
+    (f.parent / CHECKSUMS).unlink()
     with pytest.raises(ValueError, match="student-text reads with another tokeniser"):
         ex.Explorer("smoke", x.seed, inputs(), s=x.s).model("student-text")
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_tasks import GOOD
 
-from vlkd.core.files import read_json, rng, SUMS, write_json
-from vlkd.core.records import record, Run
+from vlkd.core.files import CHECKSUMS, read_json, rng, write_json
+from vlkd.core.records import Run, record
 from vlkd.core.settings import path, preset, scale, scales
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -480,7 +480,7 @@ def a_student(d, sums=False):
     save_model(
         d / "m", language_model(scale("smoke", hidden=8, heads=2, layers=1, intermediate=8), tok, 0), tok
     )
-    (d / "m" / SUMS).unlink()  # from elsewhere: without checksums
+    (d / "m" / CHECKSUMS).unlink()  # from elsewhere: without checksums
 
 
 def a_record(d):
@@ -530,7 +530,7 @@ READERS = dict(
     json=(lambda d: {"a.json": json.dumps(dict(a=[1, 2.5, None], b=dict(c="x"))).encode()}, json_file),
     sealed=(
         lambda d: made_files(
-            lambda d: write_json(d / "a.json", dict(a=[1, 2.5], b={"c": "x"}), seal=True), d
+            lambda d: write_json(d / "a.json", dict(a=[1, 2.5], b={"c": "x"}), checksum=True), d
         ),
         json_file,
     ),

@@ -10,10 +10,10 @@ import tomllib
 from pathlib import Path
 
 import pandas as pd
-
-from ..core.settings import _unknown, path, scales
-from ..data.tasks import TASKS
 from .stats import POWER_FACTOR, check_examples, equivalence, holm, mean_interval, paired_difference
+
+from ..core.settings import path, scales, unknown_name
+from ..data.tasks import TASKS
 
 # %% ../../nbs/64_eval.claims.ipynb #c353fee3
 _TEXTS = ("id", "table", "paper", "where", "text", "kind")
@@ -37,7 +37,9 @@ def _check_keys(claim: dict, where: str) -> None:
     kind, types = claim["kind"], _key_types(claim["kind"])
     for key in claim:
         if key not in _TEXTS and key not in types:
-            raise ValueError(f"{where}: {_unknown(f'key of a claim of kind {kind}', key, (*_TEXTS, *types))}")
+            raise ValueError(
+                f"{where}: {unknown_name(f'key of a claim of kind {kind}', key, (*_TEXTS, *types))}"
+            )
     if missing := [key for key in _KINDS[kind][0] if key not in claim]:
         raise ValueError(f"{where}: a claim of kind {kind} needs {', '.join(missing)}")
     for key in types.keys() & claim.keys():
@@ -52,7 +54,7 @@ def _check_values(claim: dict, where: str) -> None:
     known = (*TASKS, "squad1", "squad2", *_RETRIEVAL)
     for task in claim.get("tasks", ()):
         if task not in known:
-            raise ValueError(f"{where}: {_unknown('task', task, known)}")
+            raise ValueError(f"{where}: {unknown_name('task', task, known)}")
     if not tasks or len(set(tasks)) < len(tasks):
         raise ValueError(f"{where}: tasks should name at least one task, each once")
     for key in {"min_effect", "bound", "chance"} & claim.keys():
@@ -61,7 +63,7 @@ def _check_values(claim: dict, where: str) -> None:
             raise ValueError(f"{where}: {key} = {claim[key]} should be in points, {least} to 100")
     for name, reason in claim.get("not_at", {}).items():
         if name not in scales():
-            raise ValueError(f"{where}: not_at: {_unknown('scale', name, scales())}")
+            raise ValueError(f"{where}: not_at: {unknown_name('scale', name, scales())}")
         if not isinstance(reason, str) or not reason.strip():
             raise ValueError(f"{where}: not_at: {name} should say why, got {reason!r}")
     runs = [claim[key] for key in _RUNS[claim["kind"]]]
@@ -78,7 +80,7 @@ def check_claim(claim: dict, where: str = "claim") -> dict:
         if not isinstance(claim.get(key), str) or not claim[key].strip():
             raise ValueError(f'{where}: needs {key} = "..."; every claim has {", ".join(_TEXTS)}')
     if claim["kind"] not in _KINDS:
-        raise ValueError(f"{where}: {_unknown('kind of claim', claim['kind'], _KINDS)}")
+        raise ValueError(f"{where}: {unknown_name('kind of claim', claim['kind'], _KINDS)}")
     _check_keys(claim, where)
     _check_values(claim, where)
     return claim
@@ -119,7 +121,7 @@ def expand_claims(content: dict) -> list[dict]:
     "The claims of a parsed file, each with all of its keys; ValueError where sections are not as expected."
     tables = content.get("table")
     if unknown := sorted(set(content) - set(_SECTIONS)):
-        raise ValueError(f"{_unknown('section', unknown[0], _SECTIONS)}")
+        raise ValueError(f"{unknown_name('section', unknown[0], _SECTIONS)}")
     if not tables or not all(isinstance(content.get(s, {}), dict) for s in _SECTIONS):
         raise ValueError("expected [table.ID] sections with [[table.ID.claim]]")
     claims = []

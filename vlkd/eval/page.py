@@ -393,7 +393,7 @@ class Page:
         self,
         task: str,
         ids: list = None,
-        order=("hidden", "static", "said", "language", "unfilmed"),
+        order=("video-only", "static", "stated", "language", "never filmed"),
         chance: float = 50.0,
     ) -> None:
         "Draw accuracy by kind of question, where the scale knows kinds."
@@ -517,10 +517,12 @@ class Page:
                 assert not h or h[-1] < h[0], f"{r}: the loss of masked words never fell"
         if (
             self.scale != "smoke"
-            and len(d := pick(self.by[self.plain], "piqa:hidden"))
+            and len(d := pick(self.by[self.plain], "piqa:video-only"))
             and self.plain.endswith("text")
         ):
-            assert d.right.mean() < 0.7, "text alone answers hidden questions: outcomes leak into the text"
+            assert d.right.mean() < 0.7, (
+                "text alone answers video-only questions: outcomes leak into the text"
+            )
 
     def finish(self, headline: str, **more) -> None:
         "Write the record."

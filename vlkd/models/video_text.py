@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import BertModel
 
-from ..core.files import SUMS, folder_damage, seal_folder
+from ..core.files import CHECKSUMS, checksum_problem, write_checksums
 from ..core.settings import Scale
 from .bert import bert_config, language_model, load_model, save_model
 
@@ -85,10 +85,10 @@ class Teacher(nn.Module):
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        (folder / SUMS).unlink(missing_ok=True)
+        (folder / CHECKSUMS).unlink(missing_ok=True)
         save_model(folder / "lm", self.lm, tokenizer)
         save_file(self.video.state_dict(), folder / "video.safetensors")
-        seal_folder(folder)
+        write_checksums(folder)
         return folder
 
     @classmethod
@@ -100,7 +100,7 @@ class Teacher(nn.Module):
         f = Path(folder) / "video.safetensors"
         if not f.is_file():
             raise FileNotFoundError(f"{f}: the visual encoder is missing")
-        if why := folder_damage(folder):
+        if why := checksum_problem(folder):
             raise ValueError(why)
         try:
             state = load_file(f)

@@ -17,11 +17,7 @@ from pathlib import Path
 
 from ..core.files import fingerprint, read_json, sha256_file, write_json
 from ..core.records import Run
-from vlkd.core.settings import (
-    _sections,
-    path,
-    settings_file,
-)
+from ..core.settings import path, read_sections, settings_file
 from vlkd.reproduce.run import (
     Node,
     _cells,
@@ -47,7 +43,7 @@ def _finished(
     "Finished tables of a scale, in the plan's order."
     root, entries, out, known = path("runs") / scale, load_plan(plan), [], {}
     ids = [i for i, e in entries.items() if e["kind"] == "table" and scale in e.get("scales", [scale])]
-    conf = _sections(settings_file()).get("worlds", {}).get("confirmation", [])
+    conf = read_sections(settings_file()).get("worlds", {}).get("confirmation", [])
 
     def at(ss):
         if ss not in known:
@@ -282,7 +278,7 @@ def _frame(rep: dict, results: dict, link):
 
 def _remark(scale: str) -> str:  # empty: none
     "What settings.ini says under [remarks] that the results of a scale can tell."
-    return str(_sections(settings_file()).get("remarks", {}).get(scale, ""))
+    return str(read_sections(settings_file()).get("remarks", {}).get(scale, ""))
 
 
 def _title(t, r):

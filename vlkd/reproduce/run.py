@@ -32,12 +32,12 @@ from pathlib import Path
 from ..core.files import fingerprint, read_json, sha256_file, write_json
 from ..core.records import Run, git_state, versions
 from vlkd.core.settings import (
-    _sections,
-    _unknown,
     data_dir,
     path,
+    read_sections,
     scales,
     settings_file,
+    unknown_name,
 )
 from vlkd.core.settings import (
     scale as scale_settings,
@@ -151,7 +151,7 @@ def _check_params(where, name, params, notebook, has):
         if k not in has:
             raise ValueError(
                 f"{where}: {name}: {notebook} has "
-                + str(_unknown("parameter", k, has)).replace("unknown", "no", 1)
+                + str(unknown_name("parameter", k, has)).replace("unknown", "no", 1)
             )
         if not _fits(v, has[k][0]):
             raise ValueError(f"{where}: {name}: parameter {k} of {notebook} should be {has[k][0]}, got {v!r}")
@@ -163,7 +163,7 @@ def _check_entry(f, kind, e):
     where = f"{f}: [[{kind}]] {e.get('id', '(without id)')}"
     for k, v in e.items():
         if k not in _keys[kind]:
-            raise ValueError(f"{where}: " + str(_unknown("key", k, _keys[kind])))
+            raise ValueError(f"{where}: " + str(unknown_name("key", k, _keys[kind])))
         if not isinstance(v, _keys[kind][k]) or (k == "minutes" and isinstance(v, bool)):
             raise ValueError(f"{where}: {k} = {v!r} has the wrong type")
     for k in ("id", "notebook") + (("title",) if kind == "table" else ()):
@@ -173,7 +173,7 @@ def _check_entry(f, kind, e):
         raise ValueError(f"{where}: an id has letters, digits and . _ + - only")
     for s in e.get("scales", []):
         if s not in scales():
-            raise ValueError(f"{where}: " + str(_unknown("scale", s, scales())))
+            raise ValueError(f"{where}: " + str(unknown_name("scale", s, scales())))
     nb = f.parent / e["notebook"]
     if not nb.is_file():
         raise ValueError(f"{where}: there is no notebook {e['notebook']} in {f.parent}")
@@ -181,7 +181,7 @@ def _check_entry(f, kind, e):
     _check_params(where, "params", e.get("params", {}), e["notebook"], has)
     for s, d in e.get("at", {}).items():
         if s not in scales():
-            raise ValueError(f"{where}: at: " + str(_unknown("scale", s, scales())))
+            raise ValueError(f"{where}: at: " + str(unknown_name("scale", s, scales())))
         if s not in e.get("scales", [s]):
             raise ValueError(f"{where}: at: {s} is none of its scales ({', '.join(e['scales'])})")
         if not isinstance(d, dict):
@@ -228,7 +228,7 @@ def load_plan(
     for e in out.values():
         for n in (*e["needs"], *e.get("after", [])):
             if n not in out:
-                raise ValueError(f"{f}: {e['id']} needs: " + str(_unknown("run", n, out)))
+                raise ValueError(f"{f}: {e['id']} needs: " + str(unknown_name("run", n, out)))
             if e["kind"] == "run" and out[n]["kind"] == "table":
                 raise ValueError(f"{f}: run {e['id']} needs table {n}; only tables may need tables")
     order, state = {}, {}
@@ -370,7 +370,7 @@ class Node:
 def world_seeds(seeds=1) -> list[int]:
     'Seeds (worlds): a number n means the first n confirmation worlds of settings.ini, `dev` the development worlds, a list or "1,2" exactly these.'
     f = settings_file()
-    w = _sections(f).get("worlds", {})
+    w = read_sections(f).get("worlds", {})
     known = w.get("confirmation", [])
     if isinstance(seeds, str):
         s = seeds.strip()
@@ -397,7 +397,7 @@ def world_seeds(seeds=1) -> list[int]:
 def _settings(scale: str, size: str, stamp) -> dict:
     return dict(
         scale=dict(scale_settings(scale, size)),
-        presets={k: v for k, v in _sections(settings_file()).items() if k.startswith("preset.")},
+        presets={k: v for k, v in read_sections(settings_file()).items() if k.startswith("preset.")},
     )
 
 # %% ../../nbs/72_reproduce.run.ipynb #1b5431b2
@@ -410,7 +410,7 @@ def _pick(plan, ids, scale) -> list[str]:
     else:
         for i in ids:
             if i not in plan:
-                raise _unknown("run or table", i, plan)
+                raise unknown_name("run or table", i, plan)
             if i not in here:
                 raise ValueError(
                     f"{i} does not exist at scale {scale}; it exists at {', '.join(plan[i]['scales'])}"
@@ -879,7 +879,7 @@ def _given_env() -> dict:
         PYDEVD_DISABLE_FILE_VALIDATION="1",
         **{k: v for k, v in os.environ.items() if k.startswith("VLKD_")},
     ) | dict(VLKD_SETTINGS=str(settings_file()))
-    for p in _sections(settings_file())["paths"]:
+    for p in read_sections(settings_file())["paths"]:
         with contextlib.suppress(FileNotFoundError):
             env[f"VLKD_{p.upper()}"] = str(path(p))
     return env
@@ -1069,7 +1069,7 @@ def _finish(job: _Job, git: dict):
             parts=n.parts,
             files=files,
         ),
-        seal=True,
+        checksum=True,
     )
     _place(n)
 

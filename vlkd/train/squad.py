@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..core.device import seed_everything
 from ..core.files import read_json
-from ..core.settings import Scale, _unknown
+from ..core.settings import Scale, unknown_name
 from ..data.squad import Windows, best_threshold, evaluate_squad, squad_scores, squad_windows
 from .trainer import fit
 
@@ -51,7 +51,7 @@ def squad_recipe(s: Scale | str = "paper", **change) -> SquadRecipe:
     "A recipe by name (`paper`, `released`) or from a scale's fine-tuning settings (`squad_steps` and `squad_lr` where they are not 0, else `ft_steps` and `ft_lr`), with changes."
     if isinstance(s, str):
         if s not in RECIPES:
-            raise _unknown("recipe", s, RECIPES)
+            raise unknown_name("recipe", s, RECIPES)
         r = RECIPES[s]
     else:
         r = SquadRecipe(
@@ -65,7 +65,7 @@ def squad_recipe(s: Scale | str = "paper", **change) -> SquadRecipe:
     names = [f.name for f in dataclasses.fields(SquadRecipe)]
     for k in change:
         if k not in names:
-            raise _unknown("setting of a SQuAD recipe", k, names)
+            raise unknown_name("setting of a SQuAD recipe", k, names)
     return dataclasses.replace(r, **change)
 
 # %% ../../nbs/57_train.squad.ipynb #81d16168

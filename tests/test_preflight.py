@@ -133,10 +133,10 @@ def test_costs_follow_the_plan(runs):
     assert df.steps["video-pt"] == 0 and df.steps["student-text"] == scale("paper").steps
 
 
-def test_rehearsal_of_every_run(runs, tmp_path):
-    from vlkd.tools.preflight import rehearse
+def test_preflight_of_every_run(runs, tmp_path):
+    from vlkd.tools.preflight import preflight
 
-    got = rehearse(
+    got = preflight(
         tmp_path / "r", samples=200, steps=2, runs=runs, vokens=6, max_tokens=64, ft_tokens=64, max_frames=64
     )
     assert list(got) == [i for i, p in runs if {"contrast", "kd"} & set(p)]
@@ -149,7 +149,7 @@ def test_rehearsal_of_every_run(runs, tmp_path):
 
 
 def test_captions_and_text_are_not_joined_in_memory(tmp_path):
-    from vlkd.tools.preflight import rehearse
+    from vlkd.tools.preflight import preflight
 
     with pytest.raises(ValueError, match="should be text or captions"):
-        rehearse(tmp_path, samples=60, steps=1, runs=[("s", dict(kd="", corpus="text+captions"))])
+        preflight(tmp_path, samples=60, steps=1, runs=[("s", dict(kd="", corpus="text+captions"))])
