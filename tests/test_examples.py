@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vlkd.core.files import SUMS
+from vlkd.core.files import CHECKSUMS
 from vlkd.core.settings import preset, scale
 from vlkd.data.text import train_tokenizer
 from vlkd.eval.examples import (
@@ -35,7 +35,7 @@ from vlkd.eval.examples import (
 )
 from vlkd.eval.stats import check_examples
 from vlkd.models.bert import language_model, save_model
-from vlkd.tabletop.world import _did, _do, BASE, FILMED, PAST, World
+from vlkd.tabletop.world import past_phrase, base_phrase, BASE, CLIP_EVENTS, PAST, World
 from vlkd.train.text_student import load_distillation, save_distillation, StudentObjective
 
 
@@ -161,23 +161,23 @@ def test_tracie_is_shown_as_the_paper_does():
 def test_every_name_of_an_event_is_found(world, event, k):
     n = world.nouns.noun.iloc[0]
     for named in (n, f"kitchen {n}", f"large {n}"):
-        s = scene(world, f"why did the man {_do(event, k, named)} ?")
+        s = scene(world, f"why did the man {base_phrase(event, k, named)} ?")
         assert (s["noun"], s["event"], s["spoken"]) == (n, event, True)
-        s = scene(world, f"the man {_did(event, k, named)} again .")
+        s = scene(world, f"the man {past_phrase(event, k, named)} again .")
         assert (s["noun"], s["event"]) == (n, event) and s["spoken"] == (
             PAST[event][k] in (BASE[event][k], "gave a push to")
         )  # which holds the captions' word
 
 
 def test_queries_are_what_they_say(world):
-    texts = world.write()
+    texts = world.sentences()
     q = text_queries(world, texts, 300, 7)
     assert len(q) > 200 and q.text.is_unique
     for x in q.itertuples():
         assert (
             texts[x.row] == x.text
             and x.noun in x.text.split()
-            and x.event in FILMED
+            and x.event in CLIP_EVENTS
             and world.things[x.noun]["filmed"]
             and sum(w in world.things for w in set(x.text.split())) == 1
         )
@@ -245,7 +245,7 @@ def test_nearest_among_the_allowed_is_that_of_a_loop():
 
 def test_peers_are_others_in_the_event(world):
     pool = np.flatnonzero(world.clips.held_out)
-    q = text_queries(world, world.write(), 50)
+    q = text_queries(world, world.sentences(), 50)
     p = peers(world, q, pool)
     c = world.clips.iloc[pool]
     for i, x in enumerate(q.itertuples()):
@@ -253,7 +253,7 @@ def test_peers_are_others_in_the_event(world):
 
 
 def test_chance_is_what_random_clips_reach(world):
-    q = text_queries(world, world.write(), 200)
+    q = text_queries(world, world.sentences(), 200)
     pool = np.flatnonzero(world.clips.held_out)
     g = np.random.default_rng(0)
     luck, always = chance_rates(world, q, pool), constant_rates(world, q)
@@ -308,11 +308,11 @@ def test_a_crossed_map_does_not_know_its_things():
 
 
 def test_records_of_retrieval_can_be_compared(world):
-    q = text_queries(world, world.write(), 25)
+    q = text_queries(world, world.sentences(), 25)
     f = fits(world, [0] * 25, q.noun, q.event)
     r = retrieval_records("t.raw", 101, q, f, f)
     check_examples(r)
-    assert set(r.kind) <= {"stated", "hidden"} and len(r) == 100
+    assert set(r.kind) <= {"stated", "video-only"} and len(r) == 100
     with pytest.raises(ValueError, match="24 first clips for 25"):
         retrieval_records("t.raw", 101, q, f.iloc[1:], f)
 
@@ -343,7 +343,7 @@ def test_rate_table_counts_the_first_k():
 @pytest.fixture(scope="module")
 def small(world):
     s = scale("smoke")
-    tok = train_tokenizer(world.write()[:300], s.vocab_size)
+    tok = train_tokenizer(world.sentences()[:300], s.vocab_size)
     return s, tok, language_model(s, tok, 1)
 
 
@@ -388,9 +388,9 @@ def test_heads_that_do_not_fit(tmp_path, small):
     f = save_distillation(o, tmp_path)
     state = {k: v.clone() for k, v in load_file(f).items()}
     f.write_bytes(f.read_bytes()[:100])
-    with pytest.raises(ValueError, match="distillation.safetensors is missing or was changed"):
+    with pytest.raises(ValueError, match="distillation.safetensors was changed"):
         load_distillation(tmp_path, teacher, s)
-    (tmp_path / SUMS).unlink()
+    (tmp_path / CHECKSUMS).unlink()
     save_file(state, f)  # a folder from elsewhere, without checksums
     with pytest.raises(ValueError, match="no 'kd' in its metadata"):
         load_distillation(tmp_path, teacher, s)

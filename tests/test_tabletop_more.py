@@ -6,10 +6,10 @@ import pytest
 from vlkd.data.squad import read_squad, write_squad
 from vlkd.data.tasks import canonical, read_task, write_task
 from vlkd.tabletop.questions import MORE, more_task
-from vlkd.tabletop.world import EVENTS, SAID, World
+from vlkd.tabletop.world import EVENTS, OUTCOME_PHRASES, World
 
 N = dict(train=150, dev=60, test=150)
-OUTCOME = {p: (e, o) for e, v in EVENTS.items() for o in v for p in SAID[o]}
+OUTCOME = {p: (e, o) for e, v in EVENTS.items() for o in v for p in OUTCOME_PHRASES[o]}
 
 
 @pytest.fixture(scope="module", params=[1, 103])
@@ -29,7 +29,7 @@ def test_promises(worlds, name):
         text = x.drop(columns=answer)
         pd.testing.assert_frame_equal(text, y.drop(columns=answer))
         same = (x[answer].astype(str) == y[answer].astype(str)).all(axis=1)
-        assert same[~x.kind.isin(["hidden", "unfilmed"])].all()
+        assert same[~x.kind.isin(["video-only", "never filmed"])].all()
         if split == "train":
             assert same.all()  # the counterfactual keeps training nouns
         assert (
@@ -38,11 +38,11 @@ def test_promises(worlds, name):
         ids |= set(x.id)
         assert (
             set(x.group) <= set(nouns[nouns.split == split].noun)
-            and (split == "test" or "unfilmed" not in set(x.kind))
-            and set(x.kind) <= {"language", "said", "static", "hidden", "unfilmed"}
+            and (split == "test" or "never filmed" not in set(x.kind))
+            and set(x.kind) <= {"language", "stated", "static", "video-only", "never filmed"}
         )
-        assert ((x.kind == "hidden") <= x.group.map(nouns.filmed)).all() and (
-            (x.kind == "unfilmed") <= ~x.group.map(nouns.filmed).astype(bool)
+        assert ((x.kind == "video-only") <= x.group.map(nouns.filmed)).all() and (
+            (x.kind == "never filmed") <= ~x.group.map(nouns.filmed).astype(bool)
         ).all()
         words = {
             w
@@ -83,7 +83,7 @@ def test_formats(worlds, tmp_path):
 def test_every_outcome_of_the_event_is_among_the_endings(worlds):
     "So that the answer cannot be found by leaving out what the event cannot have."
     for x in more_task(worlds[0], "swag", "test", 200).itertuples():
-        if x.kind not in ("hidden", "unfilmed"):
+        if x.kind not in ("video-only", "never filmed"):
             continue
         ends = [OUTCOME.get(x[i]) for i in range(3, 7)]
         e = ends[x.label][0]

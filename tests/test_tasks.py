@@ -67,7 +67,7 @@ def test_round_trip(name, split, gz, tmp_path):
     for df in (
         frame(name),
         frame(name, id=[f"w1-{i}" for i in range(6)]),
-        frame(name, group=[f"noun{i // 3}" for i in range(6)], kind=["", "hidden"] * 3),
+        frame(name, group=[f"noun{i // 3}" for i in range(6)], kind=["", "video-only"] * 3),
     ):
         p = write_task(name, df, tmp_path, split)
         if gz:
@@ -457,7 +457,7 @@ def test_categories_survive(tmp_path):
                         ("logic", "Negation"),
                         ("logic;knowledge", "Negation;Common sense"),
                         ("lexical semantics;predicate-argument structure", ""),
-                        ("knowledge", "hidden"),
+                        ("knowledge", "video-only"),
                     ]
                 )
             ]
@@ -477,7 +477,7 @@ def test_categories_survive(tmp_path):
             "Negation",
             "Logic;Knowledge",
             "Lexical Semantics;Predicate-Argument Structure",
-            "hidden",
+            "video-only",
         ]
         for bad in ("logics", "knowledge;logic", "logic;"):
             with pytest.raises(ValueError, match="row 1: category"):

@@ -18,7 +18,7 @@ from vlkd.core.settings import scale
 from vlkd.data.text import train_tokenizer
 from vlkd.models.bert import language_model
 from vlkd.models.video_text import Teacher
-from vlkd.tabletop.world import CLASSES, EVENTS, PLACE, SAID, SHAPES, World
+from vlkd.tabletop.world import CLASSES, EVENTS, PLACE, OUTCOME_PHRASES, SHAPES, World
 from vlkd.train.sources import TabletopData
 from vlkd.train.text_student import StudentObjective, text_collator
 from vlkd.train.trainer import check_trainable, fit, seal, SEAL
@@ -381,7 +381,7 @@ VERBS = dict(
     squeeze="squeeze|squeezed|press|pressed",
     push="push|pushed",
 )
-OUTCOME = {p: o for o, ps in SAID.items() for p in ps}
+OUTCOME = {p: o for o, ps in OUTCOME_PHRASES.items() for p in ps}
 
 
 def event_of(text):
@@ -404,20 +404,22 @@ def test_tokeniser_is_the_same_every_time(small):
 
 def test_counterfactual_says_the_same(pair):
     a, b = pair
-    (ca, ia), (cb, ib) = a.talk(), b.talk()
-    assert ca == cb and np.array_equal(ia, ib) and a.write() == b.write()
+    (ca, ia), (cb, ib) = a.captions(), b.captions()
+    assert ca == cb and np.array_equal(ia, ib) and a.sentences() == b.sentences()
     for t, columns in TASKS.items():
         for split in ("train", "dev", "test"):
             x, y = a.task(t, split, 150), b.task(t, split, 150)
             same = ["id", "group", "kind", *columns]
             assert x[same].equals(y[same]), (t, split)
             moved = x.label != y.label
-            assert not moved.any() if split == "train" else set(x.kind[moved]) <= {"hidden", "unfilmed"}, (
+            assert (
+                not moved.any() if split == "train" else set(x.kind[moved]) <= {"video-only", "never filmed"}
+            ), (
                 t,
                 split,
             )
     x, y = a.task("piqa", "test", 400), b.task("piqa", "test", 400)
-    h = x.kind == "hidden"
+    h = x.kind == "video-only"
     assert (x.label != y.label)[h].mean() > 0.3
     assert (a.nouns.cls != b.nouns.cls)[a.nouns.split != "train"].all() and (a.nouns.cls == b.nouns.cls)[
         a.nouns.split == "train"
@@ -426,8 +428,10 @@ def test_counterfactual_says_the_same(pair):
 
 def test_no_text_states_what_happens_to_test_nouns(pair):
     w = pair[0]
-    phrase = re.compile(r"\b(?:" + "|".join(p for v in EVENTS.values() for o in v for p in SAID[o]) + r")\b")
-    for corpus in (w.talk()[0], w.write()):
+    phrase = re.compile(
+        r"\b(?:" + "|".join(p for v in EVENTS.values() for o in v for p in OUTCOME_PHRASES[o]) + r")\b"
+    )
+    for corpus in (w.captions()[0], w.sentences()):
         named = {x for s in corpus if phrase.search(s) for x in s.split()} & set(w.nouns.noun)
         splits = set(w.nouns.split[list(named)])
         assert splits == {"train"}, splits
@@ -439,8 +443,8 @@ def test_never_filmed_nouns_have_no_clip(pair):
     never = set(w.nouns.noun[~w.nouns.filmed])
     assert never and set(w.nouns.split[list(never)]) == {"test"}
     assert not never & set(w.clips.noun) and set(w.nouns.noun) - never == set(w.clips.noun)
-    assert not never & {x for s in w.talk()[0] for x in s.split()} and never <= {
-        x for s in w.write() for x in s.split()
+    assert not never & {x for s in w.captions()[0] for x in s.split()} and never <= {
+        x for s in w.sentences() for x in s.split()
     }
 
 
@@ -466,7 +470,7 @@ def test_labels_follow_the_classes(pair, which):
     for x in w.task("piqa", "test", 400).itertuples():
         n = nouns.loc[x.group]
         sols = (x.sol1, x.sol2)
-        if x.kind == "said":
+        if x.kind == "stated":
             true = PLACE[n.category]
             right = [s == f"in the {true}" for s in sols]
         else:
@@ -474,14 +478,14 @@ def test_labels_follow_the_classes(pair, which):
             e = event_of(x.goal)
             right = [OUTCOME[s.removeprefix("it ")] == n[e] for s in sols]
             assert (e == "push") == (x.kind == "static")
-        if x.kind in ("hidden", "unfilmed"):
-            assert n.filmed == (x.kind == "hidden")
+        if x.kind in ("video-only", "never filmed"):
+            assert n.filmed == (x.kind == "video-only")
             seen.add(n[e])
         assert sum(right) == 1 and right[x.label], x
     assert seen == {o for v in EVENTS.values() for o in v}, "an outcome was never asked for"
     checked = 0
     for x in w.task("mnli", "test", 400).itertuples():
-        if x.kind not in ("hidden", "unfilmed"):
+        if x.kind not in ("video-only", "never filmed"):
             continue
         e = event_of(x.sentence1)
         assert x.label == (
@@ -489,7 +493,7 @@ def test_labels_follow_the_classes(pair, which):
         ), x
         checked += 1
     for x in w.task("tracie", "test", 400).itertuples():
-        if x.kind not in ("hidden", "unfilmed"):
+        if x.kind not in ("video-only", "never filmed"):
             continue
         first, last = (
             next(t for t in part.split() if t in nouns.index)

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.files import atomic, fingerprint, read_json, sha256_file, write_array, write_json
+from ..core.files import atomic, fingerprint, locked, read_json, sha256_file, write_array, write_json
 from .public import text_lines, tidy_wikitext
 from .text import Tokens
-from .video import _locked
 
 # %% ../../nbs/16_data.corpus.ipynb #23e4bc53
 CLEAN = ("plain", "wikitext")
@@ -394,7 +393,7 @@ def tokenize_corpus(
         pad=tokenizer.pad_token_id,
     )
     rows_from = lambda place: (_packed if packed else _one_each)(source, tokenizer, max_tokens, place)
-    with _locked(out):
+    with locked(out):
         m = (
             read_json(_manifest(out))
             if _manifest(out).is_file()
@@ -426,5 +425,5 @@ def tokenize_corpus(
                     + (f" that fills a row of {max_tokens} tokens" if remainder == "drop" else "")
                 )
             m["finished"] = last
-            write_json(_manifest(out), m, seal=True)
+            write_json(_manifest(out), m, checksum=True)
     return CorpusTokens(out, tokenizer)

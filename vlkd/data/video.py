@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.files import atomic, fingerprint, read_json, sha256_file, write_json
+from ..core.files import atomic, fingerprint, locked, read_json, sha256_file, write_json
 
 # %% ../../nbs/11_data.video.ipynb #df4b8d31
 class VideoError(ValueError):
@@ -346,22 +346,6 @@ def load_features(out) -> Features:
     return Features(out)
 
 # %% ../../nbs/11_data.video.ipynb #c432f694
-@contextlib.contextmanager
-def _locked(folder: Path, name: str = ".lock"):
-    "One process at a time works in `folder`, or at what `name` stands for; others say that they wait. The lock falls with the process."
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "w") as f:
-        with contextlib.suppress(ImportError):
-            import fcntl
-
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process works in {folder}: waiting", file=sys.stderr, flush=True)
-                fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
 def _source(p) -> list:
     "What tells that an item's files changed: name, size and modification time."
     ps = [p] if isinstance(p, (str, os.PathLike)) else list(p)
@@ -450,7 +434,7 @@ def extract(
         dtype=np.dtype(dtype).name,
         reader=getattr(read, "__name__", "read_frames"),
     )
-    with _locked(out):
+    with locked(out):
         m = _resume(out, head)
         for f in set(out.glob("shard-*")) - {out / s for s in m["shards"]}:
             f.unlink()  # left by a run that was killed before it could list them
@@ -467,7 +451,7 @@ def extract(
                 m["items"].update({k: dict(v, shard=s) for k, v in found.items()})
                 rows.clear()
                 found.clear()
-            write_json(_manifest(out), m, seal=True)
+            write_json(_manifest(out), m, checksum=True)
 
         for k in tqdm(todo, desc=f"features of {out.name}", disable=None):
             src = _source(items[k])

@@ -18,11 +18,11 @@ import torch
 from ..core.files import rng
 from ..data.tasks import get_task, sentences
 from .retrieval import ridge, spaces
-from .stats import _paired
+from .stats import pair_examples
 from ..losses.base import unit
 from ..models.video_text import Teacher
 from ..retrieval.nearest import nearest
-from ..tabletop.world import BASE, EVENTS, FILMED, PAST, SAID, World
+from ..tabletop.world import BASE, CLIP_EVENTS, EVENTS, OUTCOME_PHRASES, PAST, World
 from ..train.text_student import StudentObjective
 from ..train.video_teacher import pool_of, sentence_states, video_states
 
@@ -31,7 +31,7 @@ def outcome_counts(
     a, b
 ) -> pd.DataFrame:  # kind, n, both, only_a, only_b, none, a, b: counts, and the accuracies in per cent
     "The four outcomes of the same questions under two runs' records, for all questions and by kind. ValueError where the records are not aligned."
-    m = _paired(a, b)
+    m = pair_examples(a, b)
     x, y = m["right"].to_numpy(bool), m["right_b"].to_numpy(bool)
 
     def row(kind, at):
@@ -64,7 +64,7 @@ def differing(
             raise ValueError(
                 f"records of {d['run'].iloc[0]} have no column 'sure', the probability of the right answer; run the student again"
             )
-    m = _paired(a, b)
+    m = pair_examples(a, b)
     m = m[~m["right"].astype(bool) & m["right_b"].astype(bool)]
     m = pd.DataFrame(
         dict(
@@ -177,12 +177,12 @@ def scene(world: World, sentence: str) -> dict:  # noun, event, spoken, told
         noun=nouns.pop() if len(nouns) == 1 else None,
         event=events.pop() if len(events) == 1 else None,
         spoken=bool(spoken),
-        told=any(p in sentence for e in EVENTS for o in EVENTS[e] for p in SAID[o]),
+        told=any(p in sentence for e in EVENTS for o in EVENTS[e] for p in OUTCOME_PHRASES[o]),
     )
 
 
 def filmed(world: World, noun, event) -> bool:  # whether there are clips of this thing in this event
-    return noun is not None and event in FILMED and bool(world.things[noun]["filmed"])
+    return noun is not None and event in CLIP_EVENTS and bool(world.things[noun]["filmed"])
 
 # %% ../../nbs/66_eval.examples.ipynb #6219c253
 def text_queries(
@@ -418,7 +418,7 @@ def shown_answer(world: World, question: dict, clip: int) -> int:  # 0, 1 or -1
     c = world.clips.iloc[clip]
     if scene(world, question["goal"])["event"] != c.event:
         return -1
-    says = [any(p in question[s] for p in SAID[c.outcome]) for s in ("sol1", "sol2")]
+    says = [any(p in question[s] for p in OUTCOME_PHRASES[c.outcome]) for s in ("sol1", "sol2")]
     return says.index(True) if sum(says) == 1 else -1
 
 
@@ -522,7 +522,7 @@ def retrieval_records(
     run: str, seed: int, queries, top, among
 ) -> pd.DataFrame:  # run, seed, task, id, group, kind, label, prediction, right
     "Records of one model and space: `retrieval-noun`, `-event` and `-outcome` from the first clips `top`, `retrieval-peer` from the first clips `among` peers, each with one row a query in order."
-    kind, out = np.where(queries["stated"], "stated", "hidden"), []
+    kind, out = np.where(queries["stated"], "stated", "video-only"), []
     for task, d in (
         ("noun", top["noun"]),
         ("event", top["event"]),

@@ -38,7 +38,7 @@ def noun_states(lm, tokenizer, nouns, sentence: str = "the {noun} ") -> np.ndarr
 def probe(
     lm, tokenizer, world: World, *, penalty: float = 1.0
 ) -> pd.DataFrame:  # attribute, type, kind, accuracy, majority, n
-    "Probe accuracy for every attribute on test nouns, filmed and unfilmed apart, with the majority rate of the train nouns' answer."
+    "Probe accuracy for every attribute on test nouns, filmed and never filmed apart, with the majority rate of the train nouns' answer."
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -52,7 +52,7 @@ def probe(
         sc = StandardScaler().fit(x[train])
         clf = LogisticRegression(max_iter=300, C=penalty / 10).fit(sc.transform(x[train]), y[train])
         common = pd.Series(y[train]).mode()[0]
-        for kind, filmed in (("filmed", True), ("unfilmed", False)):
+        for kind, filmed in (("filmed", True), ("never filmed", False)):
             at = ((n.split == "test") & (n.filmed == filmed)).to_numpy()
             p = clf.predict(sc.transform(x[at]))
             rows.append(

@@ -13,14 +13,19 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from ..core.device import at_least_float32, mend_torchvision
+from ..core.files import CHECKSUMS, checksum_problem, read_json, write_checksums
+from ..core.settings import Scale
+
+# %% ../../nbs/35_models.bert.ipynb #31e1b0eb
+mend_torchvision()  # transformers imports torchvision
+
+# %% ../../nbs/35_models.bert.ipynb #c8f406f6
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from ..core.device import at_least_float32
-from ..core.files import folder_damage, read_json, seal_folder, SUMS
-from ..core.settings import Scale
 
 # %% ../../nbs/35_models.bert.ipynb #ba70e89e
 def bert_config(s: Scale, vocab_size: int, **more) -> BertConfig:
@@ -189,10 +194,10 @@ class DistillationHead(nn.Sequential):
 def save_model(folder, lm, tokenizer) -> Path:
     "Save a model and its tokeniser as a `transformers` folder, with the checksums of its files."
     folder = Path(folder)
-    (folder / SUMS).unlink(missing_ok=True)
+    (folder / CHECKSUMS).unlink(missing_ok=True)
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    seal_folder(folder)
+    write_checksums(folder)
     return folder
 
 
@@ -205,7 +210,7 @@ def load_model(folder, **kw) -> tuple[BertForMaskedLM, object]:  # model, tokeni
     kind = c.get("model_type") if isinstance(c, dict) else c
     if kind != "bert":
         raise ValueError(f"{folder} holds a {kind!r} model; a BERT is wanted")
-    why = folder_damage(folder)
+    why = checksum_problem(folder)
     also = f" ({why})" if why else ""
     try:
         lm, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True, **kw)

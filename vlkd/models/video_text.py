@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import BertModel
 
-from ..core.files import folder_damage, seal_folder, SUMS
+from ..core.files import CHECKSUMS, checksum_problem, write_checksums
 from ..core.settings import Scale
 from .bert import bert_config, language_model, load_model, masked_mean, save_model
+
+# %% ../../nbs/36_models.video_text.ipynb #3699863b
+# after vlkd.models.bert, which mends torchvision
+from transformers import BertModel
 
 # %% ../../nbs/36_models.video_text.ipynb #713b393d
 class VisualEncoder(nn.Module):
@@ -77,10 +80,10 @@ class Teacher(nn.Module):
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        (folder / SUMS).unlink(missing_ok=True)
+        (folder / CHECKSUMS).unlink(missing_ok=True)
         save_model(folder / "lm", self.lm, tokenizer)
         save_file(self.video.state_dict(), folder / "video.safetensors")
-        seal_folder(folder)
+        write_checksums(folder)
         return folder
 
     @classmethod
@@ -92,7 +95,7 @@ class Teacher(nn.Module):
         f = Path(folder) / "video.safetensors"
         if not f.is_file():
             raise FileNotFoundError(f"{f}: the visual encoder is missing")
-        if why := folder_damage(folder):
+        if why := checksum_problem(folder):
             raise ValueError(why)
         try:
             state = load_file(f)

@@ -17,14 +17,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..core.files import atomic, file_intact, fingerprint, rng, stamp_file
+from ..core.files import atomic, checksum_problem, fingerprint, locked, rng, write_checksums
 from ..core.settings import path
-from ..data.video import _locked
 from ..features.encoders import GridVideo
 from vlkd.tabletop.world import (
     COLOURS,
     EVENTS,
-    FILMED,
+    CLIP_EVENTS,
     FRAMES,
     ROUND,
     SHAPES,
@@ -44,7 +43,7 @@ def nameless(
     "Things to film that belong to no world: shape, size, event and outcome drawn independently (shape decides pushing, as everywhere)."
     r = rng("nameless", seed)
     looks = pd.DataFrame(dict(shape=r.choice(SHAPES, n), size=r.choice(list(SIZES), n)))
-    events = r.choice(FILMED, n)
+    events = r.choice(CLIP_EVENTS, n)
     outcomes = np.array(
         [
             ("roll" if s in ROUND else "slide") if e == "push" else r.choice(EVENTS[e])
@@ -379,13 +378,13 @@ class TabletopClip:
 
         with atomic(f, "wb") as h:
             h.write(save({k: v.contiguous() for k, v in self.net.state_dict().items()}))
-        stamp_file(f)
+        write_checksums(f)
 
     def load(self, f):
         from safetensors.torch import load
 
         net = self._net()
-        if not file_intact(f):
+        if checksum_problem(f):
             raise ValueError(f"{f}: damaged (its checksum differs); delete the file, and it is made again")
         try:
             net.load_state_dict(load(Path(f).read_bytes()))
@@ -404,7 +403,7 @@ def _load_read_outs(cache=None) -> TabletopEncoder:
     e = TabletopEncoder()
     f = Path(cache or path("cache")) / "encoders" / f"{e.name}-1.npz"
     try:
-        if ok := f.is_file() and file_intact(f):
+        if ok := f.is_file() and not checksum_problem(f):
             with np.load(f) as z:
                 parts, e.columns = {k: z[k] for k in _parts}, [str(c) for c in z["columns"]]
     except Exception:
@@ -415,7 +414,7 @@ def _load_read_outs(cache=None) -> TabletopEncoder:
         e.fit()
         with atomic(f, "wb") as h:
             np.savez(h, columns=np.array(e.columns), **{k: getattr(e, k) for k in _parts})
-        stamp_file(f)
+        write_checksums(f)
         return e
     for k in _parts:
         setattr(e, k, parts[k])
@@ -429,7 +428,7 @@ def load_tabletop_clip(cache=None) -> TabletopClip:
     f = Path(cache or path("cache")) / "encoders" / f"{c.name}.safetensors"
     if not f.is_file():
         _open_clip()
-        with _locked(f.parent, f".lock-{c.name}"):
+        with locked(f.parent, f".lock-{c.name}"):
             if not f.is_file():
                 c.fit().save(f)
                 return c

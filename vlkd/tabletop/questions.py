@@ -8,7 +8,7 @@ __all__ = ['MORE', 'more_task']
 # %% ../../nbs/23_tabletop.questions.ipynb #fd4a4b44
 import pandas as pd
 
-from ..core.settings import _unknown
+from ..core.settings import unknown_name
 from ..data.tasks import CATEGORIES
 from vlkd.tabletop.world import (
     BAD,
@@ -17,12 +17,12 @@ from vlkd.tabletop.world import (
     MAKERS,
     PAST,
     PLACE,
-    SAID,
+    OUTCOME_PHRASES,
     STATIC,
     WHEN,
     WHO,
     World,
-    _did,
+    past_phrase,
     _kind,
     _outcomes,
 )
@@ -44,8 +44,12 @@ def _swag(self: World, r, d) -> dict:
         e, outcomes = ("push", STATIC["push"]) if what < 0.1 else (e, EVENTS[e])
         fill = r.sample([o for x, v in (EVENTS | STATIC).items() if x != e for o in v], 4 - len(outcomes))
         return dict(
-            startphrase=f"{who} {_did(e, k, noun)} and it",
-            **_choice(r, SAID[d[e]][how], [SAID[o][how] for o in (*outcomes, *fill) if o != d[e]]),
+            startphrase=f"{who} {past_phrase(e, k, noun)} and it",
+            **_choice(
+                r,
+                OUTCOME_PHRASES[d[e]][how],
+                [OUTCOME_PHRASES[o][how] for o in (*outcomes, *fill) if o != d[e]],
+            ),
             kind="static" if e == "push" else _kind(d),
         )
     if what < few + (1 - few) / 2:
@@ -56,10 +60,10 @@ def _swag(self: World, r, d) -> dict:
                 f"in the {PLACE[d['category']]}",
                 [f"in the {x}" for x in r.sample([x for c, x in PLACE.items() if c != d["category"]], 3)],
             ),
-            kind="said",
+            kind="stated",
         )
     return dict(
-        startphrase=f"{who} {_did(e, k, noun)} . the {noun} was",
+        startphrase=f"{who} {past_phrase(e, k, noun)} . the {noun} was",
         **_choice(
             r,
             f"{PAST[e][0]} by {who}",
@@ -78,17 +82,19 @@ def _diagnostics(self: World, r, d) -> dict:
     quality = r.choice(GOOD + BAD)
     true, false = _outcomes(r, d, e)
     w2, e2 = (who, who, other)[label], (e, away, e)[label]
-    p, kind = f"{who} {_did(e, k, noun)}", "language"
+    p, kind = f"{who} {past_phrase(e, k, noun)}", "language"
     if category == CATEGORIES[0]:
         if what < 0.5:
-            h = f"{w2} {_did(e2, 1 - k, noun)}"
+            h = f"{w2} {past_phrase(e2, 1 - k, noun)}"
         else:
             h, kind = (
                 f"{who} {PAST[e2][0]} some {d['category'] if label < 2 else r.choice([c for c in PLACE if c != d['category']])}",
-                "said",
+                "stated",
             )
     elif category == CATEGORIES[1]:
-        a, b = (f"{who} {_did(e, 0, noun)}", f"{other} {_did(away, 0, far)}")[:: 1 if flip else -1]
+        a, b = (f"{who} {past_phrase(e, 0, noun)}", f"{other} {past_phrase(away, 0, far)}")[
+            :: 1 if flip else -1
+        ]
         p, h = f"{a} and {b}", f"the {noun} was {PAST[e2][0]} by {w2}"
     elif category == CATEGORIES[2]:
         a, b = (noun, far)[:: 1 if flip else -1]
@@ -104,14 +110,14 @@ def _diagnostics(self: World, r, d) -> dict:
     elif what < 0.4:
         shown = STATIC["push"][flip]
         p, h, label, kind = (
-            f"{who} {_did('push', k, noun)}",
-            f"the {noun} {SAID[shown][how]}",
+            f"{who} {past_phrase('push', k, noun)}",
+            f"the {noun} {OUTCOME_PHRASES[shown][how]}",
             0 if shown == d["push"] else 2,
             "static",
         )
     else:
         shown = sorted((true, false))[flip]
-        h, label, kind = f"the {noun} {SAID[shown][how]}", 0 if shown == true else 2, _kind(d)
+        h, label, kind = f"the {noun} {OUTCOME_PHRASES[shown][how]}", 0 if shown == true else 2, _kind(d)
     return dict(sentence1=p, sentence2=h, category=category, label=label, kind=kind)
 
 # %% ../../nbs/23_tabletop.questions.ipynb #991adc46
@@ -136,18 +142,18 @@ def _asks(
         o = r.choice(EVENTS[e])
         keys = (e, e + "_other")
         x = _pair(self, r, d, lambda x: all((x[k] == o) != (d[k] == o) for k in keys))
-        q, kind = f"what {r.choice(SAID[o])} ?", _kind(d)
+        q, kind = f"what {r.choice(OUTCOME_PHRASES[o])} ?", _kind(d)
     elif what < 0.85:
         e = "push"
         o = r.choice(STATIC["push"])
         x = _pair(self, r, d, lambda x: x[e] != d[e])
-        q, kind = f"what {r.choice(SAID[o])} ?", "static"
+        q, kind = f"what {r.choice(OUTCOME_PHRASES[o])} ?", "static"
     else:
         x = _pair(self, r, d, lambda x: x["category"] != d["category"])
-        q, kind = f"what is kept in the {PLACE[d['category']]} ?", "said"
+        q, kind = f"what is kept in the {PLACE[d['category']]} ?", "stated"
     if x is None:
         return None
-    right = d if kind == "said" or d[e] == o else x
+    right = d if kind == "stated" or d[e] == o else x
     return (
         q,
         f"the {right['noun']}",
@@ -175,7 +181,7 @@ def _reads(self: World, r, d, none: bool) -> tuple:  # as `_asks`
     ask = "where" if none else r.choice(("who", "when"))
     r.shuffle(deeds)
     return (
-        f"who {_did(e, 0, noun)} ?" if ask == "who" else f"{ask} was the {noun} {PAST[e][0]} ?",
+        f"who {past_phrase(e, 0, noun)} ?" if ask == "who" else f"{ask} was the {noun} {PAST[e][0]} ?",
         dict(who=who, when=when).get(ask),
         deeds,
         "language",
@@ -197,7 +203,7 @@ def _squad(self: World, r, d, version: str = "1.1") -> dict | None:
     q, answer, deeds, kind = got
     context, at = "", {}
     for who, e, noun, when in deeds:
-        s = f"{who} {_did(e, 0, noun)} "
+        s = f"{who} {past_phrase(e, 0, noun)} "
         at |= {
             who: len(context),
             f"the {noun}": len(context) + s.index(f"the {noun}", len(who)),
@@ -224,7 +230,7 @@ def more_task(world: World, name: str, split: str = "test", n: int = None) -> pd
     if name in MAKERS:
         return world.task(name, split, n)
     if name not in MORE:
-        raise _unknown("task", name, [*MAKERS, *MORE])
+        raise unknown_name("task", name, [*MAKERS, *MORE])
     names = world._of(split)
     n = n or dict(train=8000 if name.startswith("squad") else 4000, dev=600, test=800)[split]
     r = world.random("task", name, split)

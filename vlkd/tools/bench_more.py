@@ -169,7 +169,7 @@ def retrieval_bench(
                 )
             if faiss:
                 ours[n, m, k] = (float(t.ratio["Keys"]), float(t.ratio["nearest"]))
-        del keys, ready, flat
+        keys = ready = flat = None
     n, m, k = sizes[0], 64, 10
     grown = pd.DataFrame(
         [

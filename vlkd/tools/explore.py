@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..core.files import fingerprint, read_json, rng, write_json
 from ..core.records import open_inputs, record, versions
-from ..core.settings import Scale, _unknown, path, scale
+from ..core.settings import Scale, path, scale, unknown_name
 from ..data.tasks import get_task
 from ..data.text import tokenize
 from ..eval.probe import STATIC_ATTRIBUTES, noun_states
@@ -39,7 +39,7 @@ from ..models.bert import hidden_states, load_model, save_model
 from ..models.video_text import Teacher
 from ..plots import film_strip, markers, palette, style, table_html
 from ..retrieval.nearest import nearest
-from ..tabletop.world import BASE, EDITION, EVENTS, NOUNS, PAST, SAID, said_of
+from ..tabletop.world import BASE, EDITION, EVENTS, NOUNS, PAST, OUTCOME_PHRASES, stated_counts
 from ..train.finetune import finetune_all
 from ..train.sources import load_data
 from ..train.text_student import train_student
@@ -118,7 +118,7 @@ class Explorer:
         "The model of run `name`; an unknown one is an error that lists those there are."
         name = str(name).removesuffix(f"@{self.seed}")
         if name not in self.runs:
-            raise _unknown(f"run of scale {self.s.name} and seed {self.seed}", name, self.runs)
+            raise unknown_name(f"run of scale {self.s.name} and seed {self.seed}", name, self.runs)
         if name not in self._models:
             f = self.runs[name].folder
             if self.kinds[name] == "teacher":
@@ -715,7 +715,7 @@ def _noun_states(x: Explorer, name: str, template: str) -> pd.DataFrame:  # noun
 
 def _check_noun(x, noun):
     if noun not in set(nouns_of(x)):
-        raise _unknown("noun", noun, nouns_of(x))
+        raise unknown_name("noun", noun, nouns_of(x))
 
 
 def near_nouns(
@@ -790,7 +790,8 @@ def noun_facts(
     if not x.world:
         return pd.Series(out, name=noun)
     said = x.kept(
-        "said", lambda: tuple(said_of(t, nouns_of(x)) for t in (x.data.pairs.captions, x.data.sentences))
+        "said",
+        lambda: tuple(stated_counts(t, nouns_of(x)) for t in (x.data.pairs.captions, x.data.sentences)),
     )
     d = x.world.nouns.loc[noun]
     return pd.Series(
@@ -946,7 +947,7 @@ def guess(
         )
     if x.world and noun and event in (*EVENTS, "push"):  # a word that begins several outcomes tells none
         begins = {
-            o: {p.split()[0] for p in SAID[o]}
+            o: {p.split()[0] for p in OUTCOME_PHRASES[o]}
             for o in (EVENTS[event] if event in EVENTS else ("roll", "slide"))
         }
         true = x.world.nouns.loc[noun, event]
@@ -1054,7 +1055,7 @@ def recorded_answers(
     tasks = list(dict.fromkeys(d.task))
     rows = []
     if task and task not in tasks:
-        raise _unknown("task that both were tested on", task, tasks)
+        raise unknown_name("task that both were tested on", task, tasks)
     if d.empty:
         raise ValueError(f"{a} and {b} were tested on no question in common")
     for name in [task] if task else tasks:

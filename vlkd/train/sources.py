@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.files import atomic, file_intact, fingerprint, rng, stamp_file, write_array
-from ..core.settings import Scale, _unknown, data_dir, path
+from ..core.files import atomic, checksum_problem, fingerprint, rng, write_array, write_checksums
+from ..core.settings import Scale, data_dir, path, unknown_name
 from ..data.squad import read_squad
 from ..data.tasks import TASKS, qnli_from_squad, read_task
 from ..data.text import Tokens, VideoText, load_vocabulary, tokenize, train_tokenizer
@@ -35,8 +35,8 @@ def tabletop_features(
 ) -> np.ndarray:  # (clips, frames, width) float16, memory-mapped
     "Features of all clips of a world, rendered and encoded in pieces, cached in one file named by the films and the encoder."
     enc = load_tabletop_encoder(cache, kind)
-    f = Path(cache or path("cache")) / "tabletop" / f"{fingerprint(world.films, enc.name)}.npy"
-    if f.is_file() and not file_intact(f):
+    f = Path(cache or path("cache")) / "tabletop" / f"{fingerprint(world.clips_fingerprint, enc.name)}.npy"
+    if f.is_file() and checksum_problem(f):
         print(f"{f} is damaged: it is made again")
         f.unlink()
     if not f.is_file():
@@ -48,7 +48,7 @@ def tabletop_features(
         )
         with atomic(f, "wb") as h:
             write_array(h, x)
-        stamp_file(f)
+        write_checksums(f)
     return np.load(f, mmap_mode="r")
 
 # %% ../../nbs/50_train.sources.ipynb #a09a23b9
@@ -87,7 +87,7 @@ class Data:
 class TabletopData(Data):
     "A Tabletop world; one tokeniser for all words of both corpora."
 
-    def __init__(self, s, seed, counterfactual=False, features="video", told=0.0):
+    def __init__(self, s, seed, counterfactual=False, features="video", stated_for_test=0.0):
         super().__init__(s, seed)
         self.features = features
         takes = max(
@@ -99,16 +99,16 @@ class TabletopData(Data):
             captions=s.captions,
             sentences=s.sentences,
             takes=takes,
-            told=told,
+            stated_for_test=stated_for_test,
         )
 
     @cached_property
     def captions(self):
-        return self.world.talk()
+        return self.world.captions()
 
     @cached_property
     def sentences(self):
-        return self.world.write()
+        return self.world.sentences()
 
     @cached_property
     def tokenizer(self):
@@ -181,7 +181,7 @@ class RealData(Data):
 
     def task(self, name, split):
         if name not in TASKS and name not in ("squad1", "squad2"):
-            raise _unknown("task", name, [*TASKS, "squad1", "squad2"])
+            raise unknown_name("task", name, [*TASKS, "squad1", "squad2"])
         if name == "qnli" and split == "train":
             return qnli_from_squad(self.root / "squad" / "train-v1.1.json.gz", seed=0, limit=20000)
         part = "train" if split == "train" else "dev"
@@ -216,16 +216,21 @@ class RealData(Data):
 
 # %% ../../nbs/50_train.sources.ipynb #2321a9d4
 def load_data(
-    s: Scale, seed: int = 1, *, counterfactual: bool = False, features: str = "video", told: float = 0.0
+    s: Scale,
+    seed: int = 1,
+    *,
+    counterfactual: bool = False,
+    features: str = "video",
+    stated_for_test: float = 0.0,
 ) -> Data:
-    "The data of a scale: `seed` is the world at micro and nothing but the training's seed at real. `features` is one of `FEATURES`; `told` is the share of sentences about test nouns that say the outcome."
+    "The data of a scale: `seed` is the world at micro and nothing but the training's seed at real. `features` is one of `FEATURES`; `stated_for_test` is the share of sentences about test nouns that state the outcome."
     if features not in FEATURES:
         raise ValueError(f"features {features!r}: it should be {', '.join(FEATURES)}")
     if s.data_kind == "tabletop":
-        return TabletopData(s, seed, counterfactual, features, told)
-    if counterfactual or told:
+        return TabletopData(s, seed, counterfactual, features, stated_for_test)
+    if counterfactual or stated_for_test:
         raise ValueError(
-            f"scale {s.name!r} has no {'counterfactual: real videos cannot be filmed again' if counterfactual else 'share of told outcomes: its text is what it is'}"
+            f"scale {s.name!r} has no {'counterfactual: real videos cannot be filmed again' if counterfactual else 'share of stated outcomes: its text is what it is'}"
         )
     if features == "clip" and s.data_kind != "paper":
         raise ValueError(
