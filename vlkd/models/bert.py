@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUICK_DROPOUT', 'ATTENTION', 'bert_config', 'drop', 'Dropout', 'quick_dropout', 'language_model', 'rows_of',
-           'hidden_states', 'mlm_loss', 'DistillationHead', 'save_model', 'load_model']
+           'hidden_states', 'masked_mean', 'mlm_loss', 'DistillationHead', 'save_model', 'load_model']
 
 # %% ../../nbs/35_models.bert.ipynb #a69774c6
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.device import mend_torchvision
+from ..core.device import at_least_float32, mend_torchvision
 from ..core.files import CHECKSUMS, checksum_problem, read_json, write_checksums
 from ..core.settings import Scale
 
@@ -154,6 +154,22 @@ def hidden_states(lm, ids, mask, types=None, *, pack: bool = None) -> torch.Tens
     ).last_hidden_state
     out = h.new_zeros(*mask.shape, h.shape[-1])
     return out.index_put((b, at), h.flatten(0, 1)[to])
+
+
+def masked_mean(
+    states: torch.Tensor,  # (B, L, D)
+    mask: torch.Tensor | None = None,  # (B, L) boolean, true where a token counts; None: all
+) -> torch.Tensor:  # (B, D), float32 at least
+    "Mean state of the counted tokens of each sentence, zero where none counts; wrong shapes raise `ValueError`."
+    if mask is None:
+        mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    if states.dim() != 3 or mask.dtype != torch.bool or mask.shape != states.shape[:2]:
+        raise ValueError(
+            f"states should be (B, L, D) and the mask boolean (B, L): "
+            f"states {tuple(states.shape)}, mask {tuple(mask.shape)} of {mask.dtype}"
+        )
+    counted = at_least_float32(states).masked_fill(~mask[..., None], 0)
+    return counted.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
 
 
 def mlm_loss(lm: BertForMaskedLM, hidden, ids, where) -> torch.Tensor:
