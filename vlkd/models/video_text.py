@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from ..core.files import CHECKSUMS, checksum_problem, write_checksums
+from ..core.files import CHECKSUMS, save_safetensors, verify_checksums, write_checksums
 from ..core.settings import Scale
 from .bert import bert_config, language_model, load_model, masked_mean, save_model
 
@@ -34,37 +35,59 @@ class VisualEncoder(nn.Module):
 
     def standardise(self, features, mask):
         "Take mean and deviation from training features (N, T, F)."
-        x = torch.as_tensor(np.asarray(features)[np.asarray(mask)], dtype=torch.float32)
-        self.mean.copy_(x.mean(0))
-        self.std.copy_(x.std(0).clamp(min=1e-3))
-        return self
+        frames = torch.as_tensor(np.asarray(features)[np.asarray(mask)], dtype=torch.float32)
+        return self._set_statistics(frames.mean(0), frames.std(0))
 
     def standardise_in(self, batches):
-        "The same from batches of (features (B, T, F), mask (B, T)), of which one at a time is held: for data that do not fit in memory."
+        "The same from batches of (features (B, T, F), mask (B, T)), of which one at a time is held."
         n, total, squares = 0, 0.0, 0.0
-        for x, m in batches:
-            x = torch.as_tensor(x)[torch.as_tensor(m)].double()
-            n += len(x)
-            total = total + x.sum(0)
-            squares = squares + (x * x).sum(0)
+        for features, mask in batches:
+            frames = torch.as_tensor(features)[torch.as_tensor(mask)].double()
+            n += len(frames)
+            total = total + frames.sum(0)
+            squares = squares + (frames * frames).sum(0)
         if n < 2:
             raise ValueError(f"{n} frames to take mean and deviation from: at least 2 are needed")
         mean = total / n
+        variance = (squares - n * mean * mean) / (n - 1)
+        return self._set_statistics(mean, variance.clamp(min=0).sqrt())
+
+    def _set_statistics(self, mean, std):
         self.mean.copy_(mean)
-        self.std.copy_(((squares - n * mean * mean) / (n - 1)).clamp(min=0).sqrt().clamp(min=1e-3))
+        self.std.copy_(std.clamp(min=1e-3))
         return self
 
     def frames(self, features, mask=None) -> torch.Tensor:  # (B, T, D)
         "Contextualised frames."
         x = self.project((features.to(self.mean.dtype) - self.mean) / self.std)
-        return self.encoder(
-            inputs_embeds=x, attention_mask=None if mask is None or mask.all() else mask
-        ).last_hidden_state
+        attended = None if mask is None or mask.all() else mask
+        return self.encoder(inputs_embeds=x, attention_mask=attended).last_hidden_state
 
     def forward(self, features, mask=None):
         return masked_mean(self.frames(features, mask), mask)
 
 # %% ../../nbs/36_models.video_text.ipynb #98cde338
+def _load_encoder(folder, s: Scale) -> VisualEncoder:
+    "The visual encoder in `video.safetensors`; as wide as its features."
+    file = Path(folder) / "video.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: the visual encoder is missing")
+    verify_checksums(folder)
+    try:
+        state = load_file(file)
+        feature_dim = len(state["mean"])
+    except Exception as e:
+        raise ValueError(
+            f"{file}: not the weights of a visual encoder ({type(e).__name__}: {str(e)[:120]})"
+        ) from None
+    encoder = VisualEncoder(s, feature_dim)
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"{file} does not fit scale {s.name!r}: {str(e).splitlines()[1].strip()}") from None
+    return encoder
+
+
 class Teacher(nn.Module):
     "Language model and visual encoder; widths agree, so that token states and videos meet in one space."
 
@@ -77,50 +100,27 @@ class Teacher(nn.Module):
 
     def save(self, folder, tokenizer) -> Path:
         "`lm/` is a transformers folder; `video.safetensors` holds the visual encoder."
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         (folder / CHECKSUMS).unlink(missing_ok=True)
         save_model(folder / "lm", self.lm, tokenizer)
-        save_file(self.video.state_dict(), folder / "video.safetensors")
+        save_safetensors(self.video.state_dict(), folder / "video.safetensors")
         write_checksums(folder)
         return folder
 
     @classmethod
     def load(cls, folder, s: Scale) -> tuple:  # teacher in eval mode, tokeniser
-        "Load what `save` wrote."
-        from safetensors.torch import load_file
-
-        lm, tok = load_model(Path(folder) / "lm")
-        f = Path(folder) / "video.safetensors"
-        if not f.is_file():
-            raise FileNotFoundError(f"{f}: the visual encoder is missing")
-        if why := checksum_problem(folder):
-            raise ValueError(why)
-        try:
-            state = load_file(f)
-            len(state["mean"])
-        except Exception as e:
-            raise ValueError(
-                f"{f}: not the weights of a visual encoder ({type(e).__name__}: {str(e)[:120]})"
-            ) from None
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self.lm, self.video = lm, VisualEncoder(s, len(state["mean"]))
-        try:
-            self.video.load_state_dict(state)
-        except RuntimeError as e:
-            raise ValueError(
-                f"{folder}/video.safetensors does not fit scale {s.name!r}: {str(e).splitlines()[1].strip()}"
-            ) from None
-        return self.eval(), tok
+        "Load what `save` wrote; `ValueError` where it was changed or does not fit the scale."
+        teacher = cls.__new__(cls)  # without drawing weights
+        nn.Module.__init__(teacher)
+        teacher.lm, tokenizer = load_model(Path(folder) / "lm")
+        teacher.video = _load_encoder(folder, s)
+        return teacher.eval(), tokenizer
 
 # %% ../../nbs/36_models.video_text.ipynb #2c18ae70
 def clip_batch(pairs, rows) -> tuple[torch.Tensor, torch.Tensor]:  # features (B, T, F) float32, mask (B, T)
     "Features and frame mask of clips `rows`, cut to the longest."
     rows = np.asarray(rows)
     mask = pairs.mask[rows]
-    n = max(int(mask.sum(1).max()), 1)
-    return torch.from_numpy(np.asarray(pairs.features[rows][:, :n], np.float32)), torch.from_numpy(
-        mask[:, :n]
-    )
+    longest = max(int(mask.sum(1).max()), 1)
+    features = np.asarray(pairs.features[rows][:, :longest], np.float32)
+    return torch.from_numpy(features), torch.from_numpy(mask[:, :longest])
