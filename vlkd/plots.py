@@ -201,6 +201,7 @@ def table_md(
     df,
     digits: int = 2,  # decimals
     markdown=(),  # columns whose cells are Markdown already
+    right=(),  # columns aligned to the right although they hold text
 ) -> str:  # ends with a newline
     "A frame as a GitHub Markdown table, without its index; columns of numbers are aligned to the right."
 
@@ -208,10 +209,10 @@ def table_md(
         text = _text(value, digits)
         return text if column in markdown else markdown_text(text)
 
-    right = [pd.api.types.is_numeric_dtype(t) and not pd.api.types.is_bool_dtype(t) for t in df.dtypes]
+    numeric = [pd.api.types.is_numeric_dtype(t) and not pd.api.types.is_bool_dtype(t) for t in df.dtypes]
     lines = [
         [cell(c) for c in df.columns],
-        ["--:" if r else "---" for r in right],
+        ["--:" if n or c in right else "---" for n, c in zip(numeric, df.columns, strict=True)],
         *[
             [cell(v, c) for v, c in zip(row, df.columns, strict=True)]
             for row in df.itertuples(index=False, name=None)
