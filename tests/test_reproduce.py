@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import vlkd.reproduce.keys as K
 import vlkd.reproduce.run as R
 from vlkd.core.files import read_json
 from vlkd.core.records import Run, run_folder
@@ -230,8 +231,8 @@ def test_after_orders_and_is_no_part_of_the_key(quick):
 def test_dry_run_says_which_part_changed(quick, monkeypatch, tmp_path):
     toy = quick
     lib = tmp_path / "lib" / "vlkd"
-    shutil.copytree(R._library(), lib, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(R, "_library", lambda: lib)
+    shutil.copytree(K.library_folder(), lib, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(K, "library_folder", lambda: lib)
     toy.edit("t1", "import json", "import vlkd.plots as plots, json")
     toy.edit("other", "import json", "from vlkd.core.files import read_json\\nimport json")
     assert toy.run()["failed"] == {}
@@ -487,7 +488,7 @@ def test_data_names_and_sizes_are_part_of_the_key(toy, tmp_path, monkeypatch):
     toy.write(plan.replace('id = "other"', 'id = "other"\ndata = ["b"]'))
 
     def keys():
-        R._data_key.cache_clear()
+        K.data_key.cache_clear()
         return {n: x.key for n, x in R.graph(scale="real", plan=toy.plan).items()}
 
     k = keys()

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_tasks import GOOD
 
 from vlkd.core.files import CHECKSUMS, read_json, rng, write_json
-from vlkd.core.records import Run, record
+from vlkd.core.records import record, Run
 from vlkd.core.settings import path, preset, scale, scales
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -270,7 +270,7 @@ def card(d):
 
 
 def plan(d):
-    from vlkd.reproduce.run import load_plan
+    from vlkd.reproduce.plan import load_plan
 
     p = load_plan(d / "plan.toml")
     assert all(isinstance(e["needs"], list) and e["file"].is_file() for e in p.values())
@@ -299,7 +299,7 @@ PLAN = b'[[run]]\nid = "a"\nnotebook = "a.ipynb"\nparams = { lr = 0.5 }\nat = { 
 
 
 def claims(d):
-    from vlkd.eval.stats import read_claims
+    from vlkd.eval.claims import read_claims
 
     return read_claims(d / "claims.toml")
 
@@ -454,7 +454,7 @@ def student(d):
 
 
 def notebook(d):
-    from vlkd.reproduce.run import notebook_parameters
+    from vlkd.reproduce.plan import notebook_parameters
 
     return notebook_parameters(d / "a.ipynb")
 
@@ -553,8 +553,8 @@ READERS = dict(
     claims=(
         lambda d: {
             "claims.toml": b"".join(
-                (ROOT / "nbs/experiments/claims.toml").read_bytes().partition(b"[[claim]]")[1:]
-            )[:3000].rpartition(b"[[claim]]")[0]
+                (ROOT / "nbs/experiments/vidlankd/claims.toml").read_bytes().partition(b"[defaults]\n")[1:]
+            )[:3000].rpartition(b"[[table.m5.claim]]")[0]
         },
         claims,
     ),

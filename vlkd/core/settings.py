@@ -14,158 +14,171 @@ from pathlib import Path
 
 # %% ../../nbs/00_core.settings.ipynb #6e688b96
 def settings_file() -> Path:  # the settings.ini in force
-    "Find settings.ini: `VLKD_SETTINGS`, then the checkout that holds this library, then the working folder and its parents."
+    "Find settings.ini: `VLKD_SETTINGS`, then above this library, then the working folder and its parents."
     if os.environ.get("VLKD_SETTINGS"):
         f = Path(os.environ["VLKD_SETTINGS"]).expanduser().resolve()
         if not f.is_file():
             raise FileNotFoundError(f"VLKD_SETTINGS names {f}, which is not a file")
         return f
     here = Path(__file__).resolve() if "__file__" in globals() else Path.cwd()
-    for d in [*here.parents, Path.cwd(), *Path.cwd().resolve().parents]:
-        f = d / "settings.ini"
+    for folder in [*here.parents, Path.cwd(), *Path.cwd().resolve().parents]:
+        f = folder / "settings.ini"
         if f.is_file() and "[scale.micro]" in f.read_text(encoding="utf-8", errors="replace"):
             return f
     raise FileNotFoundError(
-        "no settings.ini with a [scale.micro] section here or above; run inside a vlkd checkout or set VLKD_SETTINGS"
+        "no settings.ini with a [scale.micro] section here or above;"
+        " run inside a vlkd checkout or set VLKD_SETTINGS"
     )
 
 # %% ../../nbs/00_core.settings.ipynb #6b357dfe
-def _literal(s: str):
+def _literal(text: str):
     "A setting's value: a Python literal where it reads as one, else the text itself."
     try:
-        return ast.literal_eval(s)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return s
+        return text
 
 
-def read_sections(f: Path) -> dict[str, dict]:
-    c = configparser.ConfigParser(interpolation=None)
+def read_sections(f: Path) -> dict[str, dict]:  # section -> key -> value
+    "The sections of an ini file, without its defaults; `ValueError` names a file that cannot be read."
+    ini = configparser.ConfigParser(interpolation=None)
     try:
-        c.read_string(f.read_text(encoding="utf-8"), source=str(f))
+        ini.read_string(f.read_text(encoding="utf-8"), source=str(f))
     except (configparser.Error, UnicodeDecodeError) as e:
         raise ValueError(f"{f}: {e}") from None
-    return {s: {k: _literal(v) for k, v in c.items(s) if k not in c.defaults()} for s in c.sections()}
-
-
-def _in(f, e: ValueError) -> ValueError:
-    return ValueError(f"{e} ({f})")
+    return {s: {k: _literal(v) for k, v in ini.items(s) if k not in ini.defaults()} for s in ini.sections()}
 
 
 def unknown_name(what: str, name: str, known) -> ValueError:
-    near = difflib.get_close_matches(str(name), list(map(str, known)), 1)
-    return ValueError(
-        f"unknown {what} {name!r}"
-        + (f"; did you mean {near[0]!r}?" if near else "")
-        + f" Known: {', '.join(sorted(map(str, known)))}"
-    )
+    "The error for a name that does not exist: it suggests the nearest of those that do."
+    known = [str(k) for k in known]
+    near = difflib.get_close_matches(str(name), known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"unknown {what} {name!r}{hint} Known: {', '.join(sorted(known))}")
 
 # %% ../../nbs/00_core.settings.ipynb #6db698e1
 class Scale(dict):
     "The resolved settings of one scale; keys read as attributes."
 
-    def __getattr__(self, k):
-        if k in self:
-            return self[k]
-        raise AttributeError(unknown_name(f"setting of scale {self.get('name')!r}", k, self))
+    def __getattr__(self, key):
+        if key in self:
+            return self[key]
+        raise AttributeError(unknown_name(f"setting of scale {self.get('name')!r}", key, self))
 
 
-def scales() -> list[str]:  # names of the scales in settings.ini
-    "The scales that settings.ini declares."
-    return [s.split(".", 1)[1] for s in read_sections(settings_file()) if s.startswith("scale.")]
+def scales() -> list[str]:
+    "Names of the scales that settings.ini declares."
+    return [s.removeprefix("scale.") for s in read_sections(settings_file()) if s.startswith("scale.")]
 
 
-def scale(name: str = "micro", size: str = "", **override) -> Scale:  # resolved settings
-    "Settings of scale `name`, its bases first, then those of `size` (a larger model: sections size.*), then `override`; unknown names, keys and wrong types are errors."
-    f = settings_file()
-    secs = read_sections(f)
-    if f"scale.{name}" not in secs:
-        raise _in(f, unknown_name("scale", name, scales()))
-    if "scale.paper" not in secs:
-        raise ValueError(f"{f}: [scale.paper], which defines the keys, is missing")
-    ref, chain, n = secs["scale.paper"], [], name
-    while n:
-        if f"scale.{n}" not in secs:
-            raise ValueError(
-                f"{f}: [scale.{chain[-1] if chain else name}] has base = {n!s:.60}, which does not exist"
-            )
-        if n in chain:
-            raise ValueError(
-                f"{f}: the bases of scale {name} go round in a circle: {' -> '.join(chain + [n])}"
-            )
-        chain.append(n)
-        n = secs[f"scale.{n}"].get("base")
+def _bases(sections: dict, name: str) -> list[str]:  # the scale, its base, the base of that, ...
+    "The chain of bases of a scale; `ValueError` where one is missing or the chain has a cycle."
+    chain = []
+    while name:
+        if f"scale.{name}" not in sections:
+            raise ValueError(f"[scale.{chain[-1]}] has base = {name!s:.60}, which does not exist")
+        if name in chain:
+            raise ValueError(f"the bases of scale {chain[0]} form a cycle: {' -> '.join([*chain, name])}")
+        chain.append(name)
+        name = sections[f"scale.{name}"].get("base")
+    return chain
+
+
+def _checked(values: dict, reference: dict, name: str) -> dict:
+    "The values of a scale with the keys and types of `reference`; an int where a float belongs becomes one."
     out = {}
-    for s in reversed(chain):
-        out.update({k: v for k, v in secs[f"scale.{s}"].items() if k != "base"})
-    if size:
-        if not (found := [n for n in reversed(chain) if f"size.{size}.{n}" in secs]):
-            raise _in(
-                f,
-                unknown_name(
-                    f"size of scale {name!r}",
-                    size,
-                    sorted({s.split(".")[1] for s in secs if s.startswith("size.")}),
-                ),
+    for key, value in values.items():
+        if key not in reference:
+            raise ValueError(f"scale {name}: {unknown_name('key', key, reference)}")
+        wanted = type(reference[key])
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise ValueError(
+                f"scale {name}: {key} = {value!r} should be {wanted.__name__}, like {reference[key]!r}"
             )
-        for n in found:
-            out.update(secs[f"size.{size}.{n}"])
-    out.update(override)
-    for k, v in out.items():
-        if k not in ref:
-            raise ValueError(f"{f}: scale {name}: " + str(unknown_name("key", k, ref)))
-        want = type(ref[k])
-        if not (isinstance(v, want) or (want is float and type(v) is int)) or (
-            want is int and isinstance(v, bool)
-        ):
-            raise ValueError(f"{f}: scale {name}: {k} = {v!r} should be {want.__name__}, like {ref[k]!r}")
-        if want is float:
-            out[k] = float(v)
-    missing = [k for k in ref if k not in out]
-    if missing:
-        raise ValueError(f"{f}: scale {name} lacks {', '.join(missing)}")
-    return Scale(name=name, **out)
+        out[key] = value
+    if missing := [k for k in reference if k not in out]:
+        raise ValueError(f"scale {name} lacks {', '.join(missing)}")
+    return out
+
+
+def _resolve(sections: dict, name: str, size: str, override: dict) -> dict:
+    "The values of a scale: its bases first, then the size, then `override`."
+    chain = _bases(sections, name)[::-1]
+    values = {}
+    for base in chain:
+        values |= sections[f"scale.{base}"]
+    values.pop("base", None)
+    if size:
+        found = [f"size.{size}.{base}" for base in chain if f"size.{size}.{base}" in sections]
+        if not found:
+            sizes = {s.split(".")[1] for s in sections if s.startswith("size.")}
+            raise unknown_name(f"size of scale {name!r}", size, sizes)
+        for section in found:
+            values |= sections[section]
+    return _checked(values | override, sections["scale.paper"], name)
+
+
+def scale(
+    name: str = "micro",
+    size: str = "",  # a larger model
+    **override,  # key -> value, over what the file states
+) -> Scale:
+    "Settings of a scale; unknown names and keys and wrong types are a `ValueError` that names the file."
+    f = settings_file()
+    sections = read_sections(f)
+    if "scale.paper" not in sections:
+        raise ValueError(f"{f}: [scale.paper], which defines the keys, is missing")
+    try:
+        if f"scale.{name}" not in sections:
+            raise unknown_name("scale", name, scales())
+        return Scale(name=name, **_resolve(sections, name, size, override))
+    except ValueError as e:
+        raise ValueError(f"{f}: {e}") from None
 
 # %% ../../nbs/00_core.settings.ipynb #0a351ebd
-def preset(name: str = "paper") -> dict:  # keyword arguments per objective
-    "A reading of the objectives: `paper` (the equations) or `released` (what the public code computes). Keys are `objective.argument`."
-    secs = read_sections(settings_file())
-    names = [s.split(".", 1)[1] for s in secs if s.startswith("preset.")]
-    if name not in names:
-        raise _in(settings_file(), unknown_name("preset", name, names))
+def preset(name: str = "paper") -> dict[str, dict]:  # objective -> keyword arguments
+    "The arguments of the objectives in `[preset.NAME]`, whose keys are `objective.argument`."
+    f = settings_file()
+    sections = read_sections(f)
+    if f"preset.{name}" not in sections:
+        names = [s.removeprefix("preset.") for s in sections if s.startswith("preset.")]
+        raise ValueError(f"{f}: {unknown_name('preset', name, names)}")
     out = {}
-    for k, v in secs[f"preset.{name}"].items():
-        if "." not in k:
-            raise ValueError(f"{settings_file()}: [preset.{name}] {k}: write objective.argument = value")
-        o, a = k.split(".", 1)
-        out.setdefault(o, {})[a] = v
+    for key, value in sections[f"preset.{name}"].items():
+        objective, dot, argument = key.partition(".")
+        if not dot:
+            raise ValueError(f"{f}: [preset.{name}] {key}: write objective.argument = value")
+        out.setdefault(objective, {})[argument] = value
     return out
 
 # %% ../../nbs/00_core.settings.ipynb #be3f7226
 def path(name: str) -> Path:  # absolute
-    "The folder `name` (data, runs, reports, cache, nbs, cards) from `[paths]`; `VLKD_RUNS` and the like override it. `data` may be absent: see `data_dir`."
+    "The folder `name` of `[paths]` (data, runs, reports ...), or what `VLKD_NAME` says instead."
     f = settings_file()
-    p = read_sections(f).get("paths", {})
-    if name not in p:
-        raise _in(f, unknown_name("path", name, p))
-    v = os.environ.get(f"VLKD_{name.upper()}") or str(p[name])
-    if not v:
-        raise FileNotFoundError(f"no {name} folder is set: set VLKD_{name.upper()} or [paths] {name} in {f}")
-    v = Path(v).expanduser()
-    return (
-        v if v.is_absolute() else (Path.cwd() if os.environ.get(f"VLKD_{name.upper()}") else f.parent) / v
-    ).resolve()
+    paths = read_sections(f).get("paths", {})
+    if name not in paths:
+        raise ValueError(f"{f}: {unknown_name('path', name, paths)}")
+    variable = f"VLKD_{name.upper()}"
+    if os.environ.get(variable):
+        return Path(os.environ[variable]).expanduser().resolve()
+    if not str(paths[name]):
+        raise FileNotFoundError(f"no {name} folder is set: set {variable} or [paths] {name} in {f}")
+    return (f.parent / Path(str(paths[name])).expanduser()).resolve()
 
 
 def data_dir(need: bool = True) -> Path | None:  # the folder of real data sets
-    "`VLKD_DATA` as an absolute path; None where it is not set and not needed, an error that says so where it is."
+    "`VLKD_DATA` as an absolute path; where it is not set, None, or an error if the data is needed."
     try:
-        d = path("data")
+        folder = path("data")
     except FileNotFoundError:
-        if need:
-            raise FileNotFoundError(
-                "real data is needed here: set VLKD_DATA to the folder that holds it (`vlkd data status` says what goes where)"
-            ) from None
-        return None
-    if not d.is_dir():
-        raise FileNotFoundError(f"VLKD_DATA names {d}, which is not a folder")
-    return d
+        if not need:
+            return None
+        raise FileNotFoundError(
+            "real data is needed here: set VLKD_DATA to the folder that holds it"
+            " (`vlkd data status` says what goes where)"
+        ) from None
+    if not folder.is_dir():
+        raise FileNotFoundError(f"VLKD_DATA names {folder}, which is not a folder")
+    return folder

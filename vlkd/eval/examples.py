@@ -18,11 +18,11 @@ import torch
 from ..core.files import rng
 from ..data.tasks import get_task, sentences
 from .retrieval import ridge, spaces
-from .stats import _paired
+from .stats import pair_examples
 from ..losses.contrastive import unit
 from ..models.video_text import Teacher
 from ..retrieval.nearest import nearest
-from ..tabletop.world import BASE, EVENTS, CLIP_EVENTS, PAST, OUTCOME_PHRASES, World
+from ..tabletop.world import BASE, CLIP_EVENTS, EVENTS, OUTCOME_PHRASES, PAST, World
 from ..train.text_student import StudentObjective
 from ..train.video_teacher import pool_of, sentence_states, video_states
 
@@ -31,7 +31,7 @@ def outcome_counts(
     a, b
 ) -> pd.DataFrame:  # kind, n, both, only_a, only_b, none, a, b: counts, and the accuracies in per cent
     "The four outcomes of the same questions under two runs' records, for all questions and by kind. ValueError where the records are not aligned."
-    m = _paired(a, b)
+    m = pair_examples(a, b)
     x, y = m["right"].to_numpy(bool), m["right_b"].to_numpy(bool)
 
     def row(kind, at):
@@ -64,7 +64,7 @@ def differing(
             raise ValueError(
                 f"records of {d['run'].iloc[0]} have no column 'sure', the probability of the right answer; run the student again"
             )
-    m = _paired(a, b)
+    m = pair_examples(a, b)
     m = m[~m["right"].astype(bool) & m["right_b"].astype(bool)]
     m = pd.DataFrame(
         dict(

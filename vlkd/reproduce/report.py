@@ -18,19 +18,9 @@ from pathlib import Path
 from ..core.files import fingerprint, read_json, sha256_file, write_json
 from ..core.records import Run
 from ..core.settings import path, read_sections, settings_file
-from vlkd.reproduce.run import (
-    Node,
-    _cells,
-    _library,
-    _quick_imports,
-    _span,
-    _tree,
-    graph,
-    load_plan,
-    plan_file,
-    why,
-    world_seeds,
-)
+from .keys import graph, library_folder, normal_form, why
+from .plan import Node, load_plan, plan_file, read_cells, world_seeds
+from .run import duration, quick_imports
 
 # %% ../../nbs/73_reproduce.report.ipynb #faa7c343
 def _seeds_of(folder: Path) -> tuple:
@@ -82,11 +72,12 @@ def _closure(n: Node, nodes: dict) -> list[Node]:
 # %% ../../nbs/73_reproduce.report.ipynb #c5db7271
 def _page_cells(n: Node, receipt: dict) -> list[dict]:  # kind, source, outputs
     "Cells of a finished run that its page shows."
-    ran = _cells(n.folder / "notebook.ipynb")
-    now = _cells(n.entry["file"])
+    ran = read_cells(n.folder / "notebook.ipynb")
+    now = read_cells(n.entry["file"])
     by = {c["id"]: c for c in ran}
     if all(
-        c["kind"] != "code" or (c["id"] in by and _tree(by[c["id"]]["source"]) == _tree(c["source"]))
+        c["kind"] != "code"
+        or (c["id"] in by and normal_form(by[c["id"]]["source"]) == normal_form(c["source"]))
         for c in now
     ):
         now = [by[c["id"]] if c["kind"] == "code" else c for c in now]
@@ -158,7 +149,7 @@ def _notebook_html(cells) -> str:
     "Cells through nbconvert's basic template with the code folded."
     import warnings
 
-    with _quick_imports():
+    with quick_imports():
         import nbformat
         from nbconvert import HTMLExporter
     v4 = nbformat.v4
@@ -268,7 +259,7 @@ def _frame(rep: dict, results: dict, link):
             "paper": results[t["id"]].get("paper") or t["paper"] or "–",
             "claims": _tally(_claims(t, results[t["id"]])),
             "worlds": _worlds(t),
-            "compute": _span(t["seconds"]),
+            "compute": duration(t["seconds"]),
             "code": "current" if t["fresh"] else "older",
         }
         for t in rep["tables"]
@@ -383,7 +374,7 @@ def _head(t, r, md: bool, remark: str = "") -> str:
             f"**Result.** {r['headline']}" if r.get("headline") else "",
             "\n".join(f"- **{c['verdict']}**: {c['text']} ({_say(c.get('evidence'))})" for c in cs),
             rest,
-            f"Worlds: {_worlds(t)}. Notebook: `nbs/experiments/{t['notebook']}`. Compute: {_span(t['seconds'])} on {t['device']}.",
+            f"Worlds: {_worlds(t)}. Notebook: `nbs/experiments/{t['notebook']}`. Compute: {duration(t['seconds'])} on {t['device']}.",
         ]
         return "\n\n".join(x for x in rows if x)
     e = html.escape
@@ -403,7 +394,7 @@ def _head(t, r, md: bool, remark: str = "") -> str:
         f"<p>{rest.replace('[ledger](claims.md)', '<a href=index.html#claims>ledger</a>')}</p>"
         if rest
         else "",
-        f"<p class=note>Worlds: {_worlds(t)}. Notebook: nbs/experiments/{e(t['notebook'])}. Compute: {_span(t['seconds'])} on {e(t['device'])}.</p>",
+        f"<p class=note>Worlds: {_worlds(t)}. Notebook: nbs/experiments/{e(t['notebook'])}. Compute: {duration(t['seconds'])} on {e(t['device'])}.</p>",
     ]
     return "\n".join(x for x in rows if x)
 
@@ -519,8 +510,8 @@ def report(
     files = [
         *(n.entry["file"] for n, *_ in done),
         plan_file(plan),
-        _library() / "reproduce" / "run.py",
-        _library() / "plots.py",
+        library_folder() / "reproduce" / "run.py",
+        library_folder() / "plots.py",
     ]
     rep = dict(
         scale=scale,

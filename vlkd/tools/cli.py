@@ -235,7 +235,7 @@ def preflight(
     "Run the code of scale paper, with toy sizes, on a stand-in for its data: every teacher and student that the plan has there."
     import time
 
-    from vlkd.reproduce.run import plan_runs
+    from vlkd.reproduce.plan import plan_runs
     from vlkd.tools import preflight as checks
 
     if notebooks:

@@ -27,7 +27,6 @@ from safetensors.torch import save
 from safetensors.torch import save_model as save_weights
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..core.device import device, device_name, from_main, one_batch, ranks, use_bf16
 from ..core.files import atomic, fingerprint, read_json, sha256_file, write_json
@@ -35,6 +34,10 @@ from ..data.text import Draws
 from ..models.bert import mlm_loss
 
 gc.freeze()  # imported modules are no garbage: the full collection that Trainer asks for at every start need not walk them
+
+# %% ../../nbs/53_train.trainer.ipynb #3811548e
+# after vlkd.models.bert, which mends torchvision
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 # %% ../../nbs/53_train.trainer.ipynb #b3f1b160
 def check_trainable(objective: nn.Module, batch: dict) -> dict:  # numbers of trainable and frozen parameters
