@@ -27,7 +27,7 @@ import torch
 
 from ..core.device import device
 from ..core.files import fingerprint, read_json, write_json
-from ..core.records import record, Run, run_folder, versions
+from ..core.records import Run, record, run_folder, versions
 from ..core.settings import path, unknown_name
 from ..plots import table_md
 from ..reproduce.plan import load_plan
