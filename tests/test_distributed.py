@@ -17,7 +17,7 @@ import vlkd.core.device
 from vlkd.core.files import read_json
 from vlkd.data.text import ExampleOrder
 from vlkd.train import trainer as loop
-from vlkd.train.trainer import damage, fit, SEAL
+from vlkd.train.trainer import SEAL, damage, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -35,7 +35,7 @@ from vlkd.eval.examples import (
 )
 from vlkd.eval.stats import check_examples
 from vlkd.models.bert import language_model, save_model
-from vlkd.tabletop.world import BASE, base_phrase, CLIP_EVENTS, PAST, past_phrase, World
+from vlkd.tabletop.world import past_phrase, base_phrase, BASE, CLIP_EVENTS, PAST, World
 from vlkd.train.text_student import load_distillation, save_distillation, StudentObjective
 
 

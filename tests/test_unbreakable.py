@@ -22,7 +22,7 @@ from test_bad_inputs import Evil, content, extract, films, forked, unix, vlkd
 from test_reproduce import Toy, end, params, plain, plan, quick, start, toy
 
 from vlkd.core.files import CHECKSUMS, read_json, rng, sha256_file, write_json
-from vlkd.core.records import record, Run, run_folder
+from vlkd.core.records import Run, record, run_folder
 from vlkd.core.settings import path, scale, settings_file
 
 LIBRARY = Path(__file__).resolve().parent.parent / "vlkd"

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import atomic, fingerprint, read_json, rng, sha256_file, write_json
-from .corpus import clean_paragraph, CorpusTokens, Source, tokenize_corpus
+from .corpus import CorpusTokens, Source, clean_paragraph, tokenize_corpus
 from .public import text_lines
-from .text import train_tokenizer, VideoText
+from .text import VideoText, train_tokenizer
 from .video import extract
 
 # %% ../../nbs/17_data.howto100m.ipynb #cca79207

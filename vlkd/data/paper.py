@@ -12,21 +12,21 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import read_json
-from ..core.settings import data_dir, path, scale, Scale, unknown_name
+from ..core.settings import Scale, data_dir, path, scale, unknown_name
 from .catalog import require
 from .corpus import CorpusTokens, Source, text_files, tokenize_corpus
 from vlkd.data.howto100m import (
-    caption_table,
-    caption_tokens,
     CaptionTable,
     ClipFeatures,
-    howto_pairs,
     MappedFeatures,
+    caption_table,
+    caption_tokens,
+    howto_pairs,
 )
 from .public import bert_vocab
 from .squad import read_squad
-from .tasks import read_task, TASKS
-from .text import load_vocabulary, VideoText
+from .tasks import TASKS, read_task
+from .text import VideoText, load_vocabulary
 
 # %% ../../nbs/18_data.paper.ipynb #d1522f5f
 TEXTS = {

@@ -21,7 +21,7 @@ from ..core.files import rng
 from ..core.settings import data_dir, path
 from .tasks import sentences
 from .text import SPECIAL, VideoText
-from .video import extract, Features, load_features, read_photos
+from .video import Features, extract, load_features, read_photos
 
 # %% ../../nbs/15_data.public.ipynb #0653f1ad
 def text_lines(path):

@@ -24,7 +24,7 @@ import torch
 
 from ..core.device import device
 from ..core.files import atomic, locked, read_json, write_json
-from ..data.video import Features, stream_frames, VideoError, VideoWarning
+from ..data.video import Features, VideoError, VideoWarning, stream_frames
 from .image import centre_crop, load_encoder, short_side
 
 # %% ../../nbs/34_features.extract.ipynb #a52a6029

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.device import mend_torchvision
-from ..core.files import checksum_problem, CHECKSUMS, read_json, write_checksums
+from ..core.files import CHECKSUMS, checksum_problem, read_json, write_checksums
 from ..core.settings import Scale
 
 # %% ../../nbs/35_models.bert.ipynb #31e1b0eb

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.files import checksum_problem, CHECKSUMS, write_checksums
+from ..core.files import CHECKSUMS, checksum_problem, write_checksums
 from ..core.settings import Scale
 from .bert import bert_config, language_model, load_model, save_model
 

@@ -14,7 +14,8 @@ import os
 from pathlib import Path
 
 from ..core.files import fingerprint, read_json
-from ..core.settings import data_dir, read_sections, scale as scale_settings, settings_file
+from ..core.settings import data_dir, read_sections, settings_file
+from ..core.settings import scale as scale_settings
 from .plan import Node, plan_nodes, read_cells
 
 # %% ../../nbs/71_reproduce.keys.ipynb #71aa0007

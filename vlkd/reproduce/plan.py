@@ -18,10 +18,12 @@ from pathlib import Path
 from vlkd.core.settings import (
     path,
     read_sections,
-    scale as scale_settings,
     scales,
     settings_file,
     unknown_name,
+)
+from vlkd.core.settings import (
+    scale as scale_settings,
 )
 
 # %% ../../nbs/70_reproduce.plan.ipynb #70aa0007

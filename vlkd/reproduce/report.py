@@ -26,7 +26,7 @@ from ..core.files import fingerprint, read_json, sha256_file, write_json
 from ..core.records import Run
 from ..core.settings import path, read_sections, settings_file, shipped
 from .keys import graph, library_folder, normal_form, why
-from .plan import load_plan, Node, plan_file, read_cells, world_seeds
+from .plan import Node, load_plan, plan_file, read_cells, world_seeds
 from .run import duration
 
 # %% ../../nbs/73_reproduce.report.ipynb #d03c57b2

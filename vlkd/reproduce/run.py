@@ -25,8 +25,15 @@ import traceback
 from pathlib import Path
 
 from ..core.files import read_json, sha256_file, write_json
-from ..core.records import git_state, Run, versions
-from ..core.settings import path, read_sections, scale as scale_settings, settings_file
+from ..core.records import Run, git_state, versions
+from vlkd.core.settings import (
+    path,
+    read_sections,
+    settings_file,
+)
+from vlkd.core.settings import (
+    scale as scale_settings,
+)
 from .keys import graph, library_folder, set_key, why
 from .plan import Node, notebook_parameters, read_cells, run_parameters, world_seeds
 

@@ -19,7 +19,7 @@ from ..core.device import device, use_bf16
 from ..core.files import atomic, fingerprint, locked, read_json, rng, sha256_file, write_array, write_json
 from ..core.settings import scale
 from ..data.corpus import open_text, tokenize_corpus, tokenizer_fingerprint
-from ..data.howto100m import caption_table, howto_videos, MappedFeatures
+from ..data.howto100m import MappedFeatures, caption_table, howto_videos
 from ..models.bert import hidden_states
 from ..models.video_text import Teacher, VisualEncoder
 from .nearest import vokens

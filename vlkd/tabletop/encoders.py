@@ -21,16 +21,16 @@ from ..core.files import atomic, checksum_problem, fingerprint, locked, rng, wri
 from ..core.settings import path
 from ..features.encoders import GridVideo
 from vlkd.tabletop.world import (
-    _script,
-    CLIP_EVENTS,
     COLOURS,
     EVENTS,
+    CLIP_EVENTS,
     FRAMES,
-    render,
     ROUND,
     SHAPES,
     SIDE,
     SIZES,
+    _script,
+    render,
     surfaces,
 )
 

@@ -11,20 +11,20 @@ import pandas as pd
 from ..core.settings import unknown_name
 from ..data.tasks import CATEGORIES
 from vlkd.tabletop.world import (
-    _kind,
-    _outcomes,
     BAD,
     EVENTS,
     GOOD,
     MAKERS,
-    OUTCOME_PHRASES,
     PAST,
-    past_phrase,
     PLACE,
+    OUTCOME_PHRASES,
     STATIC,
     WHEN,
     WHO,
     World,
+    past_phrase,
+    _kind,
+    _outcomes,
 )
 
 # %% ../../nbs/23_tabletop.questions.ipynb #ba437275

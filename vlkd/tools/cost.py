@@ -12,8 +12,8 @@ __all__ = ['PAPER', 'PIECES', 'GPUS', 'FINETUNE', 'bert_parameters', 'video_para
 # %% ../../nbs/74_tools.cost.ipynb #86eac57b
 import math
 
-from ..core.settings import scale, Scale
-from ..data.paper import text_of, WIDTHS
+from ..core.settings import Scale, scale
+from ..data.paper import WIDTHS, text_of
 from ..data.tasks import get_task
 from ..train.text_student import KEYS, parse_kd
 

@@ -30,16 +30,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..core.files import fingerprint, read_json, rng, write_json
 from ..core.records import open_inputs, record, versions
-from ..core.settings import path, scale, Scale, unknown_name
+from ..core.settings import Scale, path, scale, unknown_name
 from ..data.tasks import get_task
 from ..data.text import tokenize
-from ..eval.probe import noun_states, STATIC_ATTRIBUTES
+from ..eval.probe import STATIC_ATTRIBUTES, noun_states
 from ..eval.retrieval import ridge
 from ..models.bert import hidden_states, load_model, save_model
 from ..models.video_text import Teacher
 from ..plots import film_strip, markers, palette, style, table_html
 from ..retrieval.nearest import nearest
-from ..tabletop.world import BASE, EDITION, EVENTS, NOUNS, OUTCOME_PHRASES, PAST, stated_counts
+from ..tabletop.world import BASE, EDITION, EVENTS, NOUNS, PAST, OUTCOME_PHRASES, stated_counts
 from ..train.finetune import finetune_all
 from ..train.sources import load_data
 from ..train.text_student import train_student

@@ -23,9 +23,11 @@ from ..core.files import atomic, read_json, write_array, write_json
 from ..core.settings import data_dir, path, scale, settings_file
 from ..data.catalog import cards, status
 from ..data.howto100m import MappedFeatures, write_standin
-from ..data.paper import PaperData, WIDTHS
-from ..data.squad import _FILES as SQUAD_FILES, write_squad
-from ..data.tasks import _FILES as TASK_FILES, get_task, write_task
+from ..data.paper import WIDTHS, PaperData
+from ..data.squad import _FILES as SQUAD_FILES
+from ..data.squad import write_squad
+from ..data.tasks import _FILES as TASK_FILES
+from ..data.tasks import get_task, write_task
 from ..eval.retrieval import retrieval, teacher_retrieval
 from ..models.bert import save_model
 from ..models.video_text import Teacher

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import atomic, checksum_problem, fingerprint, rng, write_array, write_checksums
-from ..core.settings import data_dir, path, Scale, unknown_name
+from ..core.settings import Scale, data_dir, path, unknown_name
 from ..data.squad import read_squad
-from ..data.tasks import qnli_from_squad, read_task, TASKS
-from ..data.text import load_vocabulary, tokenize, Tokens, train_tokenizer, VideoText
+from ..data.tasks import TASKS, qnli_from_squad, read_task
+from ..data.text import Tokens, VideoText, load_vocabulary, tokenize, train_tokenizer
 from ..features.encoders import load_mobilenet
 from ..tabletop.encoders import load_tabletop_encoder
 from ..tabletop.questions import MORE, more_task

@@ -19,7 +19,7 @@ from torch import nn
 from ..core.device import seed_everything
 from ..core.files import read_json
 from ..core.settings import Scale, unknown_name
-from ..data.squad import best_threshold, evaluate_squad, squad_scores, squad_windows, Windows
+from ..data.squad import Windows, best_threshold, evaluate_squad, squad_scores, squad_windows
 from .trainer import fit
 
 # %% ../../nbs/57_train.squad.ipynb #78e17b41

@@ -15,20 +15,20 @@ from torch import nn
 
 from ..core.device import device, main_first, seed_everything
 from ..core.files import atomic, rng, write_checksums
-from ..core.settings import preset, Scale
+from ..core.settings import Scale, preset
 from ..data.howto100m import howto_videos
-from ..data.text import mask_tokens, tokenize, Tokens, uniform, VideoText
+from ..data.text import Tokens, VideoText, mask_tokens, tokenize, uniform
 from ..losses.contrastive import masked_mean
 from ..losses.kd import CRD, nst, nt_xent, regression, soft_label, voken
 from ..models.bert import DistillationHead, hidden_states, language_model, load_model
 from ..models.video_text import Teacher
 from ..retrieval.nearest import vokens
 from vlkd.retrieval.vokens import (
-    draw_pool,
     StoredVokens,
     TeacherStates,
-    vokenize,
     VokenPool,
+    draw_pool,
+    vokenize,
     weights_fingerprint,
 )
 from .sources import Data

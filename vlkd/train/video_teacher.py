@@ -13,11 +13,11 @@ from torch import nn
 
 from ..core.device import gathered, seed_everything
 from ..core.files import rng
-from ..core.settings import preset, Scale
-from ..data.text import mask_tokens, Tokens, uniform, VideoText
+from ..core.settings import Scale, preset
+from ..data.text import Tokens, VideoText, mask_tokens, uniform
 from ..losses.contrastive import info_nce, masked_mean, token_hinge
 from ..models.bert import hidden_states
-from ..models.video_text import clip_batch, Teacher, VisualEncoder
+from ..models.video_text import Teacher, VisualEncoder, clip_batch
 from .sources import Data
 from .trainer import fit, shared_mlm
 
