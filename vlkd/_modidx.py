@@ -1248,6 +1248,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vlkd.tools.cost.bert_parameters': ('tools.cost.html#bert_parameters', 'vlkd/tools/cost.py'),
                                  'vlkd.tools.cost.corpus_bytes': ('tools.cost.html#corpus_bytes', 'vlkd/tools/cost.py'),
                                  'vlkd.tools.cost.cost_table': ('tools.cost.html#cost_table', 'vlkd/tools/cost.py'),
+                                 'vlkd.tools.cost.counted_flops': ('tools.cost.html#counted_flops', 'vlkd/tools/cost.py'),
                                  'vlkd.tools.cost.distillation_parameters': ( 'tools.cost.html#distillation_parameters',
                                                                               'vlkd/tools/cost.py'),
                                  'vlkd.tools.cost.encoder_flops': ('tools.cost.html#encoder_flops', 'vlkd/tools/cost.py'),

@@ -260,21 +260,19 @@ def bench(
     ),
     quick: bool = typer.Option(False, "--quick", help="Small batches and few rounds: minutes on two cores."),
     publish: bool = typer.Option(False, "--publish", help="Afterwards write the page reports/bench."),
-    repeats: int = typer.Option(0, help="Rounds; 0: what each benchmark asks for."),
     list_: bool = typer.Option(False, "--list", help="Only name the benchmarks."),
 ):
-    "Measure variants in turns, print times, ratios and goals, and file them under runs/bench by machine."
+    "Measure variants in turns and print times, ratios and targets; each benchmark is a notebook."
     from vlkd.tools.bench import benchmarks, publish_benchmarks, run_benchmarks
 
     if list_:
-        print(*(f"{k:12s} {t}" for k, t in benchmarks().items()), sep="\n")
+        for name, title in benchmarks().items():
+            print(f"{name:12s} {title}")
         return
-    r = run_benchmarks(names or None, quick=quick, repeats=repeats)
-    if r["failed"]:
-        print(*(f"{k} failed: {v}" for k, v in r["failed"].items()), sep="\n", file=sys.stderr)
+    if run_benchmarks(names or (), quick=quick)["failed"]:
         raise typer.Exit(1)
     if publish:
-        print(f"page: {publish_benchmarks() / 'README.md'} (or index.html beside it)")
+        print(f"page: {publish_benchmarks() / 'README.md'}")
 
 # %% ../../nbs/79_tools.cli.ipynb #d9ea56e3
 def main(args=None):
