@@ -261,8 +261,6 @@ class LeverObjective(StudentObjective):
                 c = plain_crd(
                     self.crd,
                     *promoted(k, u),
-                    self.crd._draw(self.crd.bank_size, self.crd.negatives).expand(len(k), -1)
-                    if self.shared
-                    else None,
+                    self.crd.draw_negatives(self.crd.bank_size).expand(len(k), -1) if self.shared else None,
                 )
         return dict(loss=mlm + self.weights["nst"] * n + self.weights["crd"] * c, mlm=mlm, nst=n, crd=c)
