@@ -12,15 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-<<<<<<< HEAD
 from vlkd.core.records import run_folder
 from vlkd.core.settings import path, preset, scale
-from vlkd.losses.kd import CRD, nst, objective
-=======
-from vlkd.core.settings import preset, scale
 from vlkd.losses.crd import CRD
-from vlkd.losses.kd import chunked_soft_label, nst, objective, soft_label
->>>>>>> main
+from vlkd.losses.kd import nst, objective
 from vlkd.models.bert import QUICK_DROPOUT
 from vlkd.tools import bench
 from vlkd.tools.bench import (

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlkd.losses.chunked import chunked_soft_label
-from vlkd.losses.kd import soft_label
+from vlkd.losses.kd import chunked_soft_label, soft_label
 from vlkd.tools.bench import peak_memory
 
 

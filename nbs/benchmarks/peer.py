@@ -12,8 +12,9 @@ from torch import nn
 
 from vlkd.core.device import no_autocast
 from vlkd.core.settings import Scale
-from vlkd.losses.contrastive import promoted, unit
-from vlkd.losses.kd import CRD, nst
+from vlkd.losses.base import promoted, unit
+from vlkd.losses.crd import CRD
+from vlkd.losses.kd import nst
 from vlkd.models.bert import DistillationHead, hidden_states, mlm_loss
 
 # ---- the public formulation
