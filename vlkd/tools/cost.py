@@ -12,6 +12,8 @@ __all__ = ['PAPER', 'PIECES', 'GPUS', 'FINETUNE', 'bert_parameters', 'video_para
 # %% ../../nbs/74_tools.cost.ipynb #86eac57b
 import math
 
+from torch.utils.flop_counter import FlopCounterMode
+
 from ..core.settings import Scale, scale
 from ..data.paper import WIDTHS, text_of
 from ..data.tasks import get_task
