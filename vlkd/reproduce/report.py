@@ -17,11 +17,7 @@ from pathlib import Path
 
 from ..core.files import fingerprint, read_json, sha256_file, write_json
 from ..core.records import Run
-from vlkd.core.settings import (
-    _sections,
-    path,
-    settings_file,
-)
+from ..core.settings import _sections, path, settings_file
 from vlkd.reproduce.run import (
     Node,
     _cells,

@@ -29,7 +29,8 @@ from ..features.encoders import load_mobilenet
 from ..features.extract import extract_videos
 from ..retrieval.nearest import Keys, nearest
 from ..tabletop.encoders import TabletopFrames, load_tabletop_encoder
-from ..tabletop.world import FRAMES, World
+from ..tabletop.render import FRAMES
+from ..tabletop.world import World
 from .bench import goal, interleave, register
 from .cost import growth, step_seconds, student_flops, training_memory
 
