@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import vlkd.tabletop.encoders as module
+import vlkd.tabletop.clip as module
 from vlkd.core.files import rng
 from vlkd.data.video import read_frames, write_mp4
 from vlkd.features.encoders import GridPixels

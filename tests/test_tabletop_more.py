@@ -7,7 +7,7 @@ from vlkd.data.squad import read_squad, write_squad
 from vlkd.data.tasks import canonical, read_task, write_task
 from vlkd.tabletop.language import OUTCOME_PHRASES
 from vlkd.tabletop.nouns import EVENTS
-from vlkd.tabletop.questions import MORE, QUESTIONS
+from vlkd.tabletop.questions import QUESTIONS
 from vlkd.tabletop.world import World
 
 N = dict(train=150, dev=60, test=150)
