@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from vlkd.core.settings import preset, scale
-from vlkd.losses.chunked import chunked_soft_label
-from vlkd.losses.kd import CRD, nst, objective, soft_label
+from vlkd.losses.crd import CRD
+from vlkd.losses.kd import chunked_soft_label, nst, objective, soft_label
 from vlkd.models.bert import QUICK_DROPOUT
 from vlkd.tools import bench, bench_steps
 from vlkd.tools.bench import (
@@ -112,7 +112,7 @@ def test_public_objectives_are_the_peers():
 def test_plain_crd():
     crd = fill_queue(CRD(5, 4, 3, negatives=7, bank_size=16).double()).eval()
     s, t = rand(6, 5), rand(6, 4, seed=1)
-    i = crd._draw(16, 7)
+    i = crd.draw_negatives(16)
     for a, b in zip(
         with_grad(lambda x: plain_crd(crd, x, t, i.expand(6, 7)), s), with_grad(lambda x: crd(x, t), s)
     ):

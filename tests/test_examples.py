@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vlkd.core.files import SUMS
+from vlkd.core.files import CHECKSUMS
 from vlkd.core.settings import preset, scale
 from vlkd.data.text import train_tokenizer
 from vlkd.eval.examples import (
@@ -390,9 +390,9 @@ def test_heads_that_do_not_fit(tmp_path, small):
     f = save_distillation(o, tmp_path)
     state = {k: v.clone() for k, v in load_file(f).items()}
     f.write_bytes(f.read_bytes()[:100])
-    with pytest.raises(ValueError, match="distillation.safetensors is missing or was changed"):
+    with pytest.raises(ValueError, match="distillation.safetensors was changed"):
         load_distillation(tmp_path, teacher, s)
-    (tmp_path / SUMS).unlink()
+    (tmp_path / CHECKSUMS).unlink()
     save_file(state, f)  # a folder from elsewhere, without checksums
     with pytest.raises(ValueError, match="no 'kd' in its metadata"):
         load_distillation(tmp_path, teacher, s)

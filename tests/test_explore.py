@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import vlkd.core.device
-from vlkd.core.files import read_json, SUMS, write_json
+from vlkd.core.files import CHECKSUMS, read_json, write_json
 from vlkd.tools import explore as ex
 
 NB = Path(__file__).resolve().parent.parent / "nbs" / "explorer.ipynb"
@@ -147,7 +147,7 @@ def test_runs_of_other_data_are_refused(x, copies):
     a, b = list(v)[-2:]
     v[a], v[b] = v[b], v[a]
     write_json(f, t)
-    (f.parent / SUMS).unlink()
+    (f.parent / CHECKSUMS).unlink()
     with pytest.raises(ValueError, match="student-text reads with another tokeniser"):
         ex.Explorer("smoke", x.seed, inputs(), s=x.s).model("student-text")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from vlkd.core.settings import scale
-from vlkd.reproduce.run import graph, load_plan, plan_runs
+from vlkd.reproduce.keys import graph
+from vlkd.reproduce.plan import load_plan, plan_runs
 
 TABLES = ["m1", "m2", "m3", "m4", "m5", "m6", "m7", "a1", "a2-a6", "a-fig1"]
 

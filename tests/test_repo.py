@@ -351,7 +351,7 @@ def python(code, **env):
 
 @pytest.mark.parametrize(
     "module",
-    ["core", "plots", "data.tasks", "data.catalog", "eval.stats", "reproduce", "scheduler", "cli", "readme"],
+    ["core", "plots", "data.tasks", "data.catalog", "eval.stats", "eval.claims", "reproduce", "scheduler", "cli", "readme"],
 )
 def test_module_does_without_torch(module):
     "What only reads records, or only prints, starts in a second."
@@ -421,7 +421,7 @@ def test_public_names_do_not_hide_each_other():
 def test_make_knows_its_targets():
     r = run("make", "help", cwd=ROOT)
     assert r.returncode == 0
-    for t in ("reproduce", "test", "lab", "export", "readme", "clean"):
+    for t in ("reproduce", "test", "lint", "format", "lab", "export", "readme", "site", "clean"):
         assert f"make {t} " in r.stdout
 
 
@@ -489,7 +489,7 @@ def test_ci_stops_at_a_failing_test(tmp_path):
     (d / ".venv" / "bin" / "vlkd").write_text('#!/bin/sh\necho vlkd "$@" $VLKD_DATA\n')
     (d / ".venv" / "bin" / "vlkd").chmod(0o755)
     make = lambda code: (d / "Makefile").write_text(
-        f"test:\n\t@echo '3 passed, 1 skipped in 2.50s'; echo Success.; exit {code}\n"
+        f"lint:\ntest:\n\t@echo '3 passed, 1 skipped in 2.50s'; echo Success.; exit {code}\n"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith(("VLKD_", "MAKE", "MFLAGS"))}
     ci = lambda: subprocess.run(

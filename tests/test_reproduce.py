@@ -1,4 +1,4 @@
-"""The graph runner on torch-free toy notebooks: what runs, what does not, what a crash leaves, and what reports say."""
+"""The graph runner on torch-free toy notebooks: what runs, what does not, and what a crash leaves."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import vlkd.reproduce.keys as K
 import vlkd.reproduce.run as R
 from vlkd.core.files import read_json
 from vlkd.core.records import Run, run_folder
@@ -230,8 +231,8 @@ def test_after_orders_and_is_no_part_of_the_key(quick):
 def test_dry_run_says_which_part_changed(quick, monkeypatch, tmp_path):
     toy = quick
     lib = tmp_path / "lib" / "vlkd"
-    shutil.copytree(R._library(), lib, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(R, "_library", lambda: lib)
+    shutil.copytree(K.library_folder(), lib, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(K, "library_folder", lambda: lib)
     toy.edit("t1", "import json", "import vlkd.plots as plots, json")
     toy.edit("other", "import json", "from vlkd.core.files import read_json\\nimport json")
     assert toy.run()["failed"] == {}
@@ -487,7 +488,7 @@ def test_data_names_and_sizes_are_part_of_the_key(toy, tmp_path, monkeypatch):
     toy.write(plan.replace('id = "other"', 'id = "other"\ndata = ["b"]'))
 
     def keys():
-        R._data_key.cache_clear()
+        K.data_key.cache_clear()
         return {n: x.key for n, x in R.graph(scale="real", plan=toy.plan).items()}
 
     k = keys()
@@ -498,123 +499,6 @@ def test_data_names_and_sizes_are_part_of_the_key(toy, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="VLKD_DATA"):
         R.graph(scale="real", plan=toy.plan)
     assert R.graph(scale="smoke", plan=toy.plan)
-
-
-def reporting(toy):
-    toy.nb(
-        "t1",
-        params,
-        "from vlkd.core.records import open_inputs, out_dir, record\nimport pandas as pd, matplotlib.pyplot as plt",
-        "df = pd.DataFrame(dict(row=['a', 'b'], score=[.5, .75])); df",
-        "fig, ax = plt.subplots(figsize=(2, 1)); ax.plot([1, 2])\nprint(out)",
-        "#| hide\nprint('hidden words')",
-        "record(out_dir(out), dict(best=.75), tables=dict(scores=df), figures=dict(line=fig), headline='0.75 at best', claims=[dict(id='c1', text='b beats a', verdict='holds', evidence='+0.25', n=2)])",
-    )
-
-
-def test_report_pages(toy):
-    reporting(toy)
-    assert toy.run()["failed"] == {}
-    d = R.report("smoke", 1, plan=toy.plan)
-    page = (d / "t1.html").read_text()
-    assert (
-        "data:image/png;base64" in page
-        and "0.75 at best" in page
-        and "hidden words" not in page
-        and "b beats a" in page
-    )
-    assert (
-        "# world" not in page and str(toy.d) not in page
-    )  # parameters cell hidden, no folder of this machine
-    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page) and "<script" not in page
-    md = (d / "t1.md").read_text()
-    assert "PosixPath" not in md + page and "runs/smoke/t1@1" in md and ".partial" not in md + page
-    assert (
-        "![t1, figure 1](t1/output-1.png)" in md
-        and (d / "t1" / "output-1.png").is_file()
-        and "<style" not in md
-        and str(toy.d) not in md
-    )
-    assert sorted(p.name for p in (d / "t1").iterdir()) == [
-        "line.png",
-        "output-1.png",
-        "result.json",
-        "scores.csv",
-    ]
-    assert (
-        "| c1 | b beats a |" in (d / "claims.md").read_text()
-        and "## Toy, Table 1" in (d / "claims.md").read_text()
-    )
-    assert (
-        len((d / "runs.csv").read_text().splitlines()) == 5
-        and "0.75 at best" in (d / "README.md").read_text()
-        and "0.75 at best" in (d / "index.html").read_text()
-    )
-    assert sorted(p.name for p in d.parent.iterdir()) == ["latest"]
-    before = (d / "t1.html").stat().st_mtime_ns
-    R.report("smoke", 1, plan=toy.plan)
-    assert (d / "t1.html").stat().st_mtime_ns == before  # nothing new: not rendered again
-    toy.edit("t1", "Says nothing.", "Says a lot.")
-    R.report("smoke", 1, plan=toy.plan)
-    assert "Says a lot." in (d / "t1.html").read_text() and toy.why() == {}
-
-
-def test_publish_and_check(quick):
-    toy = quick
-    reporting(toy)
-    toy.run()
-    d = R.report("smoke", publish=True, plan=toy.plan)
-    assert d.name == "smoke" and R.check_reports() == ["smoke"]
-    for name, old, new in [
-        ("README.md", "0.75 at best", "0.95 at best"),
-        ("t1/scores.csv", "0.75", "0.95"),
-        ("t1/result.json", "0.75 at best", "0.95 at best"),
-        ("claims.md", "holds", "fails"),
-        ("t1.html", "0.75", "0.95"),
-    ]:
-        s = (d / name).read_text()
-        assert old in s
-        (d / name).write_text(s.replace(old, new))
-        with pytest.raises(ValueError, match=re.escape(str(d))):
-            R.check_reports()
-        (d / name).write_text(s)
-        assert R.check_reports() == ["smoke"]
-    toy.edit("teacher", "score = seed", "score = 3")
-    with pytest.raises(ValueError, match="vlkd reproduce t1 --scale smoke"):
-        R.report("smoke", publish=True, plan=toy.plan)
-    toy.edit("teacher", "score = 3", "score = seed")
-
-    second = plan + '[[table]]\nid = "t2"\nnotebook = "t2.ipynb"\ntitle = "Private"\n'
-    toy.nb(
-        "t2",
-        params,
-        "from vlkd.core.records import open_inputs, out_dir, record\nimport pandas as pd\nrecord(out_dir(out), dict(x=1), tables=dict(n=pd.DataFrame(dict(x=[1]))), private=True, headline='one')",
-    )
-    toy.write(second)
-    assert toy.run(["t2"])["failed"] == {}
-    shutil.rmtree(run_folder("t1", "smoke", 1))
-    d = R.report("smoke", publish=True, plan=toy.plan)
-    assert (
-        (d / "t1.html").is_file()
-        and not (d / "t2.html").exists()
-        and not (d / "t2.md").exists()
-        and (d / "t2" / "n.csv").is_file()
-    )  # t1 stays, of t2 only numbers are shown
-    assert (
-        "**t2**" in (d / "README.md").read_text()
-        and "t2.md" not in (d / "README.md").read_text()
-        and R.check_reports() == ["smoke"]
-    )
-    assert (R.report("smoke", 1, plan=toy.plan) / "t2.html").is_file()
-    shutil.rmtree(toy.d / "runs")
-    (d / "README.md").write_text(
-        "old words"
-    )  # without any run, the index is rendered again from the published records
-    R.report("smoke", publish=True, plan=toy.plan)
-    assert R.check_reports() == ["smoke"] and "0.75 at best" in (d / "README.md").read_text()
-    (d / "t1" / "scores.csv").write_text("row,score\n")
-    with pytest.raises(ValueError, match="scores.csv is missing or was changed"):
-        R.report("smoke", publish=True, plan=toy.plan)
 
 
 def vlkd(*args, **kw):

@@ -18,10 +18,12 @@ pytest.importorskip("distributed", reason="needs Dask: the extra `cluster`")
 import psutil
 from test_reproduce import Toy, end, gone, params, start, toy, vlkd, wait_for
 
+import vlkd.reproduce.keys as K
 import vlkd.reproduce.run as R
 from vlkd.core.files import read_json
 from vlkd.core.records import run_folder
-from vlkd.reproduce.scheduler import Cluster, library_code
+from vlkd.reproduce.keys import library_code
+from vlkd.reproduce.scheduler import Cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 # A training whose result depends on each step and not on where it was interrupted; it says where it starts.
@@ -185,7 +187,7 @@ def refused(toy, dask, says, error=ValueError, **kw):
 
 def test_a_worker_with_other_code_is_refused(toy, dask, tmp_path):
     lib = tmp_path / "lib" / "vlkd"
-    shutil.copytree(R._library(), lib, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(K.library_folder(), lib, ignore=shutil.ignore_patterns("__pycache__"))
     f = lib / "plots.py"
     s = f.read_text()
     assert "palette = [" in s
@@ -293,7 +295,7 @@ def test_workers_that_come_later(quick, dask, tmp_path, capfd):
     c = Cluster(dask.address)
     seen = []
     lib = tmp_path / "lib" / "vlkd"
-    shutil.copytree(R._library(), lib, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(K.library_folder(), lib, ignore=shutil.ignore_patterns("__pycache__"))
     (lib / "plots.py").write_text("x = 1\n")
     dask.worker(*toy.preload)
 

@@ -21,8 +21,8 @@ import pytest
 from test_bad_inputs import Evil, content, extract, films, forked, unix, vlkd
 from test_reproduce import Toy, end, params, plain, plan, quick, start, toy
 
-from vlkd.core.files import read_json, rng, sha256_file, SUMS, write_json
-from vlkd.core.records import record, Run, run_folder
+from vlkd.core.files import CHECKSUMS, read_json, rng, sha256_file, write_json
+from vlkd.core.records import Run, record, run_folder
 from vlkd.core.settings import path, scale, settings_file
 
 LIBRARY = Path(__file__).resolve().parent.parent / "vlkd"
@@ -571,13 +571,13 @@ def test_a_run_that_was_changed_is_not_read(whole, tmp_path):
 
 
 def test_a_seal(tmp_path):
-    f = write_json(tmp_path / "a.json", {"b": (1, 2.5), 3: None}, seal=True)
+    f = write_json(tmp_path / "a.json", {"b": (1, 2.5), 3: None}, checksum=True)
     assert read_json(f) == {"b": [1, 2.5], "3": None}
     for a, b in (("2.5", "2.0"), ('"b"', '"c"'), ("null", "true")):
         s = f.read_text()
         assert a in s
         (tmp_path / "c.json").write_text(s.replace(a, b))
-        with pytest.raises(ValueError, match="c.json was changed or damaged"):
+        with pytest.raises(ValueError, match="c.json was changed after"):
             read_json(tmp_path / "c.json")
 
 
@@ -943,7 +943,7 @@ def test_a_pickle_in_the_place_of_data_is_refused(kind, whole, tmp_path, monkeyp
         assert not mark.exists(), n
     (tmp_path / "unsealed").mkdir()
     shutil.copytree(whole("teacher").folder / "lm", d := tmp_path / "unsealed" / "lm")
-    (d / SUMS).unlink()
+    (d / CHECKSUMS).unlink()
     (d / "model.safetensors").write_bytes(b)  # a folder from elsewhere
     from vlkd.models.bert import load_model
 
@@ -960,7 +960,7 @@ def test_code_that_comes_with_a_model_is_not_run(whole, tmp_path):
 
     d = tmp_path / "m"
     shutil.copytree(whole("teacher").folder / "lm", d)
-    (d / SUMS).unlink()
+    (d / CHECKSUMS).unlink()
     (d / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass M: pass\n")
     for n, maps in (
         (

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_tasks import GOOD
 
-from vlkd.core.files import read_json, rng, SUMS, write_json
+from vlkd.core.files import CHECKSUMS, read_json, rng, write_json
 from vlkd.core.records import record, Run
 from vlkd.core.settings import path, preset, scale, scales
 
@@ -270,7 +270,7 @@ def card(d):
 
 
 def plan(d):
-    from vlkd.reproduce.run import load_plan
+    from vlkd.reproduce.plan import load_plan
 
     p = load_plan(d / "plan.toml")
     assert all(isinstance(e["needs"], list) and e["file"].is_file() for e in p.values())
@@ -299,7 +299,7 @@ PLAN = b'[[run]]\nid = "a"\nnotebook = "a.ipynb"\nparams = { lr = 0.5 }\nat = { 
 
 
 def claims(d):
-    from vlkd.eval.stats import read_claims
+    from vlkd.eval.claims import read_claims
 
     return read_claims(d / "claims.toml")
 
@@ -454,7 +454,7 @@ def student(d):
 
 
 def notebook(d):
-    from vlkd.reproduce.run import notebook_parameters
+    from vlkd.reproduce.plan import notebook_parameters
 
     return notebook_parameters(d / "a.ipynb")
 
@@ -480,7 +480,7 @@ def a_student(d, sums=False):
     save_model(
         d / "m", language_model(scale("smoke", hidden=8, heads=2, layers=1, intermediate=8), tok, 0), tok
     )
-    (d / "m" / SUMS).unlink()  # from elsewhere: without checksums
+    (d / "m" / CHECKSUMS).unlink()  # from elsewhere: without checksums
 
 
 def a_record(d):
@@ -530,7 +530,7 @@ READERS = dict(
     json=(lambda d: {"a.json": json.dumps(dict(a=[1, 2.5, None], b=dict(c="x"))).encode()}, json_file),
     sealed=(
         lambda d: made_files(
-            lambda d: write_json(d / "a.json", dict(a=[1, 2.5], b={"c": "x"}), seal=True), d
+            lambda d: write_json(d / "a.json", dict(a=[1, 2.5], b={"c": "x"}), checksum=True), d
         ),
         json_file,
     ),
@@ -553,8 +553,8 @@ READERS = dict(
     claims=(
         lambda d: {
             "claims.toml": b"".join(
-                (ROOT / "nbs/experiments/claims.toml").read_bytes().partition(b"[[claim]]")[1:]
-            )[:3000].rpartition(b"[[claim]]")[0]
+                (ROOT / "nbs/experiments/vidlankd/claims.toml").read_bytes().partition(b"[defaults]\n")[1:]
+            )[:3000].rpartition(b"[[table.m5.claim]]")[0]
         },
         claims,
     ),

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from ..core.settings import _unknown, data_dir, path, scales, settings_file
+from ..core.settings import data_dir, path, scales, settings_file, unknown_name
 
 # %% ../../nbs/14_data.catalog.ipynb #5832ae9f
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _keys(where: str, d, want: dict, optional=()) -> None:
         raise ValueError(f"{where} should be a mapping with {', '.join(want)}, got {d!r}")
     for k, v in d.items():
         if k not in want:
-            raise ValueError(f"{where}: {_unknown('key', k, want)}")
+            raise ValueError(f"{where}: {unknown_name('key', k, want)}")
         if not isinstance(v, want[k]) or (want[k] is int and isinstance(v, bool)):
             raise ValueError(f"{where}: {k} should be {want[k].__name__}, got {v!r}")
     for k in want:
@@ -133,7 +133,7 @@ def _strings(where: str, v: list, known=None) -> tuple:
         if not isinstance(x, str) or not x.strip():
             raise ValueError(f"{where} should hold words, got {x!r}")
         if known is not None and x not in known:
-            raise ValueError(f"{where}: {_unknown('value', x, known)}")
+            raise ValueError(f"{where}: {unknown_name('value', x, known)}")
     if len(set(v)) < len(v):
         raise ValueError(f"{where} names something twice: {', '.join(v)}")
     return tuple(v)
@@ -209,7 +209,7 @@ def read_card(f) -> Card:
         if not re.fullmatch(r"(\*|[\w.-]+)@[\w-]+", t):
             raise ValueError(f"{at}: needed_by should hold table ids like m5@real, got {t!r}")
         if t.split("@")[1] not in scales():
-            raise ValueError(f"{at}: needed_by: {t}: {_unknown('scale', t.split('@')[1], scales())}")
+            raise ValueError(f"{at}: needed_by: {t}: {unknown_name('scale', t.split('@')[1], scales())}")
     for k, n in v["splits"].items():
         if not isinstance(k, str) or not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(f"{at}: splits should map names to numbers of examples, got {k!r}: {n!r}")
@@ -356,7 +356,7 @@ def require(
     out, bad = {}, []
     for i in ids:
         if i not in cs:
-            raise _unknown("data set", i, cs)
+            raise unknown_name("data set", i, cs)
         state, lack = _state(cs[i], d)
         out[i] = None if cs[i].embedded else d / cs[i].folder if d else None
         if lack:

@@ -375,7 +375,7 @@ def _write_table(part, source, seconds, wrong, slack, head):
     write_json(
         part / "captions.json",
         dict(head, dropped=dict(dropped), sha256={n: sha256_file(part / n) for n in names}),
-        seal=True,
+        checksum=True,
     )
 
 # %% ../../nbs/17_data.howto100m.ipynb #f987a7a7

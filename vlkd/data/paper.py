@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.files import read_json
-from ..core.settings import Scale, _unknown, data_dir, path, scale
+from ..core.settings import Scale, data_dir, path, scale, unknown_name
 from .catalog import require
 from .corpus import CorpusTokens, Source, text_files, tokenize_corpus
 from vlkd.data.howto100m import (
@@ -181,7 +181,7 @@ class PaperData:
 
     def task(self, name, split):
         if name not in TASKS and name not in ("squad1", "squad2"):
-            raise _unknown("task", name, [*TASKS, "squad1", "squad2"])
+            raise unknown_name("task", name, [*TASKS, "squad1", "squad2"])
         part = "train" if split == "train" else "dev"
         folder = self.root / (
             dict(mnli_mm="glue_mnli", squad1="squad", squad2="squad", axb="superglue_axb")

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import write_json
-from ..core.settings import _unknown
+from ..core.settings import unknown_name
 from .tasks import _find, _lines
 
 # %% ../../nbs/13_data.squad.ipynb #efd09c0c
@@ -125,9 +125,9 @@ def read_squad(
 ) -> pd.DataFrame:  # `SQUAD_COLUMNS`; `answers` and `starts` are lists, empty where there is no answer; `group` is the article
     "Read SQuAD JSON, one row a question. Raises FileNotFoundError where the file is missing, ValueError with file, line and place in the tree where it is not as expected."
     if version not in _FILES:
-        raise _unknown("version of SQuAD", version, _FILES)
+        raise unknown_name("version of SQuAD", version, _FILES)
     if split not in _FILES[version]:
-        raise _unknown("split of SQuAD", split, _FILES[version])
+        raise unknown_name("split of SQuAD", split, _FILES[version])
     p = Path(where) if Path(where).is_file() else _find(where, _FILES[version][split])
     raw = "\n".join(s for _, s in _lines(p))
     try:
@@ -194,7 +194,7 @@ def hub_squad(
     from datasets import load_dataset
 
     if version not in _FILES:
-        raise _unknown("version of SQuAD", version, _FILES)
+        raise unknown_name("version of SQuAD", version, _FILES)
     source = source or {"1.1": "rajpurkar/squad", "2.0": "rajpurkar/squad_v2"}[version]
     d = load_dataset(source, split=dict(dev="validation").get(split, split), **kw)
     rows = []

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import atomic, rng
-from ..core.settings import _unknown
+from ..core.settings import unknown_name
 
 # %% ../../nbs/12_data.tasks.ipynb #ec526638
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def get_task(name) -> Task:  # `name` may be a Task already
     if isinstance(name, Task):
         return name
     if name not in TASKS:
-        raise _unknown("task", name, TASKS)
+        raise unknown_name("task", name, TASKS)
     return TASKS[name]
 
 # %% ../../nbs/12_data.tasks.ipynb #b111ef5d
@@ -268,7 +268,7 @@ _GLUE = dict(  # task -> id column, label column, spelling of the labels in the 
 def _files(name, split) -> list[str]:
     t = get_task(name)
     if split not in _FILES[t.name]:
-        raise _unknown(f"split of {t.name}", split, _FILES[t.name])
+        raise unknown_name(f"split of {t.name}", split, _FILES[t.name])
     return _FILES[t.name][split]
 
 
@@ -825,7 +825,7 @@ def hub_task(
 
     t = get_task(name)
     if t.name not in _HUB:
-        raise _unknown("task on the Hub", t.name, _HUB)
+        raise unknown_name("task on the Hub", t.name, _HUB)
     _files(t, split)
     repository, usual, other = _HUB[t.name]
     theirs = {

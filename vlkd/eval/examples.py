@@ -18,8 +18,8 @@ import torch
 from ..core.files import rng
 from ..data.tasks import get_task, sentences
 from .retrieval import ridge, spaces
-from .stats import _paired
-from ..losses.contrastive import unit
+from .stats import pair_examples
+from ..losses.base import unit
 from ..models.video_text import Teacher
 from ..retrieval.nearest import nearest
 from ..tabletop.language import BASE, OUTCOME_PHRASES, PAST
@@ -33,7 +33,7 @@ def outcome_counts(
     a, b
 ) -> pd.DataFrame:  # kind, n, both, only_a, only_b, none, a, b: counts, and the accuracies in per cent
     "The four outcomes of the same questions under two runs' records, for all questions and by kind. ValueError where the records are not aligned."
-    m = _paired(a, b)
+    m = pair_examples(a, b)
     x, y = m["right"].to_numpy(bool), m["right_b"].to_numpy(bool)
 
     def row(kind, at):
@@ -66,7 +66,7 @@ def differing(
             raise ValueError(
                 f"records of {d['run'].iloc[0]} have no column 'sure', the probability of the right answer; run the student again"
             )
-    m = _paired(a, b)
+    m = pair_examples(a, b)
     m = m[~m["right"].astype(bool) & m["right_b"].astype(bool)]
     m = pd.DataFrame(
         dict(

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 
 from ..core.records import open_inputs, out_dir, record
-from ..core.settings import path
 from ..core.settings import scale as scale_settings
 from ..data.catalog import status
-from .stats import in_subset, judge_all, mean_interval, paired_difference, read_claims
+from .claims import in_subset, judge_all, read_claims
+from .stats import mean_interval, paired_difference
 from ..plots import bars_with_ci, style, table_html, table_md
 
 # %% ../../nbs/65_eval.page.ipynb #1ce9fde7
@@ -476,7 +476,7 @@ class Page:
         "Judge the claims of this table; show verdict and evidence. `extra` are examples of runs that are no rows."
         ex = self.examples if extra is None else pd.concat([self.examples, extra], ignore_index=True)
         judged = judge_all(
-            [c for c in read_claims(path("nbs") / "experiments" / "claims.toml") if c["table"] == self.id],
+            read_claims(table=self.id),
             ex,
             n_boot=2 * self.n_boot,
             scale=self.scale,

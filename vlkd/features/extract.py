@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from ..core.device import device
-from ..core.files import atomic, read_json, write_json
-from ..data.video import Features, VideoError, VideoWarning, _locked, stream_frames
+from ..core.files import atomic, locked, read_json, write_json
+from ..data.video import Features, VideoError, VideoWarning, stream_frames
 from .image import centre_crop, load_encoder, short_side
 
 # %% ../../nbs/34_features.extract.ipynb #a52a6029
@@ -307,7 +307,7 @@ def _plan(out: Path, head: dict, ids, shard_size: int) -> list[list[str]]:
     new = [i for i in ids if i not in known]
     if new or not f.is_file():
         shards = shards + [new[i : i + shard_size] for i in range(0, len(new), shard_size)]
-        write_json(f, dict(head=head, shards=shards), seal=True)
+        write_json(f, dict(head=head, shards=shards), checksum=True)
     return shards
 
 
@@ -386,7 +386,7 @@ class Shard:
                 with atomic(self.data, "wb") as f:
                     f.write(b)
             replaced = True
-            write_json(self.info, part, seal=True)
+            write_json(self.info, part, checksum=True)
             if b is None:
                 self.data.unlink(missing_ok=True)
         except OSError as e:
@@ -415,7 +415,7 @@ def _gather(out: Path, head: dict, shards) -> dict:
         m["errors"].update(p["errors"])
         m["warnings"].update(p["warnings"])
     m["missing"] = missing
-    write_json(out / "manifest.json", m, seal=True)
+    write_json(out / "manifest.json", m, checksum=True)
     return m
 
 # %% ../../nbs/34_features.extract.ipynb #e6d8378d
@@ -617,11 +617,11 @@ def extract_videos(
         else None,
         reader="stream_frames",
     )
-    with _locked(out):
+    with locked(out):
         shards = _plan(out, head, items, shard_size)
     mine = range(rank, len(shards), world_size)
     asked = [i for n in mine for i in shards[n] if i in items]
-    with _locked(out, f".lock-{rank}-of-{world_size}"):
+    with locked(out, f".lock-{rank}-of-{world_size}"):
         for n in mine:
             for g in out.glob(f".shard-{n:05d}.*"):
                 g.unlink(missing_ok=True)  # half-written by a run that was killed
@@ -659,7 +659,7 @@ def extract_videos(
                     if s.add(i, x, note, cut, error):
                         s.write()
                     bar.update()
-    with _locked(out):
+    with locked(out):
         for g in [*out.glob(".manifest.json.*"), *out.glob(".plan.json.*")]:
             g.unlink(missing_ok=True)
         _gather(out, head, shards)

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from ..core.device import device, use_bf16
-from ..core.files import atomic, fingerprint, read_json, rng, sha256_file, write_array, write_json
+from ..core.files import atomic, fingerprint, locked, read_json, rng, sha256_file, write_array, write_json
 from ..core.settings import scale
 from ..data.corpus import open_text, tokenize_corpus, tokenizer_fingerprint
 from ..data.howto100m import MappedFeatures, caption_table, howto_videos
-from ..data.video import _locked
 from ..models.bert import hidden_states
 from ..models.video_text import Teacher, VisualEncoder
 from .nearest import vokens
@@ -183,7 +182,7 @@ class VokenPool:
         return write_json(
             folder / "pool.json",
             dict(fingerprint=self.fingerprint, teacher=self.teacher, size=len(self)),
-            seal=True,
+            checksum=True,
         )
 
     @classmethod
@@ -274,9 +273,9 @@ def vokenize(
         shard_rows=shard_rows,
         dtype=pool.dtype.name,
     )
-    with _locked(out):
+    with locked(out):
         if not (out / "vokens.json").is_file():
-            write_json(out / "vokens.json", head, seal=True)
+            write_json(out / "vokens.json", head, checksum=True)
     if diff := [
         f"{k} {have!r} instead of {v!r}"
         for k, v in head.items()
@@ -303,7 +302,9 @@ def vokenize(
         with atomic(f, "wb") as o:
             write_array(o, np.concatenate(flat))
         write_json(
-            f.with_suffix(".json"), dict(sha256=sha256_file(f), tokens=int(sum(map(len, flat)))), seal=True
+            f.with_suffix(".json"),
+            dict(sha256=sha256_file(f), tokens=int(sum(map(len, flat)))),
+            checksum=True,
         )
         made += 1
     return made
@@ -394,7 +395,7 @@ def voken_job(
     s = scale(s) if isinstance(s, str) else s
     t, tok = Teacher.load(teacher, s)
     howto, out = Path(howto), Path(out)
-    with _locked(out):
+    with locked(out):
         corpus = tokenize_corpus(
             open_text(text, clean=clean, pattern=pattern), tok, out / "corpus", max_tokens=s.max_tokens
         )

@@ -16,9 +16,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..core.files import atomic, file_intact, fingerprint, rng, stamp_file
+from ..core.files import atomic, checksum_problem, fingerprint, locked, rng, write_checksums
 from ..core.settings import path
-from ..data.video import _locked
 from .nouns import CLIP_EVENTS, COLOURS, EVENTS, ROUND, SHAPES, SIZES
 from .render import FRAMES, SIDE, motions, render, surfaces
 
@@ -309,14 +308,14 @@ class TabletopClip:
 
         with atomic(f, "wb") as h:
             h.write(save({k: v.contiguous() for k, v in self.net.state_dict().items()}))
-        stamp_file(f)
+        write_checksums(f)
 
     def load(self, f):
         "Read weights that `save` wrote; ValueError where they are damaged or another network's."
         from safetensors.torch import load
 
         net = self._new_network()
-        if not file_intact(f):
+        if checksum_problem(f):
             raise ValueError(f"{f}: damaged (its checksum differs); delete the file, and it is made again")
         try:
             net.load_state_dict(load(Path(f).read_bytes()))
@@ -335,7 +334,7 @@ def load_tabletop_clip(cache=None) -> TabletopClip:
     f = Path(cache or path("cache")) / "encoders" / f"{clip.name}.safetensors"
     if not f.is_file():
         _open_clip()
-        with _locked(f.parent, f".lock-{clip.name}"):
+        with locked(f.parent, f".lock-{clip.name}"):
             if not f.is_file():
                 clip.fit().save(f)
                 return clip

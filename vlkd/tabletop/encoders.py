@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.files import atomic, file_intact, rng, stamp_file
+from ..core.files import atomic, checksum_problem, rng, write_checksums
 from ..core.settings import path
 from ..features.encoders import GridVideo
 from .clip import TabletopClip, load_tabletop_clip, nameless, render_nameless
@@ -98,7 +98,7 @@ class TabletopEncoder:
 def _stored(f: Path, names) -> dict | None:
     "Arrays of a file, None where it is missing or damaged."
     try:
-        if not (f.is_file() and file_intact(f)):
+        if not f.is_file() or checksum_problem(f):
             return None
         with np.load(f) as stored:
             return {name: stored[name] for name in names}
@@ -117,7 +117,7 @@ def _load_read_outs(cache=None) -> TabletopEncoder:
         with atomic(f, "wb") as h:
             arrays = {name: getattr(encoder, name) for name in encoder.arrays}
             np.savez(h, columns=np.array(encoder.columns), **arrays)
-        stamp_file(f)
+        write_checksums(f)
         return encoder
     encoder.columns = [str(column) for column in stored.pop("columns")]
     for name, array in stored.items():

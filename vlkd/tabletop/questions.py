@@ -9,7 +9,7 @@ __all__ = ['ASKED', 'SEEN_ADJECTIVES', 'QUESTIONS', 'ask']
 import pandas as pd
 
 from ..core.files import fingerprint
-from ..core.settings import _unknown
+from ..core.settings import unknown_name
 from ..data.tasks import CATEGORIES
 from vlkd.tabletop.language import (
     BAD,
@@ -450,7 +450,7 @@ def ask(
 ) -> pd.DataFrame:
     "Examples of a task: `id`, its columns, `group` (the noun) and `kind`; none stands twice in a split."
     if name not in QUESTIONS:
-        raise _unknown("task", name, QUESTIONS)
+        raise unknown_name("task", name, QUESTIONS)
     nouns = world.nouns_of(split)
     n = n or {"train": 8000 if name.startswith("squad") else 4000, "dev": 600, "test": 800}[split]
     r = world.random("task", name, split)

@@ -29,7 +29,7 @@ import torch
 from ..core.device import device
 from ..core.files import fingerprint, read_json, write_json
 from ..core.records import git_state, versions
-from ..core.settings import _unknown, path
+from ..core.settings import path, unknown_name
 
 # %% ../../nbs/80_tools.bench.ipynb #b2a09982
 repeats_override = [0]  # of `vlkd bench --repeats`; 0: what a benchmark asks for
@@ -267,7 +267,7 @@ def run_benchmarks(
     names = list(names or (n for n in known if not quick or BENCHMARKS[n]["quick"]))
     for n in names:
         if n not in known:
-            raise _unknown("benchmark", n, known)
+            raise unknown_name("benchmark", n, known)
     if repeats < 0:
         raise ValueError(f"repeats should be 0 (what each benchmark asks for) or more, got {repeats}")
     m = machine()

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.device import no_autocast
-from ..losses.contrastive import promoted, unit
-from ..losses.kd import CRD, nst
+from ..losses.base import promoted, unit
+from ..losses.crd import CRD
+from ..losses.kd import nst
 from ..models.bert import BertForMaskedLM, hidden_states, mlm_loss
 from ..train.text_student import StudentObjective
 
@@ -260,8 +261,6 @@ class LeverObjective(StudentObjective):
                 c = plain_crd(
                     self.crd,
                     *promoted(k, u),
-                    self.crd._draw(self.crd.bank_size, self.crd.negatives).expand(len(k), -1)
-                    if self.shared
-                    else None,
+                    self.crd.draw_negatives(self.crd.bank_size).expand(len(k), -1) if self.shared else None,
                 )
         return dict(loss=mlm + self.weights["nst"] * n + self.weights["crd"] * c, mlm=mlm, nst=n, crd=c)

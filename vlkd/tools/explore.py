@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..core.files import fingerprint, read_json, rng, write_json
 from ..core.records import open_inputs, record, versions
-from ..core.settings import Scale, _unknown, path, scale
+from ..core.settings import Scale, path, scale, unknown_name
 from ..data.tasks import get_task
 from ..data.text import tokenize
 from ..eval.probe import STATIC_ATTRIBUTES, noun_states
@@ -119,7 +119,7 @@ class Explorer:
         "The model of run `name`; an unknown one is an error that lists those there are."
         name = str(name).removesuffix(f"@{self.seed}")
         if name not in self.runs:
-            raise _unknown(f"run of scale {self.s.name} and seed {self.seed}", name, self.runs)
+            raise unknown_name(f"run of scale {self.s.name} and seed {self.seed}", name, self.runs)
         if name not in self._models:
             f = self.runs[name].folder
             if self.kinds[name] == "teacher":
@@ -716,7 +716,7 @@ def _noun_states(x: Explorer, name: str, template: str) -> pd.DataFrame:  # noun
 
 def _check_noun(x, noun):
     if noun not in set(nouns_of(x)):
-        raise _unknown("noun", noun, nouns_of(x))
+        raise unknown_name("noun", noun, nouns_of(x))
 
 
 def near_nouns(
@@ -1056,7 +1056,7 @@ def recorded_answers(
     tasks = list(dict.fromkeys(d.task))
     rows = []
     if task and task not in tasks:
-        raise _unknown("task that both were tested on", task, tasks)
+        raise unknown_name("task that both were tested on", task, tasks)
     if d.empty:
         raise ValueError(f"{a} and {b} were tested on no question in common")
     for name in [task] if task else tasks:

@@ -13,15 +13,18 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from transformers import AutoTokenizer, BertForMultipleChoice, BertForSequenceClassification
 
 from ..core.device import seed_everything
-from ..core.settings import Scale, _unknown
+from ..core.settings import Scale, unknown_name
 from ..data.tasks import TASKS, get_task, two_way
 from ..data.text import Tokens
 from ..models.bert import hidden_states
 from .squad import bert_with_head, finetune_squad, squad_recipe
 from .trainer import fit
+
+# %% ../../nbs/58_train.finetune.ipynb #acf54c72
+# after vlkd.models.bert, which mends torchvision
+from transformers import AutoTokenizer, BertForMultipleChoice, BertForSequenceClassification
 
 # %% ../../nbs/58_train.finetune.ipynb #b4ee6b23
 def encode(
@@ -197,7 +200,7 @@ def finetune_all(
         raise ValueError(f"no tasks to fine-tune on; there are {', '.join(known)}")
     for t in wanted:
         if t not in known:
-            raise _unknown("task", t, known)
+            raise unknown_name("task", t, known)
     by = {}  # task to train on -> test sets
     for t in wanted:
         by.setdefault(next((k for k, v in ALSO.items() if t in v), t), {})[t] = data.task(t, split)

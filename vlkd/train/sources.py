@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.files import atomic, file_intact, fingerprint, rng, stamp_file, write_array
-from ..core.settings import Scale, _unknown, data_dir, path
+from ..core.files import atomic, checksum_problem, fingerprint, rng, write_array, write_checksums
+from ..core.settings import Scale, data_dir, path, unknown_name
 from ..data.squad import read_squad
 from ..data.tasks import TASKS, qnli_from_squad, read_task
 from ..data.text import Tokens, VideoText, load_vocabulary, tokenize, train_tokenizer
@@ -37,7 +37,7 @@ def tabletop_features(
     "Features of all clips of a world, rendered and encoded in pieces, cached in one file named by the films and the encoder."
     enc = load_tabletop_encoder(cache, kind)
     f = Path(cache or path("cache")) / "tabletop" / f"{fingerprint(world.clips_fingerprint, enc.name)}.npy"
-    if f.is_file() and not file_intact(f):
+    if f.is_file() and checksum_problem(f):
         print(f"{f} is damaged: it is made again")
         f.unlink()
     if not f.is_file():
@@ -49,7 +49,7 @@ def tabletop_features(
         )
         with atomic(f, "wb") as h:
             write_array(h, x)
-        stamp_file(f)
+        write_checksums(f)
     return np.load(f, mmap_mode="r")
 
 # %% ../../nbs/50_train.sources.ipynb #a09a23b9
@@ -181,7 +181,7 @@ class RealData(Data):
 
     def task(self, name, split):
         if name not in TASKS and name not in ("squad1", "squad2"):
-            raise _unknown("task", name, [*TASKS, "squad1", "squad2"])
+            raise unknown_name("task", name, [*TASKS, "squad1", "squad2"])
         if name == "qnli" and split == "train":
             return qnli_from_squad(self.root / "squad" / "train-v1.1.json.gz", seed=0, limit=20000)
         part = "train" if split == "train" else "dev"

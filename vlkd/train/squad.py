@@ -15,14 +15,17 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from transformers import AutoTokenizer, BertForQuestionAnswering
-from transformers.utils import logging
 
 from ..core.device import seed_everything
 from ..core.files import read_json
-from ..core.settings import Scale, _unknown
+from ..core.settings import Scale, unknown_name
 from ..data.squad import Windows, best_threshold, evaluate_squad, squad_scores, squad_windows
 from .trainer import fit
+
+# %% ../../nbs/57_train.squad.ipynb #78e17b41
+# after vlkd.models.bert, which mends torchvision
+from transformers import AutoTokenizer, BertForQuestionAnswering
+from transformers.utils import logging
 
 # %% ../../nbs/57_train.squad.ipynb #f765f3d2
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def squad_recipe(s: Scale | str = "paper", **change) -> SquadRecipe:
     "A recipe by name (`paper`, `released`) or from a scale's fine-tuning settings (`squad_steps` and `squad_lr` where they are not 0, else `ft_steps` and `ft_lr`), with changes."
     if isinstance(s, str):
         if s not in RECIPES:
-            raise _unknown("recipe", s, RECIPES)
+            raise unknown_name("recipe", s, RECIPES)
         r = RECIPES[s]
     else:
         r = SquadRecipe(
@@ -65,7 +68,7 @@ def squad_recipe(s: Scale | str = "paper", **change) -> SquadRecipe:
     names = [f.name for f in dataclasses.fields(SquadRecipe)]
     for k in change:
         if k not in names:
-            raise _unknown("setting of a SQuAD recipe", k, names)
+            raise unknown_name("setting of a SQuAD recipe", k, names)
     return dataclasses.replace(r, **change)
 
 # %% ../../nbs/57_train.squad.ipynb #81d16168

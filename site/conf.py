@@ -1,0 +1,65 @@
+"""Sphinx: one configuration for the web site (`make site`) and for a folder of results (`vlkd reproduce`)."""
+
+import shutil
+from pathlib import Path
+
+import bleach
+from docutils import nodes
+
+project = "vlkd"
+author = copyright = "the authors of vlkd"
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.apidoc"]  # results need myst_parser only
+root_doc = "README"
+exclude_patterns = ["**/.*", "html", "nbs/index.ipynb"]  # README.md is the index
+suppress_warnings = ["myst.header", "myst.xref_missing", "mystnb.unknown_mime_type", "toc.empty_glob"]
+
+myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"
+nb_merge_streams = True
+autodoc_default_options = {"members": True, "undoc-members": True, "show-inheritance": True}
+apidoc_separate_modules = True
+apidoc_module_first = True
+apidoc_exclude_patterns = ["*/_modidx.py"]
+apidoc_modules = [{"path": Path(__file__).resolve().parent.parent / "vlkd", "destination": "api"}]
+
+html_theme = "pydata_sphinx_theme"
+html_title = "vlkd"
+html_show_sourcelink = False
+html_show_sphinx = False
+html_theme_options = {"navbar_align": "left", "footer_start": ["copyright"], "footer_end": []}
+
+SECTIONS = ["results", "library", "data", "experiments", "api", "CONTRIBUTING"]
+TABLE_TAGS = ["table", "caption", "thead", "tbody", "tr", "th", "td", "div", "p", "b", "i", "br"]
+
+
+def add_contents(app, docname, content):
+    "Below a README come the pages of its folder. Said here because GitHub shows a toctree as code."
+    if docname.split("/")[-1] == "README":
+        first = [name for name in SECTIONS if docname == "README" and name in app.env.found_docs]
+        content[0] += "\n".join(["\n```{toctree}", ":hidden:", ":glob:", "", *first, "*", "```\n"])
+
+
+def clean_html(app, doctree):
+    "HTML in Markdown pages: tables stay, all else becomes text, for captions and file names come from data."
+    if not str(app.env.doc2path(app.env.docname)).endswith(".md"):
+        return
+    for node in list(doctree.findall(nodes.raw)):
+        if isinstance(node.parent, nodes.TextElement):
+            node.replace_self(nodes.Text(node.astext()))
+        else:
+            clean = bleach.clean(node.astext(), tags=TABLE_TAGS, attributes=["class"])
+            node.replace_self(nodes.raw("", clean, format="html"))
+
+
+def add_front_page(app, exception):
+    "Web servers and readers open index.html."
+    front = Path(app.outdir) / "README.html"
+    if exception is None and front.is_file():
+        shutil.copyfile(front, front.with_name("index.html"))
+
+
+def setup(app):
+    app.connect("source-read", add_contents)
+    app.connect("doctree-read", clean_html)
+    app.connect("build-finished", add_front_page)

@@ -1,0 +1,238 @@
+"The rules of the claims ledger, and the claims that this repository states."
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from simulated import records, worlds
+
+from vlkd.eval.claims import check_claim, judge, judge_all, read_claims
+
+BASE = dict(id="x", table="m5", paper="VidLanKD", where="Table 5", text="an example")
+
+
+def greater(**more):
+    return BASE | dict(kind="greater", better="a", worse="b", tasks=["piqa"], min_effect=1.0) | more
+
+
+def equivalent(**more):
+    return BASE | dict(kind="equivalent", a="a", b="twin", tasks=["piqa"], bound=1.0) | more
+
+
+def above_chance(**more):
+    return BASE | dict(kind="above_chance", run="a", tasks=["piqa"], chance=50.0) | more
+
+
+# ---- verdicts
+@pytest.fixture(scope="module")
+def three():
+    "Records of a good run, of its twin and of two runs at chance."
+    good = worlds("a", 0.8)
+    return pd.concat([good, good.assign(run="twin"), worlds("b", 0.5), worlds("same", 0.5)])
+
+
+@pytest.mark.parametrize(
+    "claim,verdicts",
+    [
+        (greater(), "holds"),
+        (greater(min_effect=60), "fails"),  # a sure effect, smaller than the smallest interesting one
+        (greater(better="b", worse="a"), "fails"),
+        (greater(worse="twin"), "fails"),  # exactly equal
+        (greater(better="same"), ("undecided", "fails")),
+        (equivalent(), "holds"),
+        (equivalent(b="b"), "fails"),
+        (above_chance(), "holds"),
+        (above_chance(run="b", min_effect=20.0), "fails"),
+        (BASE | dict(kind="noted"), "noted"),
+    ],
+)
+def test_verdicts(three, claim, verdicts):
+    assert judge(claim, three)["verdict"] in verdicts
+
+
+def test_what_a_verdict_tells(three):
+    found = judge(greater(), three)
+    assert {"id", "paper", "where", "text", "verdict", "evidence", "test", "n"} <= set(found)
+    assert (found["n"], found["n_worlds"]) == (1000, 5)
+    assert f"{found['diff']:+.1f} points" in found["evidence"]
+    assert judge(greater(min_effect=found["diff"] + 0.5), three)["verdict"] == "undecided"
+
+
+def test_worlds_and_tasks_that_are_missing():
+    r = pd.concat([worlds("a", 0.8), worlds("b", 0.5, n_worlds=3)])
+    two = judge(greater(tasks=["piqa", "mnli"]), r)
+    assert two["diff"] == judge(greater(), r)["diff"]
+    assert "on piqa alone, since no run has records of mnli" in two["evidence"]
+    one = judge(greater(), r)
+    assert one["n_worlds"] == 3 and "worlds 4, 5 left out" in one["evidence"]
+    assert judge(greater(), r[(r.run == "b") | (r.seed > 3)])["evidence"].startswith("no world in which")
+    assert "one world" in judge(greater(), r[r.seed == 1])["evidence"]
+
+
+@pytest.mark.parametrize(
+    "claim,message",
+    [
+        (greater(better="c"), "no records of c on piqa"),
+        (greater(tasks=["piqa", "mnli"]), "no records of a on mnli"),
+        (greater(subset="video-only"), "of kind video-only"),
+    ],
+)
+def test_missing_records_are_not_tested(claim, message):
+    both = worlds("b", 0.5)
+    found = judge(claim, pd.concat([worlds("a", 0.8), both, both.assign(task="mnli")]))
+    assert found["verdict"] == "not tested" and message in found["evidence"]
+    assert (found["p"], found["n"]) == (None, 0)
+
+
+def test_subset():
+    frames = []
+    for kind, accuracy, n in (("video-only", 0.9, 200), ("never filmed", 0.5, 300)):
+        for run, right in (("a", accuracy), ("b", 0.5)):
+            frames.append(worlds(run, right, kind=kind, n=n))
+            frames[-1]["id"] = kind + frames[-1]["id"]
+    r = pd.concat(frames)
+    part = judge(greater(subset="video-only"), r)
+    rest = judge(greater(subset="never filmed"), r)
+    assert part["n"] == 1000
+    assert part["diff"] > judge(greater(), r)["diff"] > rest["diff"]
+
+
+def test_holm_within_a_table():
+    r = pd.concat([worlds(run, p, n=60) for run, p in (("a", 0.8), ("b", 0.5), ("c", 0.52))])
+    one = judge(greater(), r)
+    others = [greater(id=f"x{i}", better="c") for i in range(11)]
+    family = judge_all([greater(), *others], r)
+    assert family[0]["p"] == one["p"] == one["p_holm"]
+    assert family[0]["p_holm"] == pytest.approx(12 * one["p"])
+    apart = judge_all([greater(), *(c | dict(table="m7") for c in others)], r)
+    assert apart[0]["p_holm"] == one["p"]
+
+
+def test_a_weak_effect_among_many_claims_is_undecided():
+    weak = greater(better="c", worse="b", min_effect=0.0)
+    r = pd.concat([records("c", [1] * 9 + [0] + [1, 0] * 45), records("b", [0] * 9 + [1] + [1, 0] * 45)])
+    alone = judge(weak, r)
+    assert 0.0005 < alone["p"] < 0.05 and alone["verdict"] == "holds"
+    others = [greater(id=f"y{i}", better="b", worse="c") for i in range(39)]
+    assert judge_all([weak, *others], r)[0]["verdict"] == "undecided"
+
+
+def test_a_claim_that_cannot_be_tested_at_a_scale():
+    r = pd.concat([worlds("a", 0.8), worlds("b", 0.5)])
+    claim = greater(not_at=dict(real="clips are stills"))
+    assert judge_all([claim], r, scale="micro")[0]["verdict"] == "holds"
+    found = judge_all([claim], r, scale="real")[0]
+    assert (found["verdict"], found["diff"]) == ("not tested", None)
+    assert found["evidence"] == "at scale real clips are stills"
+
+
+# ---- mistakes
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(kind="graeter"), "did you mean 'greater'"),
+        (dict(min_efect=1.0), "did you mean 'min_effect'"),
+        (dict(tasks=["piqua"]), "did you mean 'piqa'"),
+        (dict(tasks=[]), "at least one task"),
+        (dict(tasks="piqa"), "should be list"),
+        (dict(tasks=["piqa", "piqa"]), "each once"),
+        (dict(min_effect="1"), "should be float"),
+        (dict(min_effect=True), "should be float"),
+        (dict(min_effect=-1.0), "in points"),
+        (dict(worse="a"), "both 'a'"),
+        (dict(text=" "), "needs text"),
+        (dict(where=3), "needs where"),
+        (dict(bound=1.0), "unknown key"),
+        (dict(not_at=dict(reel="x")), "did you mean 'real'"),
+        (dict(not_at=dict(real="")), "should say why"),
+        (dict(not_at="real"), "should be dict"),
+    ],
+)
+def test_bad_claim(change, message):
+    with pytest.raises(ValueError, match=message):
+        check_claim(greater(**change))
+
+
+def test_missing_key():
+    with pytest.raises(ValueError, match="needs bound"):
+        check_claim(BASE | dict(kind="equivalent", a="a", b="b", tasks=["piqa"]))
+
+
+CLAIM = '[[table.m5.claim]]\nid = "x"\npaper = "p"\nwhere = "w"\ntext = "t"\n'
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("", r"expected \[table.ID\] sections"),
+        ("table = 3\n", r"expected \[table.ID\] sections"),
+        ("[table]\nm5 = 1\n", r"expected \[\[table.m5.claim\]\]"),
+        (CLAIM + "[other]\n", "unknown section 'other'"),
+        ("[table.m5]\nclaim = [1]\n", r"expected \[\[table.m5.claim\]\]"),
+        ("[table.m5]\nvariants = 1\n" + CLAIM, "should be a table of endings"),
+        (CLAIM + CLAIM, "claim 2 .*: the id m5.x occurs a second time"),
+        (CLAIM + CLAIM.replace('"x"', "3"), "claim 2 .*needs id"),
+        ("[[cl", "not valid TOML"),
+        (b"\xff", "not valid TOML"),
+    ],
+)
+def test_bad_file(tmp_path, content, message):
+    file = tmp_path / "claims.toml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        read_claims(file)
+    assert "claims.toml" in str(error.value)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no claims file"):
+        read_claims(tmp_path / "claims.toml")
+
+
+# ---- the claims of this repository
+def test_claims_are_those_that_were_stated():
+    "Without their wording: a change of a test needs a change of this frozen list, on purpose."
+    frozen = json.loads((Path(__file__).parent / "claims.json").read_text(encoding="utf-8"))
+    assert [{k: v for k, v in c.items() if k != "text"} for c in read_claims()] == frozen
+
+
+PAPER = {  # SST-2, QNLI, QQP, MNLI
+    "text": (88.8, 84.9, 85.3, 77.4),
+    "soft": (87.2, 84.4, 86.4, 76.6),
+    "regression": (88.8, 84.8, 87.1, 78.1),
+    "voken": (89.7, 85.5, 86.5, 77.8),
+    "nst": (91.1, 85.0, 87.4, 78.4),
+    "crd": (90.0, 85.5, 87.3, 78.3),
+    "nst-crd": (91.5, 85.8, 87.4, 78.7),
+    "none": (79.6, 61.5, 72.7, 61.6),
+    "asr": (83.3, 78.5, 83.7, 71.5),
+    "nst-mlm": (88.1, 83.1, 85.6, 77.4),
+    "nst-ct": (88.9, 85.2, 86.2, 77.5),
+    "video-pt": (84.0, 78.9, 84.2, 73.1),
+    "two-stage": (90.3, 85.0, 87.2, 76.9),
+    "voken-image": (89.3, 84.4, 86.0, 77.5),
+    "nst-image": (88.9, 85.0, 86.3, 77.2),
+    "nst-nohead": (89.4, 84.8, 86.7, 77.0),
+    "crd-nohead": (88.9, 85.1, 86.6, 77.8),
+    "base-text": (78.9,),  # the average of Table 1
+    "base-voken": (81.7,),
+    "base-voken-clip": (82.3,),
+    "base-nst-crd": (82.4,),
+    "base-nst-crd-clip": (82.6,),
+}
+
+
+def test_smallest_effects_are_under_those_of_the_paper():
+    "A claim on an average asks for less than the paper reports, else it could not hold even in the paper."
+    on_averages = [c for c in read_claims() if len(c.get("tasks", [])) >= 4]
+    assert len(on_averages) == 47
+    for c in on_averages:
+        runs = ("better", "worse") if c["kind"] == "greater" else ("a", "b")
+        names = [c[k].removeprefix("student-").removesuffix("-micro") for k in runs]
+        gain = np.mean(PAPER[names[0]]) - np.mean(PAPER[names[1]])
+        if c["kind"] == "greater":
+            assert c["min_effect"] < gain, c["id"]
+        else:
+            assert abs(gain) < c["bound"], c["id"]
