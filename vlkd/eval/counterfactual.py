@@ -9,7 +9,8 @@ __all__ = ['text_fingerprints', 'compare_texts', 'both_labels', 'judged_by']
 import pandas as pd
 
 from ..core.files import fingerprint
-from ..tabletop.world import EVENTS, World
+from ..tabletop.nouns import EVENTS
+from ..tabletop.world import World
 
 # %% ../../nbs/68_eval.counterfactual.ipynb #ea2521ce
 def text_fingerprints(world: World, tasks) -> dict:  # captions, text, questions
@@ -23,7 +24,7 @@ def text_fingerprints(world: World, tasks) -> dict:  # captions, text, questions
 
 
 def compare_texts(original: World, refilmed: World, tasks) -> dict:  # fingerprints, and outcomes changed
-    "Check that two worlds differ in clips and answers alone; ValueError where a text or a train noun differs."
+    "Check that two worlds differ in clips and answers alone; ValueError where texts or train nouns differ."
     texts = [text_fingerprints(w, tasks) for w in (original, refilmed)]
     if texts[0] != texts[1]:
         raise ValueError(f"world {original.seed}: the texts of the pair differ: {texts[0]} and {texts[1]}")

@@ -13,7 +13,8 @@ from torch.nn.functional import normalize
 
 from ..models.bert import hidden_states
 from ..models.video_text import Teacher
-from ..tabletop.world import EVENTS, PAST
+from ..tabletop.language import PAST
+from ..tabletop.nouns import EVENTS
 from ..train.text_student import voken_pool
 from ..train.video_teacher import video_states
 
