@@ -6,21 +6,24 @@ from pathlib import Path
 
 import pytest
 
-for k, v in dict(
+QUIET = dict(
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TQDM_DISABLE="1",
     MPLBACKEND="agg",
     TOKENIZERS_PARALLELISM="false",
-).items():
-    os.environ.setdefault(k, v)
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a background job of a shell is started with SIGINT ignored, and would hand that on to what the tests interrupt
+)
 
 
-import vlkd
+def pytest_configure():
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    # a background job of a shell starts with SIGINT ignored, which what the tests interrupt would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from vlkd.core.device import mend_torchvision
+
+    mend_torchvision()  # before a test imports what imports torchvision
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +37,7 @@ def data() -> Path:
     "The folder of real data sets; skips where there is none."
     from vlkd.core.settings import data_dir
 
-    d = data_dir(need=False)
-    if d is None:
+    folder = data_dir(need=False)
+    if folder is None:
         pytest.skip("VLKD_DATA is not set")
-    return d
+    return folder

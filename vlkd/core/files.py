@@ -46,12 +46,12 @@ def atomic(
             raise OSError(e.errno, e.strerror, str(p)) from e  # a write does not know its file's name
         raise
 
-# %% ../../nbs/01_core.files.ipynb #fcd65658
+# %% ../../nbs/01_core.files.ipynb #8ef54b51
 def write_array(f, x: np.ndarray) -> None:
     "Write an array in numpy's format into an open file."
     np.save(types.SimpleNamespace(write=f.write), x)
 
-# %% ../../nbs/01_core.files.ipynb #3794c8ab
+# %% ../../nbs/01_core.files.ipynb #7a9ee10f
 def save_safetensors(
     tensors: dict,  # name -> torch tensor or numpy array
     p,  # the file
@@ -78,7 +78,7 @@ def save_safetensors(
 
 
 def apply_umask(folder) -> None:
-    "Give the files in a folder, which another library wrote, the permissions that the umask gives to new files."
+    "Give files that another library wrote in a folder the permissions that the umask gives to new ones."
     folder = Path(folder)
     probe = folder / f".{secrets.token_hex(4)}"
     probe.touch(exist_ok=False)
@@ -118,10 +118,10 @@ def fingerprint(*parts) -> str:  # 16 hex digits
 
 
 def rng(*names) -> np.random.Generator:
-    "A numpy generator seeded by the hash of `names` (ints, strings): equal names, equal stream, in any process."
+    "A numpy generator seeded by the hash of `names` (ints, strings): equal names, equal stream."
     return np.random.default_rng(int(fingerprint(list(names)), 16))
 
-# %% ../../nbs/01_core.files.ipynb #319cff2f
+# %% ../../nbs/01_core.files.ipynb #d5136f48
 def write_json(
     p,  # the file
     obj,  # what JSON can hold, numpy scalars and arrays, paths
@@ -203,7 +203,7 @@ def verify_checksums(p) -> None:
     if problem := checksum_problem(p):
         raise ValueError(problem)
 
-# %% ../../nbs/01_core.files.ipynb #6f25b700
+# %% ../../nbs/01_core.files.ipynb #325e1d9a
 def open_lock(p) -> int:  # file descriptor
     "Open a lock file, made where it is missing; a symbolic link in its place is an error."
     p = Path(p)
@@ -236,7 +236,7 @@ def locked(
     finally:
         os.close(fd)
 
-# %% ../../nbs/01_core.files.ipynb #a488f9ee
+# %% ../../nbs/01_core.files.ipynb #107ab87f
 def printable(text, encoding: str | None = None) -> str:
     "`text` on one line, with control characters and what `encoding` (stdout's) lacks as escapes."
     encoding = encoding or getattr(sys.stdout, "encoding", None) or "utf-8"

@@ -14,97 +14,101 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from .files import atomic, read_json, sha256_file, write_json
+from .files import atomic, file_problem, read_json, sha256_file, write_json
 from .settings import path, settings_file
 
-# %% ../../nbs/02_core.records.ipynb #7c0e9b28
+# %% ../../nbs/02_core.records.ipynb #9ad19a7f
 def versions(names=("torch", "transformers", "numpy", "pandas", "accelerate")) -> dict:
     "Installed versions of the packages that numbers depend on, plus Python and this library."
     out = {"python": platform.python_version()}
-    for n in (*names, "vlkd"):
+    for name in (*names, "vlkd"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            out[n] = importlib.metadata.version(n)
+            out[name] = importlib.metadata.version(name)
     return out
 
 
-def git_state(root=None) -> dict:  # commit and whether the tree differs from it
+def git_state(root=None) -> dict:  # commit, dirty
     "Commit of the checkout and whether tracked files differ from it; empty outside a git checkout."
     root = Path(root or settings_file().parent)
 
-    def git(*a):
-        return subprocess.run(["git", *a], cwd=root, capture_output=True, text=True, timeout=20)
+    def git(*args) -> str:
+        command = ["git", *args]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
 
     try:
-        c = git("rev-parse", "HEAD")
-    except (OSError, subprocess.TimeoutExpired):
+        return dict(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "-uno")))
+    except (OSError, subprocess.SubprocessError):
         return {}
-    if c.returncode:
-        return {}
-    return dict(commit=c.stdout.strip(), dirty=bool(git("status", "--porcelain", "-uno").stdout.strip()))
 
-
+# %% ../../nbs/02_core.records.ipynb #7c0e9b28
 def out_dir(out: str = "") -> Path:
-    "Where a notebook's results go: the runner's folder, or a new temporary one when the notebook is run by hand."
-    p = Path(out).expanduser().resolve() if out else Path(tempfile.mkdtemp(prefix="vlkd-"))
-    p.mkdir(parents=True, exist_ok=True)
-    return p
+    "Where a notebook's results go: the given folder, or a new temporary one when it is run by hand."
+    folder = Path(out).expanduser().resolve() if out else Path(tempfile.mkdtemp(prefix="vlkd-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def record(
     out,  # folder of the run
     metrics: dict,  # name -> number, the run's result
-    tables: dict = None,  # name -> DataFrame, written as tables/name.csv
-    figures: dict = None,  # name -> matplotlib figure, written as figures/name.png
+    tables: dict | None = None,  # name -> DataFrame, written as tables/name.csv
+    figures: dict | None = None,  # name -> matplotlib figure, written as figures/name.png
     examples=None,  # DataFrame of per-example predictions, written as examples.parquet
     **more,  # anything else JSON can hold: headline, claims, history ...
 ) -> Path:  # result.json
     "Write a run's results; `result.json` last, so that it exists only beside all the files that it names."
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for n, df in (tables or {}).items():
-        with atomic(out / "tables" / f"{n}.csv") as f:
-            df.to_csv(f, index=False)
-        files[f"tables/{n}.csv"] = None
-    for n, fig in (figures or {}).items():
-        with atomic(out / "figures" / f"{n}.png", "wb") as f:
-            fig.savefig(f, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
-        files[f"figures/{n}.png"] = None
+    names = []
+    for name, table in (tables or {}).items():
+        names.append(f"tables/{name}.csv")
+        with atomic(out / names[-1]) as f:
+            table.to_csv(f, index=False)
+    for name, figure in (figures or {}).items():
+        names.append(f"figures/{name}.png")
+        with atomic(out / names[-1], "wb") as f:
+            figure.savefig(f, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     if examples is not None:
-        with atomic(out / "examples.parquet", "wb") as f:
+        names.append("examples.parquet")
+        with atomic(out / names[-1], "wb") as f:
             f.write(examples.to_parquet(index=False))
-        files["examples.parquet"] = None
-    files = {k: sha256_file(out / k) for k in files}
+    files = {name: sha256_file(out / name) for name in names}
     return write_json(out / "result.json", dict(metrics=metrics, files=files, **more))
 
 # %% ../../nbs/02_core.records.ipynb #6fb54633
 class Run:
-    "A finished run's folder: its metrics, tables and per-example predictions, checked against their checksums when read."
+    "A finished run's folder: its metrics, tables and per-example predictions, checked when they are read."
 
     def __init__(self, folder):
         self.folder = Path(folder)
         f = self.folder / "result.json"
         if not f.is_file():
             raise FileNotFoundError(f"{self.folder} has no result.json: the run is missing or did not finish")
-        self._compare(f)
-        self.result = r = read_json(f)
-        if not isinstance(r, dict) or any(not isinstance(r.get(k), dict) for k in ("metrics", "files")):
+        self._compare_with_receipt(f)
+        self.result = read_json(f)
+        is_record = isinstance(self.result, dict) and all(
+            isinstance(self.result.get(k), dict) for k in ("metrics", "files")
+        )
+        if not is_record:
             raise ValueError(
-                f"{f} is no record: it should be an object with metrics and files; delete the run's folder and run again"
+                f"{f} is no record: it should be an object with metrics and files;"
+                " delete the run's folder and run again"
             )
-        self.metrics = r["metrics"]
+        self.metrics = self.result["metrics"]
 
-    def _compare(self, f):
-        "A record must be the one that the receipt, `run.json`, knows."
-        if not (self.folder / "run.json").is_file():
+    def _compare_with_receipt(self, f: Path) -> None:
+        "A record must be the one that the receipt `run.json` knows; a notebook run by hand has none."
+        receipt = self.folder / "run.json"
+        if not receipt.is_file():
             return
         try:
-            want = read_json(self.folder / "run.json")["files"].get(f.name, (0, None))[1]
+            wanted = read_json(receipt)["files"].get(f.name, (0, None))[1]
         except (KeyError, TypeError, AttributeError, IndexError):
             raise ValueError(
-                f"{self.folder / 'run.json'} is no receipt of a run; delete the run's folder and run again"
+                f"{receipt} is no receipt of a run; delete the run's folder and run again"
             ) from None
-        if want is not None and sha256_file(f) != want:
+        if wanted is not None and sha256_file(f) != wanted:
             raise ValueError(f"{f} was changed after it was recorded; delete the run's folder and run again")
 
     def __repr__(self):
@@ -112,24 +116,23 @@ class Run:
 
     def file(self, name: str) -> Path:
         "Path of a recorded file; a missing or changed one is an error."
-        want = self.result["files"].get(name)
-        if want is None:
-            raise FileNotFoundError(
-                f"{self.folder}: no {name} was recorded; there are {', '.join(self.result['files']) or 'no files'}"
-            )
-        if not (self.folder / name).is_file() or sha256_file(self.folder / name) != want:
-            raise ValueError(
-                f"{self.folder / name} is missing or was changed after it was recorded; delete the run's folder and run again"
-            )
+        files = self.result["files"]
+        if name not in files:
+            known = ", ".join(files) or "no files"
+            raise FileNotFoundError(f"{self.folder}: no {name} was recorded; there are {known}")
+        if problem := file_problem(self.folder / name, files[name]):
+            raise ValueError(f"{problem}; delete the run's folder and run again")
         return self.folder / name
 
-    def table(self, name):
+    def table(self, name: str):
+        "A recorded table as a DataFrame."
         import pandas as pd
 
         return pd.read_csv(self.file(f"tables/{name}.csv"))
 
     @property
     def examples(self):
+        "The per-example predictions as a DataFrame."
         import pandas as pd
 
         return pd.read_parquet(self.file("examples.parquet"))
@@ -141,14 +144,14 @@ def run_folder(id: str, scale: str = "micro", seed: int = 1) -> Path:
 
 
 def open_inputs(inputs: str = "", scale: str = "micro") -> dict[str, Run]:  # "id@seed" -> Run
-    "Open the runs named in `inputs` (JSON: id@seed -> folder), or, when it is empty, every finished run of the scale."
-    if inputs:
-        try:
-            d = json.loads(inputs)
-        except (ValueError, RecursionError):
-            d = None
-        if not isinstance(d, dict) or not all(isinstance(v, str) for v in d.values()):
-            raise ValueError(f"inputs should be a JSON object from run id to folder, got {inputs[:80]!r}")
-        return {k: Run(v) for k, v in d.items()}
-    root = path("runs") / scale
-    return {p.name: Run(p) for p in sorted(root.glob("*@*")) if (p / "run.json").is_file()}
+    "Open the runs named in `inputs`, or, when it is empty, every finished run of the scale."
+    if not inputs:
+        folders = sorted((path("runs") / scale).glob("*@*"))
+        return {p.name: Run(p) for p in folders if (p / "run.json").is_file()}
+    try:
+        named = json.loads(inputs)
+    except (ValueError, RecursionError):
+        named = None
+    if not isinstance(named, dict) or not all(isinstance(v, str) for v in named.values()):
+        raise ValueError(f"inputs should be a JSON object from run id to folder, got {inputs[:80]!r}")
+    return {id: Run(folder) for id, folder in named.items()}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.device import device, no_autocast
+from ..core.device import device, mend_torchvision, no_autocast
 from ..core.files import fingerprint, sha256_file
 from ..core.settings import data_dir
 from .encoders import GridPixels, load_mobilenet
@@ -122,6 +122,7 @@ def find_weights(
 
 def _package(name: str, pip: str):
     "Import an optional package, or say how to get it."
+    mend_torchvision()
     try:
         return importlib.import_module(name)
     except ImportError as e:

@@ -13,13 +13,19 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from ..core.device import mend_torchvision
+from ..core.files import CHECKSUMS, checksum_problem, read_json, write_checksums
+from ..core.settings import Scale
+
+# %% ../../nbs/35_models.bert.ipynb #31e1b0eb
+mend_torchvision()  # transformers imports torchvision
+
+# %% ../../nbs/35_models.bert.ipynb #c8f406f6
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from ..core.files import CHECKSUMS, checksum_problem, read_json, write_checksums
-from ..core.settings import Scale
 
 # %% ../../nbs/35_models.bert.ipynb #ba70e89e
 def bert_config(s: Scale, vocab_size: int, **more) -> BertConfig:

@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import BertModel
 
 from ..core.files import CHECKSUMS, checksum_problem, write_checksums
 from ..core.settings import Scale
 from .bert import bert_config, language_model, load_model, save_model
+
+# %% ../../nbs/36_models.video_text.ipynb #3699863b
+# after vlkd.models.bert, which mends torchvision
+from transformers import BertModel
 
 # %% ../../nbs/36_models.video_text.ipynb #713b393d
 def temporal_mean(x, mask=None) -> torch.Tensor:  # (B, L, D), (B, L) -> (B, D)

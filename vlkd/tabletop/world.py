@@ -136,7 +136,7 @@ class World:
         )
 
     @property
-    def films(self) -> str:
+    def clips_fingerprint(self) -> str:
         "Hash of what decides the clips alone: worlds that differ in what is said share them."
         return fingerprint([EDITION, self.seed, self.counterfactual, self.takes, self.noise])
 

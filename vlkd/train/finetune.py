@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from transformers import AutoTokenizer, BertForMultipleChoice, BertForSequenceClassification
 
 from ..core.device import seed_everything
 from ..core.settings import Scale, unknown_name
@@ -22,6 +21,10 @@ from ..data.text import Tokens
 from ..models.bert import hidden_states
 from .squad import bert_with_head, finetune_squad, squad_recipe
 from .trainer import fit
+
+# %% ../../nbs/58_train.finetune.ipynb #acf54c72
+# after vlkd.models.bert, which mends torchvision
+from transformers import AutoTokenizer, BertForMultipleChoice, BertForSequenceClassification
 
 # %% ../../nbs/58_train.finetune.ipynb #b4ee6b23
 def encode(

@@ -35,7 +35,7 @@ class TrainingOptions:
             if getattr(self, option.name) != option.default
         ]
 
-# %% ../../nbs/51_train.options.ipynb #070c3bf2
+# %% ../../nbs/51_train.options.ipynb #b4385577
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 EXPECTED = dict(precision="auto, fp32 or bf16", accumulate="a number from 1", workers="a number from 0")
 
@@ -56,8 +56,9 @@ def option_value(name: str, default, value):
 
 
 def training_options(**given) -> TrainingOptions:
-    """The defaults, replaced by the environment (`VLKD_ACCUMULATE=4`) and then by what is given; unknown names
-    and values that do not fit raise `ValueError`."""
+    """The defaults, replaced by the environment (`VLKD_ACCUMULATE=4`) and then by what is given.
+
+    Unknown names and values that do not fit raise `ValueError`."""
     defaults = {option.name: option.default for option in fields(TrainingOptions)}
     for name in given:
         if name not in defaults:

@@ -15,14 +15,17 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from transformers import AutoTokenizer, BertForQuestionAnswering
-from transformers.utils import logging
 
 from ..core.device import seed_everything
 from ..core.files import read_json
 from ..core.settings import Scale, unknown_name
 from ..data.squad import Windows, best_threshold, evaluate_squad, squad_scores, squad_windows
 from .trainer import fit
+
+# %% ../../nbs/57_train.squad.ipynb #78e17b41
+# after vlkd.models.bert, which mends torchvision
+from transformers import AutoTokenizer, BertForQuestionAnswering
+from transformers.utils import logging
 
 # %% ../../nbs/57_train.squad.ipynb #f765f3d2
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def voken_flops(s: Scale, batch: float, tokens: float) -> float:
     "FLOPs of retrieving the vokens of `batch` rows: the teacher reads the unmasked rows, then the search."
     return batch * encoder_flops(s, tokens) + 2 * batch * tokens * s.hidden * s.vokens
 
-# %% ../../nbs/54_train.terms.ipynb #0d45cdc3
+# %% ../../nbs/54_train.terms.ipynb #50127e40
 class Term(nn.Module):
     """A distillation objective. A subclass sets `name`, defines `forward(student, teacher, batch)` and
     overrides what differs from these defaults; `register_term` makes it known."""
@@ -367,7 +367,7 @@ class Voken(Term):
         values = size.batch * size.tokens * size.scale.vokens
         return values * (10 if size.bytes_per_value == 2 else 8)
 
-# %% ../../nbs/54_train.terms.ipynb #d7aba9b4
+# %% ../../nbs/54_train.terms.ipynb #01c0d559
 CRD_TOKENS = 4  # tokens of a sentence that CRD compares
 
 

@@ -8,7 +8,7 @@ __all__ = ['Objective', 'check_trainable', 'Progress', 'LossSums', 'FiniteGuard'
            'check_options', 'compile_layers', 'checkpoint_to_resume', 'history_of', 'trainer_arguments',
            'check_first_batch', 'announce', 'fit', 'build_trainer']
 
-# %% ../../nbs/53_train.trainer.ipynb #fbf51ecf
+# %% ../../nbs/53_train.trainer.ipynb #c6773bde
 import contextlib
 import copy
 import hashlib
@@ -20,17 +20,31 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..core.device import device, device_name, from_main, one_batch, ranks, use_bf16
+from vlkd.core.device import (
+    device,
+    device_name,
+    from_main,
+    mend_torchvision,
+    one_batch,
+    ranks,
+    use_bf16,
+)
 from ..core.files import fingerprint, save_safetensors, write_checksums, write_json
-from ..data.text import Draws
+from ..data.text import ExampleOrder
 from .checkpoints import checkpoint_problem, last_checkpoint
 from .options import TrainingOptions, training_options
+
+# %% ../../nbs/53_train.trainer.ipynb #11c11d55
+mend_torchvision()  # transformers imports torchvision
+
+# %% ../../nbs/53_train.trainer.ipynb #d4277d4a
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 # %% ../../nbs/53_train.trainer.ipynb #acbaa5a4
 class Objective(nn.Module):
@@ -46,11 +60,11 @@ class Objective(nn.Module):
         "Models that the objective uses and does not train."
         return []
 
-# %% ../../nbs/53_train.trainer.ipynb #8a8fa4f5
+# %% ../../nbs/53_train.trainer.ipynb #ebf77ca6
 def check_trainable(
     objective: nn.Module, batch: dict
 ) -> dict[str, int]:  # numbers of trainable and frozen parameters
-    "Run one batch and raise if a parameter that should train gets no gradient; buffers and gradients are reset."
+    "Run one batch and raise if a parameter that should train gets no gradient; nothing else changes."
     was_training = objective.training
     objective.train()
     buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
@@ -74,9 +88,9 @@ def check_trainable(
         sizes["trainable" if p.requires_grad else "frozen"] += p.numel()
     return sizes
 
-# %% ../../nbs/53_train.trainer.ipynb #b90e214a
+# %% ../../nbs/53_train.trainer.ipynb #be2865dc
 class Progress(TrainerCallback):
-    "Write `progress.json` about once a second, and the checksums of checkpoints; of several processes one writes."
+    "Write `progress.json` about once a second, and the checksums of checkpoints, from the first process."
 
     def __init__(self, out, name: str = ""):
         self.file, self.name, self.written = Path(out) / "progress.json", name, 0.0
@@ -107,7 +121,7 @@ class Progress(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         from_main(lambda: write_checksums(folder))
 
-# %% ../../nbs/53_train.trainer.ipynb #1e13a9fa
+# %% ../../nbs/53_train.trainer.ipynb #5c7978c8
 class LossSums:
     "The losses of the steps since the last log."
 
@@ -134,7 +148,7 @@ class LossSums:
     def load(self, folder, where: torch.device) -> None:
         with safe_open(str(Path(folder) / self.FILE), "pt") as file:
             self.steps = int(file.metadata()["steps"])
-            self.sums = {name: file.get_tensor(name).to(where) for name in file.keys()}
+            self.sums = {name: x.to(where) for name, x in load_file(Path(folder) / self.FILE).items()}
 
 # %% ../../nbs/53_train.trainer.ipynb #3345aea8
 class FiniteGuard(TrainerCallback):
@@ -271,7 +285,7 @@ def check_same_start(objective: nn.Module) -> None:
             "seed all alike before the objective is made"
         )
 
-# %% ../../nbs/53_train.trainer.ipynb #55cb64d2
+# %% ../../nbs/53_train.trainer.ipynb #5c33c551
 class ObjectiveTrainer(Trainer):
     "Trainer for objectives."
 
@@ -280,7 +294,7 @@ class ObjectiveTrainer(Trainer):
         objective: nn.Module,
         args: TrainingArguments,
         collate: Callable,  # list of (example, epoch) -> batch
-        draws: Draws,
+        draws: ExampleOrder,
         *,
         out: Path,
         name: str,
@@ -505,7 +519,7 @@ def history_of(log: list[dict]) -> list[dict]:  # step, loss and its parts
         if "loss" in entry or "eval_loss" in entry
     ]
 
-# %% ../../nbs/53_train.trainer.ipynb #5f8e832a
+# %% ../../nbs/53_train.trainer.ipynb #b7e854d4
 def trainer_arguments(folder: Path, options: TrainingOptions, *, seed: int, **settings) -> TrainingArguments:
     "Trainer's arguments: those that all trainings have, and the settings of one."
     return TrainingArguments(
@@ -537,7 +551,7 @@ def trainer_arguments(folder: Path, options: TrainingOptions, *, seed: int, **se
 
 def check_first_batch(objective: nn.Module, collate: Callable, n: int, batch: int, seed: int) -> dict:
     "`check_trainable` with at most eight samples of the first batch, on the device."
-    draws = Draws(n, batch, seed)
+    draws = ExampleOrder(n, batch, seed)
     first = collate([draws[k] for k in range(min(batch, 8))])
     return check_trainable(objective.to(device()), {name: x.to(device()) for name, x in first.items()})
 
@@ -554,7 +568,7 @@ def announce(name: str, size: dict, steps: int, batch: int, options: TrainingOpt
     )
     print("; ".join([line, *filter(None, [", ".join(options.changed())])]), flush=True)
 
-# %% ../../nbs/53_train.trainer.ipynb #f0482649
+# %% ../../nbs/53_train.trainer.ipynb #27cfe953
 def fit(
     objective: Objective,
     collate: Callable,  # list of (example, epoch) -> batch
@@ -611,7 +625,7 @@ def fit(
     callbacks = [Progress(out, name)]
     if validates and patience:
         callbacks.append(EarlyStoppingCallback(patience))
-    draws = Draws(n, steps * batch, seed, batch, lengths)
+    draws = ExampleOrder(n, steps * batch, seed, batch, lengths)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*|.*lr_scheduler.step.*")
         trainer = build_trainer(
@@ -641,7 +655,7 @@ def build_trainer(
     objective: Objective,
     arguments: TrainingArguments,
     collate: Callable,
-    draws: Draws,
+    draws: ExampleOrder,
     *,
     options: TrainingOptions,
     checkpoint: Path | None,  # from which training goes on
