@@ -64,9 +64,9 @@ loop.Progress.on_step_end, loop.seal = on_step_end, sealing
 data = Films(scale("smoke", steps=60, teacher_steps=60, save_every=10, eval_every=10, patience=2, dropout=.1), 101); done = out/"teacher"/"done"
 if done.is_dir(): teacher, _ = Teacher.load(done, data.s)
 else:
-    teacher, history = train_teacher(data, out/"teacher", contrast="info_nce", preset_name="micro")
+    teacher, history = train_teacher(data, out/"teacher", contrast="info_nce", preset="micro")
     print("teacher ends at", max(h["step"] for h in history)); teacher.save(done, data.tokenizer)
-o, _ = train_student(data, out/"student", teacher=teacher, kd="nst+crd", preset_name="micro")
+o, _ = train_student(data, out/"student", teacher=teacher, kd="nst+crd", preset="micro")
 save_model(out/"bert", o.lm, data.tokenizer)
 np.savez(out/"end.npz", **{f"{n}.{k}": v for n, m in (("teacher", teacher), ("student", o)) for k, v in m.state_dict().items()})
 """

@@ -19,12 +19,12 @@ from ..core.files import rng
 from ..data.tasks import get_task, sentences
 from .retrieval import ridge, spaces
 from .stats import pair_examples
-from ..losses.contrastive import unit
+from ..losses.base import unit
 from ..models.video_text import Teacher
 from ..retrieval.nearest import nearest
 from ..tabletop.world import BASE, CLIP_EVENTS, EVENTS, OUTCOME_PHRASES, PAST, World
 from ..train.text_student import StudentObjective
-from ..train.video_teacher import pool_of, sentence_states, video_states
+from ..train.video_teacher import held_out_clips, sentence_states, video_states
 
 # %% ../../nbs/66_eval.examples.ipynb #9391ff87
 def outcome_counts(
@@ -463,7 +463,7 @@ def text_retrieval(
         if world
         else pd.DataFrame(dict(row=r[:n], text=[data.sentences[i] for i in r[:n]]))
     )
-    pool = np.flatnonzero(world.clips.held_out) if world else pool_of(data.pairs, data.s.clip_pool)[0]
+    pool = np.flatnonzero(world.clips.held_out) if world else held_out_clips(data.pairs, data.s.clip_pool)[0]
     v = video_states(teacher.video, data.pairs, pool)
     rows, asked = queries["row"].to_numpy(), set(queries["text"])
     others = np.array(

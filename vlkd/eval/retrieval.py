@@ -12,12 +12,11 @@ import torch
 from ..core.device import device
 from ..core.files import rng
 from ..data.text import Tokens
-from ..losses.contrastive import masked_mean
-from ..models.bert import hidden_states
+from ..models.bert import hidden_states, masked_mean
 from ..models.video_text import Teacher
 from ..retrieval.nearest import nearest
 from ..train.text_student import StudentObjective
-from ..train.video_teacher import pool_of, sentence_states, video_states
+from ..train.video_teacher import held_out_clips, sentence_states, video_states
 
 # %% ../../nbs/61_eval.retrieval.ipynb #429c2ec9
 def ridge(x, y, penalty: float = 1.0) -> tuple:  # (D, E) weights and (E,) bias of y = x w + b
@@ -111,7 +110,7 @@ def top_table(
 
 def retrieval(o: StudentObjective, teacher: Teacher, data, *, n: int = 8) -> tuple:  # recall table, top table
     "Recall and nearest clips of held-out captions against held-out clips, in every space of the student."
-    clips, caps = pool_of(data.pairs, data.s.clip_pool)
+    clips, caps = held_out_clips(data.pairs, data.s.clip_pool)
     fit = rng("map", data.seed).permutation(len(data.tokens))[:2000]
     found = spaces(o, teacher, data, data.caption_tokens, caps, clips, fit)
     return recall_table(found), top_table(
@@ -121,7 +120,7 @@ def retrieval(o: StudentObjective, teacher: Teacher, data, *, n: int = 8) -> tup
 
 def teacher_retrieval(teacher: Teacher, data, *, n: int = 8) -> tuple:
     "The same for a teacher, whose sentences and videos share one space."
-    clips, caps = pool_of(data.pairs, data.s.clip_pool)
+    clips, caps = held_out_clips(data.pairs, data.s.clip_pool)
     found = {
         "raw": (
             sentence_states(teacher.lm, data.caption_tokens, caps),

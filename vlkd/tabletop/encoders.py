@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from ..core.device import mend_torchvision
 from ..core.files import atomic, checksum_problem, fingerprint, locked, rng, write_checksums
 from ..core.settings import path
 from ..features.encoders import GridVideo
@@ -232,6 +233,7 @@ def sayings(kind: str, value: str) -> list[str]:
 
 # %% ../../nbs/31_tabletop.encoders.ipynb #d22d8fdf
 def _open_clip():
+    mend_torchvision()
     try:
         return importlib.import_module("open_clip")
     except ImportError as e:

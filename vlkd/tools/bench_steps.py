@@ -31,8 +31,8 @@ from ..core.files import rng
 from ..core.settings import Scale, preset
 from ..core.settings import scale as settings
 from ..data.text import ExampleOrder, VideoText
-from ..losses.chunked import chunked_soft_label
-from ..losses.kd import CRD, nst, nt_xent, soft_label
+from ..losses.crd import CRD
+from ..losses.kd import chunked_soft_label, nst, nt_xent, soft_label
 from ..models.bert import QUICK_DROPOUT, BertForMaskedLM, bert_config, language_model, quick_dropout
 from ..models.video_text import Teacher
 from ..retrieval.nearest import nearest

@@ -7,7 +7,7 @@ __all__ = ['TERMS', 'CRD_TOKENS', 'Outputs', 'TermSetup', 'StepSize', 'encoder_f
            'register_term', 'term_class', 'term_names', 'reads_masked', 'reads_vokens', 'SoftLabel', 'Regression',
            'NST', 'NTXent', 'Voken', 'ContrastiveRepresentation']
 
-# %% ../../nbs/54_train.terms.ipynb #b583c230
+# %% ../../nbs/54_train.terms.ipynb #d7116d7d
 import importlib
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from ..core.settings import Scale
-from ..losses.contrastive import masked_mean
-from ..losses.kd import CRD, nst, nt_xent, regression, soft_label, voken
-from ..models.bert import DistillationHead, hidden_states
+from ..losses.crd import CRD
+from ..losses.kd import nst, nt_xent, regression, soft_label, voken
+from ..models.bert import DistillationHead, hidden_states, masked_mean
 from ..retrieval.nearest import vokens
 
 # %% ../../nbs/54_train.terms.ipynb #94ef5738
@@ -102,7 +102,7 @@ def voken_flops(s: Scale, batch: float, tokens: float) -> float:
     "FLOPs of retrieving the vokens of `batch` rows: the teacher reads the unmasked rows, then the search."
     return batch * encoder_flops(s, tokens) + 2 * batch * tokens * s.hidden * s.vokens
 
-# %% ../../nbs/54_train.terms.ipynb #50127e40
+# %% ../../nbs/54_train.terms.ipynb #28130103
 class Term(nn.Module):
     """A distillation objective. A subclass sets `name`, defines `forward(student, teacher, batch)` and
     overrides what differs from these defaults; `register_term` makes it known."""
@@ -367,7 +367,7 @@ class Voken(Term):
         values = size.batch * size.tokens * size.scale.vokens
         return values * (10 if size.bytes_per_value == 2 else 8)
 
-# %% ../../nbs/54_train.terms.ipynb #01c0d559
+# %% ../../nbs/54_train.terms.ipynb #57eee88d
 CRD_TOKENS = 4  # tokens of a sentence that CRD compares
 
 

@@ -47,7 +47,7 @@ from vlkd.train.terms import (
 from .trainer import Objective, fit, weighted
 from .video_teacher import examples_and_epochs, masked_batch, video_states
 
-# %% ../../nbs/56_train.text_student.ipynb #b3ead8ee
+# %% ../../nbs/56_train.text_student.ipynb #8a5d3774
 class StudentObjective(Objective):
     "MLM plus distillation terms. The teacher is neither trained nor saved with the module."
 
