@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from vlkd.core.files import read_json, rng, write_json
-from vlkd.core.records import record, Run
+from vlkd.core.records import Run, record
 from vlkd.core.settings import scale
 from vlkd.data.tasks import read_task
 
@@ -564,8 +564,8 @@ def test_full_disk_while_saving_a_checkpoint(model, tmp_path, size):
     import torch
 
     from vlkd.data.text import tokenize
+    from vlkd.train.checkpoints import last_checkpoint
     from vlkd.train.text_student import train_student
-    from vlkd.train.trainer import last_checkpoint
 
     d = SimpleNamespace(
         s=model.s,

@@ -178,7 +178,8 @@ def desk():
 
 def loss_and_grads(o, w):
     o = o.double()
-    fill_queue(o.crd) if hasattr(o, "crd") else None
+    if hasattr(o, "terms") and "crd" in o.terms:
+        fill_queue(o.terms["crd"].loss)
     w.lm.zero_grad()
     l = o(**w.batch)["loss"]
     l.backward()
@@ -403,7 +404,7 @@ def test_stopwatch_counts_parts_once():
 
 
 def test_padded_puts_the_function_back():
-    import vlkd.train.text_student as a
+    import vlkd.train.terms as a
 
     old = a.hidden_states
     with padded():

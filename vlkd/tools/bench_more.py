@@ -437,7 +437,7 @@ def counted_flops(o, batch) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     was = []
-    for m in (o, *(t for t in o._teacher if t is not None)):
+    for m in (o, *o.frozen_models()):
         for x in m.modules():
             if hasattr(x, "set_attn_implementation"):
                 was.append((x, x.config._attn_implementation))
@@ -509,7 +509,7 @@ def cost_bench(
         fused = not (cpu and s.dropout)
         o, step, batch = student_step(s, kd)
         step()
-        o.crd.seen.fill_(s.crd_bank)  # a full queue: all negatives are there
+        o.terms["crd"].loss.seen.fill_(s.crd_bank)  # a full queue: all negatives are there
         at = dict(model=name, batch=f"{s.batch} x {s.max_tokens}")
         rows.append(
             dict(

@@ -219,49 +219,48 @@ class LeverObjective(StudentObjective):
         if set(self.kd) != {"nst", "crd"}:
             raise ValueError(f"levers are of nst+crd, not of {'+'.join(self.kd) or 'nothing'}")
 
-    @torch.no_grad()
-    def teach(self, masked, ids, mask, known=None):
-        t = super().teach(masked, ids, mask, known)
+    def teacher_states(self, teacher):
+        "Its states, computed or copied in the way of the levers that are out."
+        states = teacher.states
         if "head" in self.without:
-            self._teacher[0].cls(t["states"])
+            teacher.logits(states)
         if "numpy" in self.without:
-            t["states"] = torch.from_numpy(
-                t["states"].float().cpu().numpy()
-                if t["states"].dtype == torch.bfloat16
-                else t["states"].cpu().numpy()
-            ).to(masked.device)
-        return t
+            kept = states.float() if states.dtype == torch.bfloat16 else states
+            states = torch.from_numpy(kept.cpu().numpy()).to(states.device)
+        return states
 
-    def forward(self, ids, mask, masked, where, position=None, vokens=None, **more):
+    def forward(self, term_weights=None, **batch):
         if not self.without:
-            return super().forward(ids, mask, masked, where, position, vokens, **more)
-        h = hidden_states(self.lm, masked, mask)
-        t = self.teach(masked, ids, mask)["states"]
+            return super().forward(term_weights, **batch)
+        ids, mask, where, position = (batch[k] for k in ("ids", "mask", "where", "position"))
+        student, teacher = self.outputs(batch)
+        h, t = student.states, self.teacher_states(teacher)
+        nst_term, crd_term = self.terms["nst"], self.terms["crd"]
         at = torch.arange(len(h), device=h.device)[:, None]
         mlm = (
             F.cross_entropy(self.lm.cls(h).flatten(0, 1).float(), ids.masked_fill(~where, -100).flatten())
             if "mlm" in self.without
             else mlm_loss(self.lm, h, ids, where)
         )
-        x = self.heads["nst"](h)
+        x = nst_term.head(h)
         if "nst" not in self.without:
-            n = nst(x, t, mask, **self.args["nst"])
+            n = nst(x, t, mask, **nst_term.args)
         else:
             with no_autocast(x):
                 n = (
                     plain_nst
                     if self.nst_form == "plain"
                     else lambda *a, **k: broadcast_nst(*a, **k, loop=True)
-                )(*promoted(x, t), **self.args["nst"])
-        k, u = (y.flatten(0, 1) for y in (self.heads["crd"](h[at, position]), t[at, position]))
+                )(*promoted(x, t), **nst_term.args)
+        k, u = (y.flatten(0, 1) for y in (crd_term.head(h[at, position]), t[at, position]))
         if "crd" not in self.without:
-            c = self.crd(k, u)
+            c = crd_term.loss(k, u)
         else:
             with no_autocast(k):
                 c = plain_crd(
-                    self.crd,
+                    crd_term.loss,
                     *promoted(k, u),
-                    self.crd._draw(self.crd.bank_size, self.crd.negatives).expand(len(k), -1)
+                    crd_term.loss._draw(crd_term.loss.bank_size, crd_term.loss.negatives).expand(len(k), -1)
                     if self.shared
                     else None,
                 )

@@ -49,7 +49,8 @@ from vlkd.tools.bench_peer import (
 )
 from .cost import student_flops
 from ..train.sources import load_data
-from ..train.text_student import KEYS, StudentObjective, text_collator
+from ..train.terms import CRD_TOKENS
+from ..train.text_student import StudentObjective, text_collator
 from ..train.trainer import ObjectiveTrainer, fit
 from ..train.video_teacher import TeacherObjective, video_text_collator
 
@@ -110,7 +111,7 @@ class Workbench:
                 mask=torch.ones_like(ids).bool(),
                 masked=ids.masked_fill(where, 4),
                 where=where,
-                position=torch.randint(tokens, (batch, KEYS), generator=g),
+                position=torch.randint(tokens, (batch, CRD_TOKENS), generator=g),
             ).items()
         }
 
@@ -132,7 +133,7 @@ class Workbench:
             .to(device())
             .train()
         )
-        fill_queue(o.crd)
+        fill_queue(o.terms["crd"].loss)
         return o
 
     def step(
@@ -727,14 +728,18 @@ def objective_forms(d: int, quick: bool, L: int = 128, B: int = 32) -> dict:  # 
     crd = fill_queue(CRD(d, d, 128, negatives=4096, bank_size=16384).to(device()))
     out["CRD, 4,096 negatives"] = (
         {
-            "ours: negatives shared, queue": (lambda n: _grad(crd, *_inputs((n, d), (n, d))), B * KEYS, None),
+            "ours: negatives shared, queue": (
+                lambda n: _grad(crd, *_inputs((n, d), (n, d))),
+                B * CRD_TOKENS,
+                None,
+            ),
             "gathered for each sample": (
                 lambda n: _grad(lambda s, t: plain_crd(crd, s, t), *_inputs((n, d), (n, d))),
-                B * KEYS,
+                B * CRD_TOKENS,
                 None,
             ),
         },
-        B * KEYS,
+        B * CRD_TOKENS,
     )
     V, n, chunk = 30522, 512 if quick else B * L, 128 if quick else 256
 
@@ -935,7 +940,7 @@ def micro_trainings(quick: bool) -> dict:  # name -> (make objective, collate, n
                 language_model(s, d.tokenizer, 1), new().lm if kd else None, kd, s=s, args=preset("micro")
             )
             if kd:
-                fill_queue(o.crd)
+                fill_queue(o.terms["crd"].loss)
             return o
 
         return make, text_collator(d.tokens, d.tokenizer, s, 0), len(d.tokens), None, s.lr
@@ -1056,7 +1061,7 @@ def run_bare(
 @contextlib.contextmanager
 def padded():
     "Within it, teacher's and student's models see padded rows: sentences are not laid end to end."
-    import vlkd.train.text_student as a
+    import vlkd.train.terms as a
     import vlkd.train.video_teacher as b
 
     old = a.hidden_states

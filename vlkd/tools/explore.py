@@ -39,7 +39,7 @@ from ..models.bert import hidden_states, load_model, save_model
 from ..models.video_text import Teacher
 from ..plots import film_strip, markers, palette, style, table_html
 from ..retrieval.nearest import nearest
-from ..tabletop.world import BASE, EDITION, EVENTS, NOUNS, PAST, OUTCOME_PHRASES, stated_counts
+from ..tabletop.world import BASE, EDITION, EVENTS, NOUNS, OUTCOME_PHRASES, PAST, stated_counts
 from ..train.finetune import finetune_all
 from ..train.sources import load_data
 from ..train.text_student import train_student
@@ -209,9 +209,7 @@ def small_explorer(steps: int = 60, seed: int = 1, folder=None) -> Explorer:
         tmp = Path(tempfile.mkdtemp(dir=home.parent, prefix=".making-"))
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                t, _ = train_teacher(
-                    data, tmp / "work-t", contrast="info_nce", preset="micro", seed=seed
-                )
+                t, _ = train_teacher(data, tmp / "work-t", contrast="info_nce", preset="micro", seed=seed)
                 f = tmp / f"teacher-micro@{seed}"
                 t.save(f / "teacher", data.tokenizer)
                 write_json(f / "run.json", dict(params=dict(contrast="info_nce"), files={}))

@@ -254,7 +254,7 @@ def preflight_run(
                 preset=get("preset", "paper"),
                 hinge={"margin": p["margin"]} if get("margin", -1.0) >= 0 else None,
                 nce={"level": p["level"]} if get("level", "") else None,
-                what=name,
+                name=name,
             )
             t.save(out / "teacher", data.tokenizer)
             teachers[name] = out / "teacher"
@@ -288,7 +288,7 @@ def preflight_run(
                 head=get("head", True),
                 crd_keys=get("crd_keys", "tokens"),
                 corpus=get("corpus", "text"),
-                what=name,
+                name=name,
             )
             save_model(out / "student", o.lm, data.tokenizer)
             said["SST-2"] = (

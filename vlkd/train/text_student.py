@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CORPORA', 'DISTILLATION_FILE', 'StudentObjective', 'crd_positions', 'text_collator', 'voken_pool', 'voken_corpus',
            'on_disk', 'caption_row', 'stored_pool', 'pool_and_vokens', 'corpus_tokens', 'train_student',
-           'distillation_parameters', 'save_distillation', 'read_distillation', 'load_distillation']
+           'trained_term_parameters', 'save_distillation', 'read_distillation', 'load_distillation']
 
 # %% ../../nbs/56_train.text_student.ipynb #1f21015f
 from collections.abc import Callable
@@ -35,19 +35,11 @@ from vlkd.retrieval.vokens import (
     weights_fingerprint,
 )
 from .sources import Data
-from vlkd.train.terms import (
-    CRD_TOKENS,
-    Outputs,
-    Term,
-    TermSetup,
-    reads_vokens,
-    term_class,
-    term_names,
-)
+from .terms import CRD_TOKENS, Outputs, Term, TermSetup, reads_vokens, term_class, term_names
 from .trainer import Objective, fit, weighted
 from .video_teacher import examples_and_epochs, masked_batch, video_states
 
-# %% ../../nbs/56_train.text_student.ipynb #8a5d3774
+# %% ../../nbs/56_train.text_student.ipynb #0c519b3f
 class StudentObjective(Objective):
     "MLM plus distillation terms. The teacher is neither trained nor saved with the module."
 
@@ -310,11 +302,11 @@ def train_student(
     )
     return objective.eval(), history
 
-# %% ../../nbs/56_train.text_student.ipynb #1b11dc76
+# %% ../../nbs/56_train.text_student.ipynb #19db85b9
 DISTILLATION_FILE = "distillation.safetensors"
 
 
-def distillation_parameters(objective: StudentObjective) -> dict:  # name in the file -> parameter
+def trained_term_parameters(objective: StudentObjective) -> dict:  # name in the file -> parameter
     "The trained parameters of a student's terms, by their names in the file."
     named = {}
     for term_name, term in objective.terms.items():
@@ -327,7 +319,7 @@ def distillation_parameters(objective: StudentObjective) -> dict:  # name in the
 
 def save_distillation(objective: StudentObjective, folder) -> Path:
     "Write the trained parameters of a student's terms to `distillation.safetensors` in its folder."
-    tensors = distillation_parameters(objective)
+    tensors = trained_term_parameters(objective)
     has_heads = any(name.startswith("heads.") for name in tensors)
     metadata = {"kd": objective.kd_as_written, "head": str(int(has_heads))}
     file = save_safetensors(tensors, Path(folder) / DISTILLATION_FILE, metadata)
@@ -367,7 +359,7 @@ def load_distillation(folder, teacher_lm, s: Scale) -> tuple:  # student in eval
         pool=tensors.get("heads.voken.2.weight"),
         head=metadata["head"] == "1",
     )
-    parameters = distillation_parameters(objective)
+    parameters = trained_term_parameters(objective)
     if wrong := sorted(set(parameters) ^ set(tensors)):
         raise ValueError(f"{file}: {wrong[0]} is missing or not expected with {metadata['kd']}")
     for name, parameter in parameters.items():

@@ -26,15 +26,7 @@ from safetensors.torch import save_model as save_weights
 from torch import nn
 from torch.utils.data import DataLoader
 
-from vlkd.core.device import (
-    device,
-    device_name,
-    from_main,
-    mend_torchvision,
-    one_batch,
-    ranks,
-    use_bf16,
-)
+from ..core.device import device, device_name, from_main, mend_torchvision, one_batch, ranks, use_bf16
 from ..core.files import fingerprint, save_safetensors, write_checksums, write_json
 from ..data.text import ExampleOrder
 from .checkpoints import checkpoint_problem, last_checkpoint
