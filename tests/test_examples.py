@@ -35,7 +35,9 @@ from vlkd.eval.examples import (
 )
 from vlkd.eval.stats import check_examples
 from vlkd.models.bert import language_model, save_model
-from vlkd.tabletop.world import BASE, CLIP_EVENTS, PAST, World, base_phrase, past_phrase
+from vlkd.tabletop.language import BASE, PAST, base_phrase, past_phrase
+from vlkd.tabletop.nouns import CLIP_EVENTS
+from vlkd.tabletop.world import World
 from vlkd.train.text_student import StudentObjective, load_distillation, save_distillation
 
 

@@ -18,7 +18,9 @@ from vlkd.core.settings import scale
 from vlkd.data.text import train_tokenizer
 from vlkd.models.bert import language_model
 from vlkd.models.video_text import Teacher
-from vlkd.tabletop.world import CLASSES, EVENTS, OUTCOME_PHRASES, PLACE, SHAPES, World
+from vlkd.tabletop.language import OUTCOME_PHRASES, PLACE
+from vlkd.tabletop.nouns import CLASSES, EVENTS, SHAPES
+from vlkd.tabletop.world import World
 from vlkd.train.sources import TabletopData
 from vlkd.train.text_student import StudentObjective, text_collator
 from vlkd.train.trainer import Objective, check_trainable, fit
