@@ -565,8 +565,8 @@ def test_full_disk_while_saving_a_checkpoint(model, tmp_path, size):
     import torch
 
     from vlkd.data.text import tokenize
+    from vlkd.train.checkpoints import last_checkpoint
     from vlkd.train.text_student import train_student
-    from vlkd.train.trainer import last_checkpoint
 
     d = SimpleNamespace(
         s=model.s,
