@@ -251,10 +251,10 @@ def preflight_run(
                 shuffle=get("shuffle", ""),
                 steps=n,
                 seed=seed,
-                preset_name=get("preset", "paper"),
+                preset=get("preset", "paper"),
                 hinge={"margin": p["margin"]} if get("margin", -1.0) >= 0 else None,
                 nce={"level": p["level"]} if get("level", "") else None,
-                what=name,
+                name=name,
             )
             t.save(out / "teacher", data.tokenizer)
             teachers[name] = out / "teacher"
@@ -283,12 +283,12 @@ def preflight_run(
                 steps=n,
                 start=source.lm if get("start", False) else None,
                 seed=seed,
-                preset_name=get("preset", "paper"),
+                preset=get("preset", "paper"),
                 weights=get("weights", {}),
                 head=get("head", True),
                 crd_keys=get("crd_keys", "tokens"),
                 corpus=get("corpus", "text"),
-                what=name,
+                name=name,
             )
             save_model(out / "student", o.lm, data.tokenizer)
             said["SST-2"] = (
