@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from vlkd.core.settings import preset, scale
-from vlkd.losses.chunked import chunked_soft_label
-from vlkd.losses.kd import CRD, nst, objective, soft_label
+from vlkd.losses.crd import CRD
+from vlkd.losses.kd import chunked_soft_label, nst, objective, soft_label
 from vlkd.models.bert import QUICK_DROPOUT
 from vlkd.tools import bench, bench_steps
 from vlkd.tools.bench import (

@@ -15,9 +15,9 @@ from torch import nn
 
 import vlkd.core.device
 from vlkd.core.files import read_json
-from vlkd.data.text import Draws
+from vlkd.data.text import ExampleOrder
 from vlkd.train import trainer as loop
-from vlkd.train.trainer import damage, fit, SEAL
+from vlkd.train.trainer import SEAL, damage, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -307,7 +307,7 @@ def line(out, what, **kw):
 def test_what_is_not_finite_stops_and_leaves_its_batch(tmp_path, monkeypatch, what, at_once):
     "`at_once` is what the CPU does; a GPU looks only before something is logged or saved, and makes the batch again."
     monkeypatch.setattr(loop.ObjectiveTrainer, "at_once", at_once)
-    draws = Draws(40, 40, 0)
+    draws = ExampleOrder(40, 40, 0)
     k = next(k for k in range(40) if draws[k][0] == 5)
     step = k // 4 + 1
     with pytest.raises(

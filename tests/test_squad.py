@@ -566,7 +566,7 @@ def test_folders_that_do_not_fit(tok, tmp_path):
     pd.testing.assert_frame_equal(out, again)  # the head is drawn from the seed
     with pytest.raises(ValueError, match="which has 32 positions; set max_tokens"):
         finetune_squad(m, df, df, tmp_path / "out", SquadRecipe(max_tokens=64))
-    with pytest.raises(ValueError, match="pieces.*do not belong together"):
+    with pytest.raises(ValueError, match="vocabulary entries.*do not belong together"):
         finetune_squad(save("vocabulary", vocab_size=len(tok) + 3), df, df, tmp_path / "out", r)
     c = json.loads((m / "config.json").read_text())
     (m / "config.json").write_text(json.dumps(c | dict(num_hidden_layers=2)))

@@ -45,64 +45,91 @@ def style() -> dict:  # rcParams
 
 
 def _axes(ax, size):
+    "The given axes, or new ones in this project's style."
     style()
     return ax if ax is not None else plt.subplots(figsize=size)[1]
 
 
-def _need(df, *cols):
-    for c in cols:
-        if c is not None and c not in df:
-            raise ValueError(f"no column {c!r}; the frame has {', '.join(map(str, df.columns))}")
+def _legend_beside(ax):
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _check_columns(df, *columns):
+    for column in columns:
+        if column is not None and column not in df:
+            raise ValueError(f"no column {column!r}; the frame has {', '.join(map(str, df.columns))}")
 
 # %% ../nbs/05_plots.ipynb #a9d74159
+def _check_intervals(df, x, y, lo, hi):
+    for label, value, low, high in zip(df[x], df[y], df[lo], df[hi], strict=True):
+        if value < low - 1e-9 or value > high + 1e-9:
+            raise ValueError(f"{label}: the interval {low:.4g} to {high:.4g} excludes the value {value:.4g}")
+
+
 def bars_with_ci(
     df,  # one row a value
     x: str = "row",  # column with the labels
     y: str = "value",  # column with the values
-    lo: str = "lo",  # column with the lower ends; None: no intervals
+    lo: str | None = "lo",  # column with the lower ends; None: no intervals
     hi: str = "hi",  # column with the upper ends
-    hue: str = None,  # column with the groups that get a colour each
+    hue: str | None = None,  # column with the groups that get a colour each
     kind: str = "dot",  # dot or bar
-    chance: float = None,  # where guessing is, a dashed line
+    chance: float | None = None,  # where guessing is, a dashed line
     xlabel: str = "",
     title: str = "",
     ax=None,
 ):
-    "Horizontal dots or bars with intervals, first row on top; missing values leave their place empty. ValueError on a missing column or ends that exclude the value."
-    _need(df, x, y, lo, hi if lo else None, hue)
+    """Horizontal dots or bars with intervals, first row on top; missing values leave their place empty.
+
+    ValueError on a missing column or ends that exclude the value."""
+    _check_columns(df, x, y, lo, hi if lo else None, hue)
     if kind not in ("dot", "bar"):
         raise ValueError(f"kind {kind!r} should be dot or bar")
-    labels, groups = list(dict.fromkeys(df[x])), list(dict.fromkeys(df[hue])) if hue else [None]
-    for label, v, a, b in zip(df[x], df[y], df[lo], df[hi]) if lo else ():
-        if v < a - 1e-9 or v > b + 1e-9:
-            raise ValueError(f"{label}: the interval {a:.4g} to {b:.4g} excludes the value {v:.4g}")
+    if lo:
+        _check_intervals(df, x, y, lo, hi)
+    labels = list(dict.fromkeys(df[x]))
+    groups = list(dict.fromkeys(df[hue])) if hue else [None]
     ax = _axes(ax, (7, 0.9 + 0.32 * len(labels) * max(1, 0.55 * len(groups))))
     step = 0.8 / len(groups)
-    for g, name in enumerate(groups):
-        d = df[df[hue] == name] if hue else df
-        pos = np.array([labels.index(v) for v in d[x]]) + (g - (len(groups) - 1) / 2) * step * (
-            1 if kind == "bar" else 0.7
-        )
-        v = d[y].to_numpy(float)
-        err = np.stack([v - d[lo].to_numpy(float), d[hi].to_numpy(float) - v]).clip(0) if lo else None
-        kw = dict(color=palette[g % 8], label=name)
+    for g, group in enumerate(groups):
+        rows = df[df[hue] == group] if hue else df
+        shift = (g - (len(groups) - 1) / 2) * step * (1 if kind == "bar" else 0.7)
+        place = np.array([labels.index(label) for label in rows[x]]) + shift
+        values = rows[y].to_numpy(float)
+        error = None
+        if lo:
+            error = np.stack([values - rows[lo].to_numpy(float), rows[hi].to_numpy(float) - values]).clip(0)
+        look = dict(color=palette[g % 8], label=group)
         if kind == "bar":
-            ax.barh(pos, v, height=step * 0.9, xerr=err, ecolor="#444444", capsize=2, **kw)
+            ax.barh(place, values, height=step * 0.9, xerr=error, ecolor="#444444", capsize=2, **look)
         else:
-            ax.errorbar(v, pos, xerr=err, fmt=markers[g % 8], ms=6, capsize=3, elinewidth=1.6, **kw)
+            ax.errorbar(
+                values, place, xerr=error, fmt=markers[g % 8], ms=6, capsize=3, elinewidth=1.6, **look
+            )
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
     if chance is not None:
         ax.axvline(chance, color="#666666", ls="--", lw=1.2, label="chance")
     if hue or chance is not None:
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        _legend_beside(ax)
     ax.set(xlabel=xlabel or y, title=title)
     return ax
 
 # %% ../nbs/05_plots.ipynb #ba3c8202
+def _per_seed(name: str, history, x: str, y: str) -> list[pd.DataFrame]:
+    "A history as frames, one a seed, after a check that each has something to draw."
+    several = isinstance(history, (list, tuple)) and len(history) and not isinstance(history[0], dict)
+    frames = [pd.DataFrame(h) for h in (history if several else [history])]
+    for frame in frames:
+        if x not in frame or y not in frame or not frame[y].notna().any():
+            columns = ", ".join(map(str, frame.columns)) or "nothing"
+            raise ValueError(f"history {name!r} has no {x} and {y} to draw; it has {columns}")
+    return frames
+
+
 def curves(
-    histories: dict,  # name -> list of {"step": 1, y: 0.5}, a frame with these columns, or a list of such (one per seed)
+    histories: dict,  # name -> list of {"step": 1, y: 0.5}, a frame, or several of these (one a seed)
     y: str = "loss",  # which number
     x: str = "step",
     logy: bool = False,
@@ -110,91 +137,90 @@ def curves(
     ylabel: str = "",
     ax=None,
 ):
-    "Lines of a number against the step, one colour a name; records without that number are left out. ValueError where a name has none."
-    frames = {}
-    for name, hs in histories.items():
-        several = isinstance(hs, (list, tuple)) and len(hs) and not isinstance(hs[0], dict)
-        frames[name] = [pd.DataFrame(h) for h in (hs if several else [hs])]
-        for d in frames[name]:
-            if x not in d or y not in d or d[y].notna().sum() == 0:
-                raise ValueError(
-                    f"history {name!r} has no {x} and {y} to draw; it has {', '.join(map(str, d.columns)) or 'nothing'}"
-                )
+    """Lines of a number against the step, one colour a name; records without that number are left out.
+
+    ValueError where a name has none."""
+    seeds = {name: _per_seed(name, history, x, y) for name, history in histories.items()}
     ax = _axes(ax, (7, 3.2))
-    for i, (name, runs) in enumerate(frames.items()):
-        d = pd.concat([d.dropna(subset=[y]).groupby(x)[y].mean() for d in runs], axis=1)
-        (line,) = ax.plot(
-            d.index, d.mean(axis=1), color=palette[i % 8], ls=["-", "--", ":"][i // 8 % 3], label=name
-        )
-        if len(runs) > 1:
-            ax.fill_between(d.index, d.min(axis=1), d.max(axis=1), color=line.get_color(), alpha=0.18, lw=0)
+    for i, (name, frames) in enumerate(seeds.items()):
+        by_step = pd.concat([f.dropna(subset=[y]).groupby(x)[y].mean() for f in frames], axis=1)
+        dashes = ["-", "--", ":"][i // 8 % 3]
+        (line,) = ax.plot(by_step.index, by_step.mean(axis=1), color=palette[i % 8], ls=dashes, label=name)
+        if len(frames) > 1:
+            low, high = by_step.min(axis=1), by_step.max(axis=1)
+            ax.fill_between(by_step.index, low, high, color=line.get_color(), alpha=0.18, lw=0)
     if logy:
         ax.set_yscale("log")
     if histories:
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        _legend_beside(ax)
     ax.set(xlabel=x, ylabel=ylabel or y, title=title)
     return ax
 
 # %% ../nbs/05_plots.ipynb #14096fd3
+def _clips(frames) -> list[np.ndarray]:
+    "One clip or a list of clips as a list of arrays of one size."
+    clips = [frames] if getattr(frames, "ndim", 0) == 4 else list(frames)
+    if not clips:
+        raise ValueError("no frames to show")
+    clips = [np.asarray(clip) for clip in clips]
+    for clip in clips:
+        is_clip = clip.ndim == 4 and clip.shape[-1] == 3 and clip.dtype == np.uint8 and len(clip)
+        if not is_clip or clip.shape[1:] != clips[0].shape[1:]:
+            raise ValueError(
+                "frames should be (T, H, W, 3) uint8 of one size,"
+                f" got {clip.shape} {clip.dtype}, first clip {clips[0].shape}"
+            )
+    return clips
+
+
 def film_strip(
     frames,  # (T, H, W, 3) uint8, or a list of such, one row each
-    labels=None,  # one text per row, or one text
+    labels=None,  # one text a row, or one text
     every: int = 1,  # take each n-th frame
-    colors=None,  # one colour per label
+    colors=None,  # one colour a label
     title: str = "",
     ax=None,
 ):
-    "Show clips as rows of frames on one axes. ValueError naming the shape where frames are not (T, H, W, 3) uint8 of one size."
-    rows = [frames] if getattr(frames, "ndim", 0) == 4 else list(frames)
-    labels = [labels] if isinstance(labels, str) else list(labels or [""] * len(rows))
-    if not rows:
-        raise ValueError("no frames to show")
-    if len(labels) != len(rows):
-        raise ValueError(f"{len(labels)} labels for {len(rows)} clips")
-    rows = [np.asarray(f) for f in rows]
-    for f in rows:
-        if (
-            f.ndim != 4
-            or f.shape[-1] != 3
-            or f.dtype != np.uint8
-            or f.shape[1:] != rows[0].shape[1:]
-            or not len(f)
-        ):
-            raise ValueError(
-                f"frames should be (T, H, W, 3) uint8 of one size, got {f.shape} {f.dtype}, first clip {rows[0].shape}"
-            )
-    rows = [f[::every] for f in rows]
-    (h, w), n, gap = rows[0].shape[1:3], max(map(len, rows)), max(1, rows[0].shape[2] // 16)
-    canvas = np.full((len(rows) * (h + gap) - gap, n * (w + gap) - gap, 3), 255, np.uint8)
-    for i, f in enumerate(rows):
-        for t, img in enumerate(f):
-            canvas[i * (h + gap) : i * (h + gap) + h, t * (w + gap) : t * (w + gap) + w] = img
+    """Show clips as rows of frames on one axes.
+
+    ValueError naming the shape where frames are not (T, H, W, 3) uint8 of one size."""
+    clips = [clip[::every] for clip in _clips(frames)]
+    labels = [labels] if isinstance(labels, str) else list(labels or [""] * len(clips))
+    if len(labels) != len(clips):
+        raise ValueError(f"{len(labels)} labels for {len(clips)} clips")
+    h, w = clips[0].shape[1:3]
+    gap = max(1, w // 16)
+    longest = max(map(len, clips))
+    canvas = np.full((len(clips) * (h + gap) - gap, longest * (w + gap) - gap, 3), 255, np.uint8)
+    for row, clip in enumerate(clips):
+        for t, image in enumerate(clip):
+            top, left = row * (h + gap), t * (w + gap)
+            canvas[top : top + h, left : left + w] = image
     ax = _axes(ax, (8, 0.35 + 8 * 0.8 * canvas.shape[0] / canvas.shape[1]))
     ax.imshow(canvas)
     ax.grid(False)
-    ax.set_yticks([i * (h + gap) + h / 2 for i in range(len(rows))], labels)
+    ax.set_yticks([row * (h + gap) + h / 2 for row in range(len(clips))], labels)
     ax.set_xticks([])
     ax.tick_params(length=0)
     ax.set_title(title)
-    for s in ax.spines.values():
-        s.set_visible(False)
-    for t, c in zip(ax.get_yticklabels(), colors or []):
-        t.set_color(c)
+    ax.spines[:].set_visible(False)
+    for text, color in zip(ax.get_yticklabels(), colors or [], strict=False):
+        text.set_color(color)
     return ax
 
 # %% ../nbs/05_plots.ipynb #ee790762
-def _text(v, digits: int) -> str:
-    if v is None or v is pd.NA or v is pd.NaT or (isinstance(v, (float, np.floating)) and math.isnan(v)):
+def _text(value, digits: int) -> str:
+    "A cell's text: a dash where it is missing, floats with `digits` decimals."
+    is_float = isinstance(value, (float, np.floating))
+    if value is None or value is pd.NA or value is pd.NaT or (is_float and math.isnan(value)):
         return "–"
-    if isinstance(v, (float, np.floating)):
-        return f"{v:.{digits}f}"
-    return str(v)
+    return f"{value:.{digits}f}" if is_float else str(value)
 
 
-def markdown_text(s: str) -> str:
+def markdown_text(text: str) -> str:
     "Text that a Markdown page shows as it is: no markup, HTML or end of a table cell comes of it."
-    s = html.escape(str(s), quote=False).replace("\n", " ")
-    return re.sub(r"([\\`*_\[\]|$])", r"\\\1", s)
+    escaped = html.escape(" ".join(str(text).splitlines()), quote=False)
+    return re.sub(r"([\\`*_\[\]|$~])", r"\\\1", escaped)
 
 
 def table_md(
@@ -203,53 +229,56 @@ def table_md(
     markdown=(),  # columns whose cells are Markdown already
 ) -> str:  # ends with a newline
     "A frame as a GitHub Markdown table, without its index; columns of numbers are aligned to the right."
+    columns = []
+    for position, name in enumerate(df.columns):
+        column = df.iloc[:, position]
+        is_number = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+        cells = [_text(value, digits) for value in column]
+        if name not in markdown:
+            cells = [markdown_text(cell) for cell in cells]
+        columns.append([markdown_text(name), "--:" if is_number else "---", *cells])
+    return "".join(f"| {' | '.join(row)} |\n" for row in zip(*columns, strict=True))
 
-    def cell(value, column=None):
-        text = _text(value, digits)
-        return text if column in markdown else markdown_text(text)
-
-    right = [pd.api.types.is_numeric_dtype(t) and not pd.api.types.is_bool_dtype(t) for t in df.dtypes]
-    lines = [
-        [cell(c) for c in df.columns],
-        ["--:" if r else "---" for r in right],
-        *[
-            [cell(v, c) for v, c in zip(row, df.columns, strict=True)]
-            for row in df.itertuples(index=False, name=None)
-        ],
-    ]
-    return "".join(f"| {' | '.join(l)} |\n" for l in lines)
+# %% ../nbs/05_plots.ipynb #6368a8af
+def _best_values(df, best: dict, competes) -> dict:  # column -> its best value
+    "The highest or lowest value of some columns, among the rows that compete."
+    _check_columns(df, *best)
+    out = {}
+    for column, end in best.items():
+        if end not in ("max", "min"):
+            raise ValueError(f"best is max or min, got {end!r}")
+        values = pd.to_numeric(df.loc[competes, column], errors="coerce")
+        out[column] = values.max() if end == "max" else values.min()
+    return out
 
 
 def table_html(
     df,
-    best=None,  # columns of which the highest value is set bold; a name -> "max" or "min" dictionary also says which end is best
-    digits: int = 2,
+    best=None,  # columns whose highest value is bold; or column -> "max" or "min"
+    digits: int = 2,  # decimals
     notes=(),  # lines below the table
     caption: str = "",
-    skip=(),
-) -> str:  # skip: labels in the first column that do not compete (chance, ceiling, the paper's rows)
-    "A frame as html: header, rows, the best of some columns in bold, notes below. Text is escaped."
+    skip=(),  # labels in the first column that do not compete (chance, ceiling, the paper's rows)
+) -> str:
+    "A frame as HTML: header, rows, the best of some columns in bold, notes below. Text is escaped."
     best = best if isinstance(best, dict) else dict.fromkeys(best or [], "max")
-    _need(df, *best)
-    if bad := [v for v in best.values() if v not in ("max", "min")]:
-        raise ValueError(f"best is max or min, got {bad[0]!r}")
-    runs = ~df.iloc[:, 0].isin(list(skip)) if len(df.columns) else []
-    top = {c: getattr(pd.to_numeric(df.loc[runs, c], errors="coerce"), how)() for c, how in best.items()}
+    competes = ~df.iloc[:, 0].isin(list(skip)) if len(df.columns) else []
+    top = _best_values(df, best, competes)
 
-    def cell(c, v, ok):
-        s = html.escape(_text(v, digits))
-        num = isinstance(v, (int, float, np.number)) and not isinstance(v, bool)
-        bold = (
-            c in top and ok and num and f"{v:.{digits}f}" == f"{top[c]:.{digits}f}"
-        )  # ties at the printed precision are all bold
-        return f"<td{' class=num' if num else ''}>{f'<b>{s}</b>' if bold else s}</td>"
+    def cell(column, value, competing):
+        text = html.escape(_text(value, digits))
+        if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
+            return f"<td>{text}</td>"
+        # ties at the printed precision are all bold
+        bold = competing and column in top and f"{value:.{digits}f}" == f"{top[column]:.{digits}f}"
+        return f"<td class=num>{f'<b>{text}</b>' if bold else text}</td>"
 
-    head = "".join(f"<th>{html.escape(str(c))}</th>" for c in df.columns)
-    body = "\n".join(
-        "<tr>" + "".join(cell(c, v, ok) for c, v in zip(df.columns, row)) + "</tr>"
-        for row, ok in zip(df.itertuples(index=False, name=None), runs)
-    )
-    cap = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return f"<table>{cap}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>" + "".join(
-        f"<p class=note>{html.escape(n)}</p>" for n in notes
-    )
+    rows = []
+    for values, competing in zip(df.itertuples(index=False, name=None), competes, strict=True):
+        cells = (cell(column, value, competing) for column, value in zip(df.columns, values, strict=True))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in df.columns)
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    body = "\n".join(rows)
+    below = "".join(f"<p class=note>{html.escape(note)}</p>" for note in notes)
+    return f"<table>{title}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>{below}"

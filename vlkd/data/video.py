@@ -7,18 +7,26 @@ __all__ = ['VideoError', 'VideoWarning', 'write_mp4', 'Sample', 'stream_frames',
            'load_features', 'extract']
 
 # %% ../../nbs/11_data.video.ipynb #5a952091
-import contextlib
 import math
 import os
-import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from ..core.files import atomic, fingerprint, locked, read_json, sha256_file, write_json
+from vlkd.core.files import (
+    atomic,
+    file_problem,
+    fingerprint,
+    locked,
+    printable,
+    read_json,
+    save_safetensors,
+    sha256_file,
+    write_json,
+)
 
 # %% ../../nbs/11_data.video.ipynb #df4b8d31
 class VideoError(ValueError):
@@ -30,108 +38,40 @@ class VideoWarning(UserWarning):
 
 
 def _av():
+    "PyAV, silent: ffmpeg's own complaints come back as exceptions."
     try:
         import av
     except ImportError:
         raise ImportError(
-            "reading and writing video files needs PyAV: install the `video` extra of this library (or `av` itself)"
+            "reading and writing video files needs PyAV:"
+            " install the `video` extra of this library (or `av` itself)"
         ) from None
-    av.logging.set_level(av.logging.PANIC)  # ffmpeg's own complaints come back as exceptions
+    av.logging.set_level(av.logging.PANIC)
     return av
 
 
 def _open(path):
     "Container and first real video stream of a file."
-    av, p = _av(), Path(path)
-    if not p.is_file():
-        raise FileNotFoundError(f"{p}: no such video file")
-    if not p.stat().st_size:
-        raise VideoError(f"{p}: the file is empty")
+    av, path = _av(), Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such video file")
+    if not path.stat().st_size:
+        raise VideoError(f"{path}: the file is empty")
     try:
-        c = av.open(str(p), metadata_errors="ignore")
+        container = av.open(str(path), metadata_errors="ignore")
     except (av.FFmpegError, ValueError) as e:
-        raise VideoError(
-            f"{p}: not a readable video file, or cut off before its index ({getattr(e, 'strerror', None) or e})"
-        ) from None
-    streams = [s for s in c.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        why = getattr(e, "strerror", None) or e
+        raise VideoError(f"{path}: not a readable video file, or cut off before its index ({why})") from None
+    cover = av.stream.Disposition.attached_pic
+    streams = [s for s in container.streams.video if not s.disposition & cover]
     if not streams:
-        c.close()
-        raise VideoError(f"{p}: no video stream in this file")
-    return c, streams[0]
+        container.close()
+        raise VideoError(f"{path}: no video stream in this file")
+    return container, streams[0]
 
-# %% ../../nbs/11_data.video.ipynb #64c677a2
-def write_mp4(
-    path,  # where the file goes
-    frames,  # uint8 (T, H, W, 3), RGB; H and W even
-    fps: float,  # frames a second
-    crf: int = 12,  # H.264 quality, 0 (lossless luma) to 51
-) -> Path:
-    "Write frames as an H.264 mp4, whole or not at all."
-    a = np.asarray(frames)
-    if a.dtype != np.uint8 or a.ndim != 4 or a.shape[-1] != 3 or not len(a):
-        raise ValueError(f"frames should be uint8 (T, H, W, 3) with T > 0, got {a.dtype} {a.shape}")
-    if a.shape[1] % 2 or a.shape[2] % 2:
-        raise ValueError(f"H.264 needs an even height and width, got {a.shape[1]} x {a.shape[2]}")
-    if not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps should be a positive number, got {fps}")
-    av = _av()
-    with atomic(path, "wb") as f, av.open(f, "w", format="mp4") as c:
-        s = c.add_stream(
-            "h264", rate=Fraction(fps).limit_denominator(1001), options=dict(crf=str(crf), threads="1")
-        )
-        s.height, s.width, s.pix_fmt = a.shape[1], a.shape[2], "yuv420p"
-        for x in a:
-            c.mux(s.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(x), format="rgb24")))
-        c.mux(s.encode())
-    return Path(path)
-
-# %% ../../nbs/11_data.video.ipynb #c726a947
-def _period(s) -> Fraction:
-    "Seconds a frame lasts by the stream's own rate; 1/25 where it states none."
-    return 1 / Fraction(s.guessed_rate or s.average_rate or 25)
-
-
-def _stamps(frames):
-    "Yield (timestamp or None, frame): the pts, or the dts from where more pts than dts have run backwards, as they do in old AVI files."
-    lasts, faults = [None, None], [0, 0]
-    for f in frames:
-        both = [f.pts, f.dts]
-        for i, x in enumerate(both):
-            if x is not None:
-                faults[i] += lasts[i] is not None and x <= lasts[i]
-                lasts[i] = x
-        use = 0 if both[0] is not None and (faults[0] <= faults[1] or both[1] is None) else 1
-        yield (both[use] if f.time_base else None), f
-
-
-def _timeline(c, s):
-    "Yield (seconds as a Fraction, frame) in the order in which the decoder gives them, times never running backwards."
-    last, shift, period = None, Fraction(0), _period(s)
-    for n, f in _stamps(c.decode(s)):
-        t = None if n is None else n * f.time_base + shift
-        if t is None:
-            t = Fraction(0) if last is None else last + period
-        elif last is not None and t < last:
-            shift += last + period - t
-            t = last + period
-        last = t
-        yield t, f
-
-
-def _turns(f) -> int:
-    return (
-        round((f.rotation or 0) / 90) % 4
-    )  # counterclockwise quarter turns that its rotation entry asks for
-
-
-def _rgb(f, size):
-    "A decoded frame as uint8 (H, W, 3), scaled to `size`, turned as its rotation entry asks (in quarter turns)."
-    k = _turns(f)
-    h, w = (f.height, f.width) if size is None else size[::-1] if k % 2 else size
-    return np.ascontiguousarray(np.rot90(f.to_ndarray(format="rgb24", width=w, height=h), k))
-
-# %% ../../nbs/11_data.video.ipynb #0c6561ec
-def _check_sampling(fps, size, start, end, max_frames):
+# %% ../../nbs/11_data.video.ipynb #af75aa9c
+def _check_sampling(fps, size=None, start=None, end=None, max_frames=1) -> tuple | None:  # (height, width)
+    "Check the arguments of a reader; one number as `size` means a square."
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps should be a positive number, got {fps}")
     if max_frames < 1:
@@ -144,175 +84,263 @@ def _check_sampling(fps, size, start, end, max_frames):
         size = (size, size)
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"size should be None, one number or (height, width), got {size}")
-    return size
+    return None if size is None else tuple(size)
+
+# %% ../../nbs/11_data.video.ipynb #64c677a2
+def write_mp4(
+    path,  # where the file goes
+    frames,  # uint8 (T, H, W, 3), RGB; H and W even
+    fps: float,  # frames a second
+    crf: int = 12,  # H.264 quality, 0 (lossless luma) to 51
+) -> Path:
+    "Write frames as an H.264 mp4, complete or not at all."
+    frames = np.asarray(frames)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        raise ValueError(f"frames should be uint8 (T, H, W, 3) with T > 0, got {frames.dtype} {frames.shape}")
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"H.264 needs an even height and width, got {height} x {width}")
+    _check_sampling(fps)
+    av = _av()
+    with atomic(path, "wb") as f, av.open(f, "w", format="mp4") as container:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("h264", rate=rate, options=dict(crf=str(crf), threads="1"))
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return Path(path)
+
+# %% ../../nbs/11_data.video.ipynb #c726a947
+def _period(stream) -> Fraction:
+    "Seconds a frame lasts by the stream's own rate; 1/25 where it states none."
+    return 1 / Fraction(stream.guessed_rate or stream.average_rate or 25)
 
 
-def _seek(c, s, path, lo):
-    "Jump to a key frame before `lo` seconds; returns the container, its stream and the time of the first frame (None: start from the beginning)."
-    with contextlib.suppress(
-        _av().FFmpegError, StopIteration, TypeError
-    ):  # TypeError: a frame without a timestamp
-        f = next(c.decode(s))
-        t0 = f.pts * f.time_base
-        c.seek(int((t0 + lo) / s.time_base), stream=s, backward=True)
-        g = next(c.decode(s))
-        if g.pts is not None and g.pts * g.time_base <= t0 + lo:
-            c.seek(int((t0 + lo) / s.time_base), stream=s, backward=True)
-            return c, s, t0
-    c.close()
-    return *_open(path), None
+def _timestamps(frames):
+    "Yield (pts, frame), or (dts, frame) once more pts than dts have run backwards, as in old AVI files."
+    last, backwards = [None, None], [0, 0]
+    for frame in frames:
+        stamps = [frame.pts, frame.dts]
+        for i, stamp in enumerate(stamps):
+            if stamp is not None:
+                backwards[i] += last[i] is not None and stamp <= last[i]
+                last[i] = stamp
+        pts_is_better = backwards[0] <= backwards[1] or frame.dts is None
+        stamp = frame.pts if frame.pts is not None and pts_is_better else frame.dts
+        yield (stamp if frame.time_base else None), frame
+
+
+def _timeline(container, stream):
+    "Yield (seconds as a Fraction, frame) in the decoder's order, times never running backwards."
+    last, shift, period = None, Fraction(0), _period(stream)
+    for stamp, frame in _timestamps(container.decode(stream)):
+        if stamp is None:
+            time = Fraction(0) if last is None else last + period
+        else:
+            time = stamp * frame.time_base + shift
+            if last is not None and time < last:
+                shift += last + period - time
+                time = last + period
+        last = time
+        yield time, frame
+
+# %% ../../nbs/11_data.video.ipynb #0c6561ec
+def _seek(container, stream, path, start: Fraction):
+    "Jump to a key frame before `start` seconds: container, stream and the time of the first frame."
+    av = _av()
+    try:
+        first_frame = next(container.decode(stream))
+        first = first_frame.pts * first_frame.time_base
+        target = int((first + start) / stream.time_base)
+        container.seek(target, stream=stream, backward=True)
+        key_frame = next(container.decode(stream))
+        if key_frame.pts is not None and key_frame.pts * key_frame.time_base <= first + start:
+            container.seek(target, stream=stream, backward=True)
+            return container, stream, first
+    except (av.FFmpegError, StopIteration, TypeError):  # TypeError: a frame without a timestamp
+        pass
+    container.close()
+    return *_open(path), None  # from the beginning
 
 # %% ../../nbs/11_data.video.ipynb #aae22d8d
 class Sample:
-    "A decoded frame and the second at which it is shown; consecutive samples of one frame share their pixels."
+    "A decoded frame and the second at which it is shown; samples of one frame share their pixels."
 
-    def __init__(self, frame, time: float, seen: dict):
-        self.frame, self.time, self.seen = frame, time, seen
+    def __init__(self, frame, time: float, pixels: dict):
+        self.frame, self.time, self.pixels = frame, time, pixels
+        self.turns = round((frame.rotation or 0) / 90) % 4  # quarters, counterclockwise
 
     @property
-    def shape(self) -> tuple:  # (height, width), after rotation
-        f = self.frame
-        return (f.width, f.height) if _turns(f) % 2 else (f.height, f.width)
+    def shape(self) -> tuple[int, int]:  # (height, width), after rotation
+        height, width = self.frame.height, self.frame.width
+        return (width, height) if self.turns % 2 else (height, width)
 
     def rgb(self, size=None) -> np.ndarray:  # uint8 (H, W, 3)
-        "Its pixels, scaled to `size` (height, width)."
-        if size not in self.seen:
-            self.seen[size] = _rgb(self.frame, size)
-        return self.seen[size]
+        "Its pixels, turned as the file asks, scaled to `size` (height, width)."
+        if size not in self.pixels:
+            height, width = size or self.shape
+            if self.turns % 2:
+                height, width = width, height
+            stored = self.frame.to_ndarray(format="rgb24", width=width, height=height)
+            self.pixels[size] = np.ascontiguousarray(np.rot90(stored, self.turns))
+        return self.pixels[size]
+
+
+class _Clock:
+    "The times start, start + 1/fps, ... before `end`, at most `max_frames` of them."
+
+    def __init__(self, fps, start, end, max_frames):
+        self.step = 1 / Fraction(fps).limit_denominator(10**6)
+        self.start = Fraction(start or 0)
+        self.end = math.inf if end is None else Fraction(end)
+        self.max_frames, self.count = max_frames, 0
+
+    @property
+    def time(self) -> Fraction:
+        return self.start + self.count * self.step
+
+    def due(self, until=math.inf) -> bool:
+        "Whether a sample is to be taken before `until`."
+        return self.count < self.max_frames and self.time < min(until, self.end)
+
+    def samples(self, frame, until) -> Iterator[Sample]:
+        "The samples that a frame shown until then gives."
+        pixels = {}
+        while frame is not None and self.due(until):
+            yield Sample(frame, float(self.time), pixels)
+            self.count += 1
+
+
+def _length(container, stream) -> float:
+    "Seconds that the file says it lasts; 0 where it does not."
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / 1e6
 
 
 def stream_frames(
     path,  # any container and codec that ffmpeg reads
     fps: float = 1.0,  # samples a second
-    start: float = None,  # seconds from the first frame
-    end: float = None,  # samples lie before this second
+    start: float | None = None,  # seconds from the first frame
+    end: float | None = None,  # samples lie before this second
     max_frames: int = 512,  # later samples are left out
-):
-    "Yield a `Sample` for start, start + 1/fps, ...; `VideoError` where there are none, `VideoWarning` at the end where the file breaks off."
+) -> Iterator[Sample]:
+    """Yield a `Sample` for start, start + 1/fps, ...
+
+    `VideoError` where there are none, `VideoWarning` at the end where the file breaks off."""
     _check_sampling(fps, None, start, end, max_frames)
-    av = _av()
-    c, s = _open(path)
-    step, lo = 1 / Fraction(fps).limit_denominator(10**6), Fraction(start or 0)
-    hi = Fraction(end) if end is not None else math.inf
-    n, prev, seen, t0, stop, bad, broken = 0, None, {}, None, Fraction(0), 0, ""
-    due = lambda until: n < max_frames and lo + n * step < min(until, hi)
+    av, clock = _av(), _Clock(fps, start, end, max_frames)
+    container, stream = _open(path)
+    first, frame, stop, corrupt, problem = None, None, Fraction(0), 0, ""
     try:
         try:
-            if lo > 5:
-                c, s, t0 = _seek(c, s, path, lo)
-            for t, f in _timeline(c, s):
-                if t0 is None:
-                    t0 = t
-                t -= t0
-                while prev is not None and due(t):
-                    yield Sample(prev, float(lo + n * step), seen)
-                    n += 1
-                prev, seen, bad = f, {}, bad + bool(f.is_corrupt and t >= lo)
-                stop = t + (f.duration * f.time_base if f.duration and f.time_base else _period(s))
-                if not due(math.inf):
+            if clock.start > 5:
+                container, stream, first = _seek(container, stream, path, clock.start)
+            for time, following in _timeline(container, stream):
+                first = time if first is None else first
+                time -= first
+                yield from clock.samples(frame, time)
+                frame = following
+                corrupt += frame.is_corrupt and time >= clock.start
+                known = frame.duration and frame.time_base
+                stop = time + (frame.duration * frame.time_base if known else _period(stream))
+                if not clock.due():
                     break
-            while prev is not None and due(stop):
-                yield Sample(prev, float(lo + n * step), seen)
-                n += 1
+            yield from clock.samples(frame, stop)
         except av.FFmpegError as e:
-            broken = f"decoding breaks off at {float(stop):.2f} s ({e.strerror})"
-        whole = float(s.duration * s.time_base) if s.duration and s.time_base else (c.duration or 0) / 1e6
-        if not n and prev is not None and not broken:
-            raise VideoError(f"{path}: start={start} s lies after the end of the video ({float(stop):.2f} s)")
-        if not n and prev is not None and not lo:
-            yield Sample(prev, 0.0, seen)
-            n = 1  # it broke off within the first frame's time
-        if not n:
-            raise VideoError(f"{path}: no frame could be decoded" + (f": {broken}" if broken else ""))
-        if not broken and due(math.inf) and float(stop + max(t0, 0)) < 0.9 * whole:
-            broken = f"the frames end at {float(stop):.2f} s of {whole:.2f} s"
-        if not broken and bad:
-            broken = f"{bad} frames are damaged"
-        if broken:
-            warnings.warn(f"{path}: {broken}; {n} frames were read", VideoWarning, stacklevel=2)
+            problem = f"decoding breaks off at {float(stop):.2f} s ({e.strerror})"
+        if frame is not None and not clock.count:
+            if not problem:
+                ends = f"the end of the video ({float(stop):.2f} s)"
+                raise VideoError(f"{path}: start={start} s lies after {ends}")
+            if not clock.start:  # it broke off within the first frame's time
+                yield Sample(frame, 0.0, {})
+                clock.count = 1
+        if not clock.count:
+            raise VideoError(f"{path}: no frame could be decoded{problem and f': {problem}'}")
+        length = _length(container, stream)
+        if not problem and clock.due() and float(stop + max(first, 0)) < 0.9 * length:
+            problem = f"the frames end at {float(stop):.2f} s of {length:.2f} s"
+        elif not problem and corrupt:
+            problem = f"{corrupt} frames are damaged"
+        if problem:
+            warnings.warn(f"{path}: {problem}; {clock.count} frames were read", VideoWarning, stacklevel=2)
     finally:
-        c.close()
+        container.close()
 
 # %% ../../nbs/11_data.video.ipynb #0b80f82b
 def read_frames(
     path,  # any container and codec that ffmpeg reads
     fps: float = 1.0,  # samples a second
     size=None,  # None: as stored; one number: square; (height, width)
-    start: float = None,  # seconds from the first frame
-    end: float = None,  # samples lie before this second
+    start: float | None = None,  # seconds from the first frame
+    end: float | None = None,  # samples lie before this second
     max_frames: int = 512,  # later samples are left out
 ) -> tuple[np.ndarray, np.ndarray]:  # frames uint8 (T, H, W, 3), times (T,) in seconds
-    "Decode the frames shown at start, start + 1/fps, ...; `VideoError` where there are none, `VideoWarning` where the file breaks off."
+    """The frames shown at start, start + 1/fps, ...
+
+    `VideoError` where there are none, `VideoWarning` where the file breaks off."""
     size = _check_sampling(fps, size, start, end, max_frames)
-    out, times = [], []
-    for x in stream_frames(path, fps, start, end, max_frames):
-        out.append(x.rgb(None if size is None else tuple(size)))
-        times.append(x.time)
-    return np.stack(out), np.array(times)
+    samples = [(s.rgb(size), s.time) for s in stream_frames(path, fps, start, end, max_frames)]
+    return np.stack([frame for frame, _ in samples]), np.array([time for _, time in samples])
 
 # %% ../../nbs/11_data.video.ipynb #fd1ee53e
+def _read_photo(path: Path, size) -> np.ndarray:  # uint8 (H, W, 3)
+    from PIL import Image
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such photo")
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            if size is not None:
+                image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+            return np.asarray(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise VideoError(f"{path}: not a readable photo ({e})") from None
+
+
 def read_photos(
     paths,  # a photo or several
     size=None,  # None: as stored, all alike; one number: square; (height, width)
 ) -> tuple[np.ndarray, np.ndarray]:  # frames uint8 (T, H, W, 3), times 0, 1, ...
     "Read photos as the frames of a clip; `VideoError` names the one that cannot be read."
-    from PIL import Image
-
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    size = _check_sampling(1, size, None, None, 1)
-    out = []
     if not paths:
         raise ValueError("read_photos needs at least one photo")
-    for p in map(Path, paths):
-        if not p.is_file():
-            raise FileNotFoundError(f"{p}: no such photo")
-        try:
-            with Image.open(p) as im:
-                im = im.convert("RGB")
-                out.append(
-                    np.asarray(im if size is None else im.resize(size[::-1], Image.Resampling.BILINEAR))
-                )
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            raise VideoError(f"{p}: not a readable photo ({e})") from None
-        if out[-1].shape != out[0].shape:
-            raise VideoError(
-                f"{p}: {out[-1].shape[:2]} pixels, but {paths[0]} has {out[0].shape[:2]}; pass size"
-            )
-    return np.stack(out), np.arange(len(out), dtype=float)
+    size = _check_sampling(1, size)
+    photos = [_read_photo(Path(p), size) for p in paths]
+    for path, photo in zip(paths, photos, strict=True):
+        if photo.shape != photos[0].shape:
+            shapes = f"{photo.shape[:2]} pixels, but {paths[0]} has {photos[0].shape[:2]}"
+            raise VideoError(f"{path}: {shapes}; pass size")
+    return np.stack(photos), np.arange(len(photos), dtype=float)
 
 # %% ../../nbs/11_data.video.ipynb #a91c0191
-def _manifest(out) -> Path:
-    return Path(out) / "manifest.json"
-
-
-def _shard_rows(f: Path, info: dict) -> np.ndarray:
+def _shard_rows(shard: Path, sha256: str) -> np.ndarray:
     "Rows (R, F) of one shard, after its checksum has been compared."
-    from safetensors.numpy import load
+    from safetensors.numpy import load_file
 
-    b = f.read_bytes() if f.is_file() else None
-    if b is None:
-        raise ValueError(f"{f}: this shard is missing; run `extract` again to rebuild it")
-    import hashlib
-
-    if hashlib.sha256(b).hexdigest() != info["sha256"]:
-        raise ValueError(
-            f"{f}: this shard is damaged (its checksum differs); run `extract` again to rebuild it"
-        )
-    return load(b)["features"]
+    if problem := file_problem(shard, sha256):
+        raise ValueError(f"{problem}; run `extract` again to rebuild it")
+    return load_file(shard)["features"]
 
 # %% ../../nbs/11_data.video.ipynb #0cb3c3db
 class Features(Mapping):
-    "Features of a folder made by `extract`: id -> (T, F) array. A shard's checksum is compared when it is first read."
+    "Features in a folder of `extract`: id -> (T, F). Checksums are compared when a shard is first read."
 
     def __init__(self, out):
         self.folder = Path(out)
-        if not _manifest(out).is_file():
-            raise FileNotFoundError(f"{_manifest(out)}: no features here; run `extract` first")
-        self.manifest = read_json(_manifest(out))
+        manifest = self.folder / "manifest.json"
+        if not manifest.is_file():
+            raise FileNotFoundError(f"{manifest}: no features here; run `extract` first")
+        self.manifest = read_json(manifest)
         self._rows = {}
 
     @property
-    def errors(self) -> dict:
+    def errors(self) -> dict:  # id -> why there are no features of it
         return self.manifest["errors"]
 
     @property
@@ -326,19 +354,19 @@ class Features(Mapping):
         return iter(self.manifest["items"])
 
     def __repr__(self):
-        return f"Features({self.folder.name}: {len(self)} items, {len(self.errors)} errors, {self.manifest['encoder']})"
+        counts = f"{len(self)} items, {len(self.errors)} errors"
+        return f"Features({self.folder.name}: {counts}, {self.manifest['encoder']})"
 
     def __getitem__(self, id):
-        it = self.manifest["items"].get(id)
-        if it is None:
-            raise KeyError(
-                f"{self.folder}: no features of {id!r}"
-                + (f": {self.errors[id]}" if id in self.errors else "")
-            )
-        s = it["shard"]
-        if s not in self._rows:
-            self._rows[s] = _shard_rows(self.folder / s, self.manifest["shards"][s])
-        return self._rows[s][it["row"] : it["row"] + it["length"]]
+        item = self.manifest["items"].get(id)
+        if item is None:
+            why = f": {self.errors[id]}" if id in self.errors else ""
+            raise KeyError(f"{self.folder}: no features of {id!r}{why}")
+        shard = item["shard"]
+        if shard not in self._rows:
+            sha256 = self.manifest["shards"][shard]["sha256"]
+            self._rows[shard] = _shard_rows(self.folder / shard, sha256)
+        return self._rows[shard][item["row"] : item["row"] + item["length"]]
 
 
 def load_features(out) -> Features:
@@ -346,40 +374,38 @@ def load_features(out) -> Features:
     return Features(out)
 
 # %% ../../nbs/11_data.video.ipynb #c432f694
-def _source(p) -> list:
-    "What tells that an item's files changed: name, size and modification time."
-    ps = [p] if isinstance(p, (str, os.PathLike)) else list(p)
-    return [
-        [
-            Path(q).name,
-            *((Path(q).stat().st_size, Path(q).stat().st_mtime_ns) if Path(q).is_file() else (-1, -1)),
-        ]
-        for q in ps
-    ]
-
-
-def _items(paths) -> dict:
-    if isinstance(paths, Mapping):
-        return {str(k): v for k, v in paths.items()}
-    out = {}
-    for p in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
-        if p.stem in out:
-            raise ValueError(f"{out[p.stem]} and {p} share the name {p.stem!r}; pass a dict from id to path")
-        out[p.stem] = p
+def _source(paths) -> list:
+    "What shows that an item's files changed: name, size and modification time."
+    out = []
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        path = Path(path)
+        stat = path.stat() if path.is_file() else None
+        out.append([path.name, stat.st_size if stat else -1, stat.st_mtime_ns if stat else -1])
     return out
 
 
-def _encode(id, path, encoder, read, dtype):
+def _items(paths) -> dict:  # id -> path
+    if isinstance(paths, Mapping):
+        return {str(id): path for id, path in paths.items()}
+    out = {}
+    for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
+        if path.stem in out:
+            both = f"{out[path.stem]} and {path}"
+            raise ValueError(f"{both} share the name {path.stem!r}; pass a dict from id to path")
+        out[path.stem] = path
+    return out
+
+
+def _encode(id, path, encoder, read, dtype) -> tuple[np.ndarray, str]:
     "Features (T, F) of one item, and the reader's warning if there was one."
-    with warnings.catch_warnings(record=True) as w:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         frames, _ = read(path)
-    note = "; ".join(str(i.message) for i in w if issubclass(i.category, VideoWarning))
+    note = "; ".join(str(w.message) for w in caught if issubclass(w.category, VideoWarning))
     x = np.asarray(encoder.encode(frames))
-    if x.shape != (len(frames), encoder.dim):
-        raise ValueError(
-            f"{id}: {encoder.name} gave {x.shape} for {len(frames)} frames, not {(len(frames), encoder.dim)}"
-        )
+    wanted = (len(frames), encoder.dim)
+    if x.shape != wanted:
+        raise ValueError(f"{id}: {encoder.name} gave {x.shape} for {len(frames)} frames, not {wanted}")
     with np.errstate(over="ignore"):
         x = x.astype(dtype)
     if not np.isfinite(x).all():
@@ -388,23 +414,36 @@ def _encode(id, path, encoder, read, dtype):
 
 # %% ../../nbs/11_data.video.ipynb #8b4b7f60
 def _resume(out: Path, head: dict) -> dict:
-    "The manifest of `out` without what its damaged shards held; a new one where there is none."
-    if not _manifest(out).is_file():
+    "The manifest of `out` without what its changed shards held; a new one where there is none."
+    if not (out / "manifest.json").is_file():
         return dict(head, shards={}, items={}, errors={}, warnings={})
-    m = read_json(_manifest(out))
-    diff = [f"{k} {m.get(k)!r} instead of {v!r}" for k, v in head.items() if m.get(k) != v]
-    if diff:
+    manifest = read_json(out / "manifest.json")
+    other = [f"{k} {manifest.get(k)!r} instead of {v!r}" for k, v in head.items() if manifest.get(k) != v]
+    if other:
         raise ValueError(
-            f"{out} holds other features ({'; '.join(diff)}): give another folder, or delete this one"
+            f"{out} holds other features ({'; '.join(other)}): give another folder, or delete this one"
         )
-    for s in list(m["shards"]):
-        try:
-            _shard_rows(out / s, m["shards"][s])
-        except ValueError as e:
-            print(f"{e}: rebuilding")
-            del m["shards"][s]
-            m["items"] = {k: v for k, v in m["items"].items() if v["shard"] != s}
-    return m
+    for shard, entry in list(manifest["shards"].items()):
+        if problem := file_problem(out / shard, entry["sha256"]):
+            print(f"{problem}: rebuilding")
+            del manifest["shards"][shard]
+            manifest["items"] = {k: v for k, v in manifest["items"].items() if v["shard"] != shard}
+    return manifest
+
+
+def _store(out: Path, manifest: dict, encoded: dict) -> None:
+    "Write the features in `encoded` (id -> (features, source)) as a shard, then the manifest with it."
+    if encoded:
+        features = [x for x, _ in encoded.values()]
+        sources = [source for _, source in encoded.values()]
+        shard = f"shard-{fingerprint(sorted(encoded), sources)}.safetensors"
+        save_safetensors({"features": np.concatenate(features)}, out / shard)
+        row = 0
+        for id, (x, source) in encoded.items():
+            manifest["items"][id] = dict(row=row, length=len(x), source=source, shard=shard)
+            row += len(x)
+        manifest["shards"][shard] = dict(sha256=sha256_file(out / shard), rows=row)
+    write_json(out / "manifest.json", manifest, checksum=True)
 
 
 def extract(
@@ -417,15 +456,19 @@ def extract(
     dtype="float16",  # of the stored features
     read=None,  # path -> (frames, times); None: `read_frames`
 ) -> Features:
-    "Encode every video into checksummed shards under `out`; unreadable files are printed and listed in the manifest's `errors`, and the rest go on."
-    from safetensors.numpy import save
+    """Encode every video into checksummed shards under `out`.
+
+    Unreadable files are printed and listed in the manifest's `errors`, and the rest go on."""
     from tqdm import tqdm
 
     out, items, size = Path(out), _items(paths), getattr(encoder, "size", None)
-    _check_sampling(fps, size, None, None, max_frames)
+    _check_sampling(fps, size, max_frames=max_frames)
     if shard_size < 1:
         raise ValueError(f"shard_size should be at least 1, got {shard_size}")
-    reader = read or (lambda p: read_frames(p, fps=fps, size=size, max_frames=max_frames))
+
+    def read_video(path):
+        return read_frames(path, fps=fps, size=size, max_frames=max_frames)
+
     head = dict(
         encoder=encoder.name,
         dim=encoder.dim,
@@ -435,41 +478,28 @@ def extract(
         reader=getattr(read, "__name__", "read_frames"),
     )
     with locked(out):
-        m = _resume(out, head)
-        for f in set(out.glob("shard-*")) - {out / s for s in m["shards"]}:
-            f.unlink()  # left by a run that was killed before it could list them
-        todo = [k for k, p in items.items() if k not in m["items"] or m["items"][k]["source"] != _source(p)]
-        rows, found = [], {}
-
-        def flush():
-            if rows:
-                s = f"shard-{fingerprint(sorted(found), [v['source'] for v in found.values()])}.safetensors"
-                b = save({"features": np.concatenate(rows)})
-                with atomic(out / s, "wb") as f:
-                    f.write(b)
-                m["shards"][s] = dict(sha256=sha256_file(out / s), rows=sum(map(len, rows)))
-                m["items"].update({k: dict(v, shard=s) for k, v in found.items()})
-                rows.clear()
-                found.clear()
-            write_json(_manifest(out), m, checksum=True)
-
-        for k in tqdm(todo, desc=f"features of {out.name}", disable=None):
-            src = _source(items[k])
-            m["errors"].pop(k, None)
-            m["warnings"].pop(k, None)
+        manifest = _resume(out, head)
+        done, encoded = manifest["items"], {}
+        for left in set(out.glob("shard-*")) - {out / shard for shard in manifest["shards"]}:
+            left.unlink()  # by a run that was killed before it could list them
+        todo = [k for k, path in items.items() if k not in done or done[k]["source"] != _source(path)]
+        for id in tqdm(todo, desc=f"features of {out.name}", disable=None):
+            source = _source(items[id])
+            manifest["errors"].pop(id, None)
+            manifest["warnings"].pop(id, None)
             try:
-                x, note = _encode(k, items[k], encoder, reader, dtype)
+                x, note = _encode(id, items[id], encoder, read or read_video, dtype)
             except (VideoError, FileNotFoundError) as e:
-                print(f"no features of {k}: {e}")
-                m["errors"][k] = str(e)
-                m["items"].pop(k, None)
+                print(f"no features of {printable(id)}: {printable(e)}")
+                manifest["errors"][id] = str(e)
+                done.pop(id, None)
                 continue
             if note:
-                print(note)
-                m["warnings"][k] = note
-            found[k] = dict(row=sum(map(len, rows)), length=len(x), source=src)
-            rows.append(x)
-            if len(found) == shard_size:
-                flush()
-        flush()
+                print(printable(note))
+                manifest["warnings"][id] = note
+            encoded[id] = x, source
+            if len(encoded) == shard_size:
+                _store(out, manifest, encoded)
+                encoded.clear()
+        _store(out, manifest, encoded)
     return Features(out)

@@ -19,7 +19,7 @@ from ..core.files import rng
 from ..data.tasks import get_task, sentences
 from .retrieval import ridge, spaces
 from .stats import pair_examples
-from ..losses.contrastive import unit
+from ..losses.base import unit
 from ..models.video_text import Teacher
 from ..retrieval.nearest import nearest
 from ..tabletop.world import BASE, CLIP_EVENTS, EVENTS, OUTCOME_PHRASES, PAST, World

@@ -12,8 +12,7 @@ import torch
 from ..core.device import device
 from ..core.files import rng
 from ..data.text import Tokens
-from ..losses.contrastive import masked_mean
-from ..models.bert import hidden_states
+from ..models.bert import hidden_states, masked_mean
 from ..models.video_text import Teacher
 from ..retrieval.nearest import nearest
 from ..train.text_student import StudentObjective

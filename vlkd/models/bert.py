@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUICK_DROPOUT', 'ATTENTION', 'bert_config', 'drop', 'Dropout', 'quick_dropout', 'language_model', 'rows_of',
-           'hidden_states', 'mlm_loss', 'DistillationHead', 'save_model', 'load_model']
+           'hidden_states', 'masked_mean', 'mlm_loss', 'DistillationHead', 'save_model', 'load_model']
 
 # %% ../../nbs/35_models.bert.ipynb #a69774c6
 from pathlib import Path
@@ -14,23 +14,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.device import mend_torchvision
-from ..core.files import CHECKSUMS, checksum_problem, read_json, write_checksums
+from ..core.device import at_least_float32, mend_torchvision
+from ..core.files import CHECKSUMS, apply_umask, checksum_problem, read_json, write_checksums
 from ..core.settings import Scale
 
 # %% ../../nbs/35_models.bert.ipynb #31e1b0eb
 mend_torchvision()  # transformers imports torchvision
 
 # %% ../../nbs/35_models.bert.ipynb #c8f406f6
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # %% ../../nbs/35_models.bert.ipynb #ba70e89e
 def bert_config(s: Scale, vocab_size: int, **more) -> BertConfig:
-    "BERT's configuration at a scale."
-    kw = dict(
+    "BERT's configuration at a scale; `more` replaces what the scale says."
+    config = dict(
         vocab_size=vocab_size,
         hidden_size=s.hidden,
         num_hidden_layers=s.layers,
@@ -41,24 +41,23 @@ def bert_config(s: Scale, vocab_size: int, **more) -> BertConfig:
         attention_probs_dropout_prob=s.dropout,
         initializer_range=s.init_std,
     )
-    return BertConfig(**(kw | more))
+    return BertConfig(**(config | more))
 
 
 QUICK_DROPOUT = [True]  # on a CPU; False: torch's own, to compare with
 
 
 def drop(x: torch.Tensor, p: float) -> torch.Tensor:  # as x
-    "Dropout in 16 random bits an element, `p` rounded to 65,536ths: on a CPU random numbers are drawn in one thread, and torch's dropout costs four times as much."
+    """Dropout from 16 random bits an element, `p` rounded to 65,536ths.
+
+    On a CPU random numbers are drawn in one thread, and torch's dropout costs four times as much.
+    On other devices it is torch's."""
     if x.device.type != "cpu" or not QUICK_DROPOUT[0]:
         return F.dropout(x, p)
-    cut = round(p * 2**16)
-    bits = (
-        torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
-        .random_(-(2**63), None)
-        .view(torch.int16)[: x.numel()]
-        .view(x.shape)
-    )
-    return x * (bits >= cut - 2**15).to(x.dtype).mul_(2**16 / (2**16 - cut))
+    dropped = round(p * 2**16)  # of 65,536
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    return x * (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 class Dropout(nn.Dropout):
@@ -68,18 +67,17 @@ class Dropout(nn.Dropout):
         return drop(x, self.p) if self.training and self.p else x
 
 
-def _attend(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kw
-):  # SDPA, but for dropout on a CPU, where SDPA computes what is written here
+def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
+    "SDPA; with dropout on a CPU, what SDPA computes there is written out with `drop`."
     if not dropout or query.device.type != "cpu" or not QUICK_DROPOUT[0]:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
     with torch.autocast("cpu", enabled=False):
-        w = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+        weights = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
         if attention_mask is not None:
-            w = w.masked_fill(~attention_mask, torch.finfo(w.dtype).min)
-        return (drop(w.softmax(-1), dropout) @ value).transpose(1, 2).contiguous(), None
+            weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
+        return (drop(weights.softmax(-1), dropout) @ value).transpose(1, 2).contiguous(), None
 
 
 ATTENTION = "sdpa_quick_dropout"
@@ -88,11 +86,11 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
 
 
 def quick_dropout(lm):
-    "Put `drop` in the place of a model's dropout, that of attention included; returns the model."
-    for m in list(lm.modules()):
-        for k, c in m.named_children():
-            if type(c) is nn.Dropout:
-                setattr(m, k, Dropout(c.p))
+    "Replace a model's dropout, that of attention included, by `drop`; returns the model."
+    for parent in list(lm.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Dropout:
+                setattr(parent, name, Dropout(child.p))
     lm.set_attn_implementation(ATTENTION)
     return lm
 
@@ -106,73 +104,101 @@ def language_model(s: Scale, tokenizer, seed: int) -> BertForMaskedLM:
 
 # %% ../../nbs/35_models.bert.ipynb #5e43e3e4
 def rows_of(
-    lengths, width: int = 0
+    lengths: np.ndarray,  # tokens of each sentence
+    width: int = 0,  # of a row; at least the longest sentence
 ) -> tuple[np.ndarray, np.ndarray]:  # row and column at which each sentence starts
-    "First-fit decreasing: lay sentences of `lengths` end to end into rows as wide as the longest, or `width`."
+    "Pack sentences into rows, the longest first, each into the first row with room (first-fit decreasing)."
     width = max(width, int(lengths.max()))
-    room, row, col = [], np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
+    room, row, column = [], np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
     for i in np.argsort(-lengths, kind="stable"):
         n = int(lengths[i])
-        r = next((k for k, free in enumerate(room) if free >= n), None)
-        if r is None:
-            r = len(room)
+        r = next((k for k, free in enumerate(room) if free >= n), len(room))
+        if r == len(room):
             room.append(width)
-        row[i], col[i] = r, width - room[r]
+        row[i], column[i] = r, width - room[r]
         room[r] -= n
-    return row, col
+    return row, column
 
 
-def hidden_states(lm, ids, mask, types=None, *, pack: bool = None) -> torch.Tensor:  # (B, L, D)
-    """Last hidden states of the BERT within `lm`, a masked LM or a classifier; `types` are token types, 0 where nothing is said. `pack` lays several sentences into a row, each seeing itself alone, and spares the work on padding; the states are the same, and zero where `mask` is false.
-    None: on the CPU, when at least a fifth of the batch is padding at the right."""
+def _packed_states(lm, ids, mask, types):
+    "`hidden_states` by rows of several sentences, each of which sees itself alone."
+    L = mask.shape[1]
+    row, column = rows_of(mask.sum(1).cpu().numpy())
+    sentence, position = mask.nonzero(as_tuple=True)
+    to = torch.from_numpy(row * L + column).to(ids.device)[sentence] + position  # where each token goes
+    rows = int(row.max()) + 1
+
+    def packed(values, empty):
+        out = ids.new_full((rows * L,), empty)
+        out[to] = values
+        return out.view(rows, L)
+
+    owner = packed(sentence, -1)
+    h = lm.bert(
+        input_ids=packed(ids[mask], lm.config.pad_token_id or 0),
+        position_ids=packed(position, 0),
+        token_type_ids=packed(0 if types is None else types[mask], 0),
+        attention_mask=owner[:, None, :, None] == owner[:, None, None, :],
+    ).last_hidden_state
+    out = h.new_zeros(*mask.shape, h.shape[-1])
+    return out.index_put((sentence, position), h.flatten(0, 1)[to])
+
+
+def hidden_states(
+    lm,  # a masked LM or a classifier with a BERT in it
+    ids: torch.Tensor,  # (B, L)
+    mask: torch.Tensor | None,  # (B, L) boolean
+    types: torch.Tensor | None = None,  # (B, L) token types; None: 0
+    *,
+    pack: bool | None = None,  # None: on the CPU, when at least a fifth of the batch is padding at the right
+) -> torch.Tensor:  # (B, L, D)
+    """Last hidden states. `pack` puts several sentences into a row and spares the work on padding.
+
+    Packed states are the same, and zero where `mask` is false."""
     if mask is None or mask.all():
         return lm.bert(input_ids=ids, token_type_ids=types).last_hidden_state
     if pack is None:
-        pack = (
-            ids.device.type == "cpu"
-            and float(mask.float().mean()) < 0.8
-            and not (mask[:, 1:] & ~mask[:, :-1]).any()
+        much_padding = ids.device.type == "cpu" and float(mask.float().mean()) < 0.8
+        pack = much_padding and not (mask[:, 1:] & ~mask[:, :-1]).any()
+    if pack:
+        return _packed_states(lm, ids, mask, types)
+    return lm.bert(input_ids=ids, attention_mask=mask, token_type_ids=types).last_hidden_state
+
+
+def masked_mean(
+    states: torch.Tensor,  # (B, L, D)
+    mask: torch.Tensor | None = None,  # (B, L) boolean, true where a token counts; None: all
+) -> torch.Tensor:  # (B, D), float32 at least
+    "Mean state of the counted tokens of each sentence, zero where none counts."
+    if mask is None:
+        mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    if states.dim() != 3 or mask.dtype != torch.bool or mask.shape != states.shape[:2]:
+        raise ValueError(
+            f"states should be (B, L, D) and the mask boolean (B, L): "
+            f"states {tuple(states.shape)}, mask {tuple(mask.shape)} of {mask.dtype}"
         )
-    if not pack:
-        return lm.bert(input_ids=ids, attention_mask=mask, token_type_ids=types).last_hidden_state
-    L = mask.shape[1]
-    n = mask.sum(1).cpu().numpy()
-    row, col = rows_of(n)
-    b, at = mask.nonzero(as_tuple=True)
-    to = torch.from_numpy(row * L + col).to(ids.device)[b] + at
-    R = int(row.max()) + 1  # where each token goes
-    x, who, place, kind = (ids.new_full((R * L,), v) for v in (lm.config.pad_token_id or 0, -1, 0, 0))
-    x[to], who[to], place[to] = ids[mask], b, at
-    if types is not None:
-        kind[to] = types[mask]
-    who = who.view(R, L)
-    h = lm.bert(
-        input_ids=x.view(R, L),
-        position_ids=place.view(R, L),
-        token_type_ids=kind.view(R, L),
-        attention_mask=(who[:, None, :, None] == who[:, None, None, :]),
-    ).last_hidden_state
-    out = h.new_zeros(*mask.shape, h.shape[-1])
-    return out.index_put((b, at), h.flatten(0, 1)[to])
+    counted = at_least_float32(states).masked_fill(~mask[..., None], 0)
+    return counted.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
 
 
 def mlm_loss(lm: BertForMaskedLM, hidden, ids, where) -> torch.Tensor:
-    "Cross entropy of the true tokens `ids` (B, L) at `where` (B, L), mean over them; the head sees only those positions. Zero where nothing is masked."
+    """Cross entropy of the true tokens `ids` (B, L), mean over the positions `where` (B, L).
+
+    The head sees only those positions. Zero, with gradients of zero, where nothing is masked."""
     logits = lm.cls(hidden[where])
-    return (
-        F.cross_entropy(logits.float(), ids[where]) if len(logits) else (hidden.sum() + logits.sum()) * 0.0
-    )  # gradients of zero, as in a process of several whose part alone has none
+    if not len(logits):  # one of several processes may have no position
+        return (hidden.sum() + logits.sum()) * 0.0
+    return F.cross_entropy(logits.float(), ids[where])
 
 # %% ../../nbs/35_models.bert.ipynb #abc9701d
 class DistillationHead(nn.Sequential):
     "Linear, ReLU, Linear: (..., student width) to (..., teacher width)."
 
-    def __init__(self, width: int, hidden: int, out: int, init_std: float = 0.02):
+    def __init__(self, width: int, hidden: int, out: int):
         super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, out))
-        for m in self:
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
+        for linear in (self[0], self[2]):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
 # %% ../../nbs/35_models.bert.ipynb #88262322
 def save_model(folder, lm, tokenizer) -> Path:
@@ -181,37 +207,47 @@ def save_model(folder, lm, tokenizer) -> Path:
     (folder / CHECKSUMS).unlink(missing_ok=True)
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    apply_umask(folder)
     write_checksums(folder)
     return folder
 
 
-def load_model(folder, **kw) -> tuple[BertForMaskedLM, object]:  # model, tokeniser
-    "Load what `save_model` wrote; a folder that is no BERT, whose tokeniser does not fit, or whose files were changed, is an error. No code that comes with a folder is run."
-    folder = Path(folder)
+def _check_is_bert(folder):
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
-    c = read_json(folder / "config.json")
-    kind = c.get("model_type") if isinstance(c, dict) else c
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else config
     if kind != "bert":
-        raise ValueError(f"{folder} holds a {kind!r} model; a BERT is wanted")
-    why = checksum_problem(folder)
-    also = f" ({why})" if why else ""
+        raise ValueError(f"{folder} holds a {kind!r} model; it should be a BERT")
+
+
+def load_model(folder, **options) -> tuple[BertForMaskedLM, object]:  # model, tokeniser
+    """Load what `save_model` wrote; no code that comes with a folder is run.
+
+    `ValueError` where it is no BERT, its tokeniser does not fit, or its files were changed."""
+    folder = Path(folder)
+    _check_is_bert(folder)
+    problem = checksum_problem(folder)
+    note = f" ({problem})" if problem else ""
     try:
-        lm, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True, **kw)
-        tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        lm, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:
+        reason = str(e).partition("\n")[0][:200]
         raise ValueError(
-            why
-            or f"{folder}: model or tokeniser cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''})"
+            problem or f"{folder}: model or tokeniser cannot be loaded ({type(e).__name__}: {reason})"
         ) from None
-    if lost := [k for k in info["missing_keys"] if not k.startswith("cls.")]:
+    lost = [name for name in info["missing_keys"] if not name.startswith("cls.")]
+    if lost:
         raise ValueError(
-            f"{folder}: the checkpoint lacks {len(lost)} weights, {lost[0]} among them: it belongs to another architecture{also}"
+            f"{folder}: the checkpoint lacks {len(lost)} weights, {lost[0]} among them: "
+            f"it belongs to another architecture{note}"
         )
-    if len(tok) != lm.config.vocab_size:
+    if len(tokenizer) != lm.config.vocab_size:
         raise ValueError(
-            f"{folder}: the tokeniser has {len(tok)} pieces, the model {lm.config.vocab_size}: they do not belong together{also}"
+            f"{folder}: the tokeniser has {len(tokenizer)} vocabulary entries, the model "
+            f"{lm.config.vocab_size}: they do not belong together{note}"
         )
-    if why:
-        raise ValueError(why)
-    return lm, tok
+    if problem:
+        raise ValueError(problem)
+    return lm, tokenizer

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.device import no_autocast
-from ..losses.contrastive import promoted, unit
-from ..losses.kd import CRD, nst
+from ..losses.base import promoted, unit
+from ..losses.crd import CRD
+from ..losses.kd import nst
 from ..models.bert import BertForMaskedLM, hidden_states, mlm_loss
 from ..train.text_student import StudentObjective
 

@@ -30,9 +30,9 @@ from ..core.device import device
 from ..core.files import rng
 from ..core.settings import Scale, preset
 from ..core.settings import scale as settings
-from ..data.text import Draws, VideoText
-from ..losses.chunked import chunked_soft_label
-from ..losses.kd import CRD, nst, nt_xent, soft_label
+from ..data.text import ExampleOrder, VideoText
+from ..losses.crd import CRD
+from ..losses.kd import chunked_soft_label, nst, nt_xent, soft_label
 from ..models.bert import QUICK_DROPOUT, BertForMaskedLM, bert_config, language_model, quick_dropout
 from ..models.video_text import Teacher
 from ..retrieval.nearest import nearest
@@ -1001,7 +1001,7 @@ def run_trainer(make, collate, n, lengths, lr, steps, watch):
             model=make().to(device()),
             args=a,
             data_collator=watch.wrap(collate, "collate"),
-            train_dataset=Draws(n, steps * s.batch, 0, s.batch, lengths),
+            train_dataset=ExampleOrder(n, steps * s.batch, 0, s.batch, lengths),
         ).train()
 
 
@@ -1024,7 +1024,7 @@ def run_bare(
             else {}
         ),
     )
-    draws = Draws(n, steps * s.batch, 0, s.batch, lengths)
+    draws = ExampleOrder(n, steps * s.batch, 0, s.batch, lengths)
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 1.0)
     collate = watch.wrap(collate, "collate")
     forward, backward = (

@@ -18,9 +18,9 @@ from ..core.files import atomic, rng, write_checksums
 from ..core.settings import Scale, preset
 from ..data.howto100m import howto_videos
 from ..data.text import Tokens, VideoText, mask_tokens, tokenize, uniform
-from ..losses.contrastive import masked_mean
-from ..losses.kd import CRD, nst, nt_xent, regression, soft_label, voken
-from ..models.bert import DistillationHead, hidden_states, language_model, load_model
+from ..losses.crd import CRD
+from ..losses.kd import nst, nt_xent, regression, soft_label, voken
+from ..models.bert import DistillationHead, hidden_states, language_model, load_model, masked_mean
 from ..models.video_text import Teacher
 from ..retrieval.nearest import vokens
 from vlkd.retrieval.vokens import (

@@ -30,7 +30,7 @@ from torch.utils.data import SequentialSampler
 
 from ..core.device import device, device_name, from_main, one_batch, ranks, use_bf16
 from ..core.files import atomic, fingerprint, read_json, sha256_file, write_json
-from ..data.text import Draws
+from ..data.text import ExampleOrder
 from ..models.bert import mlm_loss
 
 gc.freeze()  # imported modules are no garbage: the full collection that Trainer asks for at every start need not walk them
@@ -496,7 +496,10 @@ def fit(
     dev = device()
     size = check_trainable(
         objective.to(dev),
-        {k: v.to(dev) for k, v in collate([Draws(n, batch, seed)[k] for k in range(min(batch, 8))]).items()},
+        {
+            k: v.to(dev)
+            for k, v in collate([ExampleOrder(n, batch, seed)[k] for k in range(min(batch, 8))]).items()
+        },
     )
     changed = [f"{k} {v}" for k, v in use.items() if v != LEVERS[k]]
     same_start(objective)
@@ -566,7 +569,7 @@ def fit(
             model=model,
             args=args,
             data_collator=collate,
-            train_dataset=Draws(n, steps * batch, seed, batch, lengths),
+            train_dataset=ExampleOrder(n, steps * batch, seed, batch, lengths),
             callbacks=callbacks,
             eval_dataset=Fixed(valid[1]) if keep else None,
         )
