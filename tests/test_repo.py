@@ -351,7 +351,18 @@ def python(code, **env):
 
 @pytest.mark.parametrize(
     "module",
-    ["core", "plots", "data.tasks", "data.catalog", "eval.stats", "eval.claims", "reproduce", "scheduler", "cli", "readme"],
+    [
+        "core",
+        "plots",
+        "data.tasks",
+        "data.catalog",
+        "eval.stats",
+        "eval.claims",
+        "reproduce",
+        "scheduler",
+        "cli",
+        "readme",
+    ],
 )
 def test_module_does_without_torch(module):
     "What only reads records, or only prints, starts in a second."
