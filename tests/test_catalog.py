@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from vlkd.core.settings import scales
-from vlkd.data.catalog import cards, print_status, read_card, require, SECTIONS, status, waiting
+from vlkd.data.catalog import SECTIONS, cards, print_status, read_card, require, status, waiting
 
 ALL = [
     "flickr8k",
@@ -282,7 +282,8 @@ def test_cards_name_tables_of_the_plan(root):
 
 
 def test_the_card_of_tabletop_is_of_its_edition():
-    from vlkd.tabletop.world import EDITION, World
+    from vlkd.tabletop.nouns import EDITION
+    from vlkd.tabletop.world import World
 
     c = cards()["tabletop"]
     assert f"edition `{EDITION}`" in c.sections["Origin"]

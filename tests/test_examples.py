@@ -35,8 +35,10 @@ from vlkd.eval.examples import (
 )
 from vlkd.eval.stats import check_examples
 from vlkd.models.bert import language_model, save_model
-from vlkd.tabletop.world import past_phrase, base_phrase, BASE, CLIP_EVENTS, PAST, World
-from vlkd.train.text_student import load_distillation, save_distillation, StudentObjective
+from vlkd.tabletop.language import BASE, PAST, base_phrase, past_phrase
+from vlkd.tabletop.nouns import CLIP_EVENTS
+from vlkd.tabletop.world import World
+from vlkd.train.text_student import StudentObjective, load_distillation, save_distillation
 
 
 def records(run, right, sure=None, group=None, kind="", task="piqa", seed=1):

@@ -5,16 +5,15 @@ import pandas as pd
 import pytest
 
 import vlkd.core.device
-from vlkd.core.records import record, Run
+from vlkd.core.records import Run, record
 from vlkd.core.settings import scale
 from vlkd.data.squad import evaluate_squad
 from vlkd.data.tasks import CATEGORIES, category_scores
 from vlkd.eval.stats import accuracy_table, check_examples, paired_difference
 from vlkd.models.bert import language_model, save_model
-from vlkd.tabletop.questions import more_task
 from vlkd.train import finetune as language
 from vlkd.train.finetune import answers, classifier, finetune_all
-from vlkd.train.sources import load_data, RealData
+from vlkd.train.sources import RealData, load_data
 from vlkd.train.squad import squad_summary
 
 EVERY = ["sst2", "qnli", "qqp", "mnli", "piqa", "tracie", "squad1", "squad2", "swag"]
@@ -130,7 +129,7 @@ def test_what_tabletop_gives(small):
     data = small[0]
     w = data.world
     for t in EVERY + ["diagnostics"]:
-        pd.testing.assert_frame_equal(data.task(t, "dev"), more_task(w, t, "dev", 60))
+        pd.testing.assert_frame_equal(data.task(t, "dev"), w.task(t, "dev", 60))
         assert len(data.task(t, "train")) == 200
     big = load_data(scale("micro"), 101)
     assert [len(big.task(t, "train")) for t in ("swag", "squad1")] == [4000, 8000] and len(

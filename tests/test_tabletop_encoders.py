@@ -9,22 +9,24 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import vlkd.tabletop.encoders as module
+import vlkd.tabletop.clip as module
 from vlkd.core.files import rng
 from vlkd.data.video import read_frames, write_mp4
 from vlkd.features.encoders import GridPixels
-from vlkd.features.extract import encode_video, extract_videos, VideoItem
-from vlkd.tabletop.encoders import (
+from vlkd.features.extract import VideoItem, encode_video, extract_videos
+from vlkd.tabletop.clip import (
+    WORDINGS,
+    TabletopClip,
     caption_frame,
     clip_tokens,
     frame_facts,
     load_tabletop_clip,
-    load_tabletop_encoder,
     nameless,
-    SAY,
-    TabletopClip,
 )
-from vlkd.tabletop.world import COLOURS, EVENTS, render, ROUND, SHAPES, SIDE, STATIC, surfaces, World
+from vlkd.tabletop.encoders import load_tabletop_encoder
+from vlkd.tabletop.nouns import COLOURS, EVENTS, ROUND, SHAPES, STATIC
+from vlkd.tabletop.render import SIDE, render, surfaces
+from vlkd.tabletop.world import World
 
 clip = pytest.mark.skipif(
     not __import__("importlib").util.find_spec("open_clip"), reason="the `encoders` extra is not installed"
@@ -72,7 +74,7 @@ def test_captions_name_what_they_keep():
     d = frame_facts(looks, events, outcomes, range(50))
     for f in d.to_dict("records"):
         s = f" {caption_frame(r, f, 1.0)} "
-        assert all(any(f" {p} " in s for p in SAY[k][v]) for k, v in f.items() if v), (s, f)
+        assert all(any(f" {p} " in s for p in WORDINGS[k][v]) for k, v in f.items() if v), (s, f)
         assert clip_tokens([s]).max() == clip_tokens(["a thing"]).max()  # the end is within the length
     assert len({caption_frame(r, d.iloc[0].to_dict()) for _ in range(50)}) > 10
 
@@ -81,7 +83,7 @@ def test_captions_name_what_they_keep():
 def test_clip_is_the_same_with_more_threads():
     import torch
 
-    x = TabletopClip(**TINY).films(3, 1)[0]
+    x = TabletopClip(**TINY).nameless_frames(3, 1)[0]
     a = TabletopClip(**TINY).fit().image(x)
     old = torch.get_num_threads()
     torch.set_num_threads(2)

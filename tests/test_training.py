@@ -18,10 +18,12 @@ from vlkd.core.settings import scale
 from vlkd.data.text import train_tokenizer
 from vlkd.models.bert import language_model
 from vlkd.models.video_text import Teacher
-from vlkd.tabletop.world import CLASSES, EVENTS, PLACE, OUTCOME_PHRASES, SHAPES, World
+from vlkd.tabletop.language import OUTCOME_PHRASES, PLACE
+from vlkd.tabletop.nouns import CLASSES, EVENTS, SHAPES
+from vlkd.tabletop.world import World
 from vlkd.train.sources import TabletopData
 from vlkd.train.text_student import StudentObjective, text_collator
-from vlkd.train.trainer import check_trainable, fit, seal, SEAL
+from vlkd.train.trainer import SEAL, check_trainable, fit, seal
 from vlkd.train.video_teacher import TeacherObjective, video_text_collator
 
 ROOT = Path(__file__).resolve().parent.parent

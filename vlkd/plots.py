@@ -227,6 +227,7 @@ def table_md(
     df,
     digits: int = 2,  # decimals
     markdown=(),  # columns whose cells are Markdown already
+    right=(),  # columns aligned to the right although they hold text
 ) -> str:  # ends with a newline
     "A frame as a GitHub Markdown table, without its index; columns of numbers are aligned to the right."
     columns = []
@@ -236,7 +237,7 @@ def table_md(
         cells = [_text(value, digits) for value in column]
         if name not in markdown:
             cells = [markdown_text(cell) for cell in cells]
-        columns.append([markdown_text(name), "--:" if is_number else "---", *cells])
+        columns.append([markdown_text(name), "--:" if is_number or name in right else "---", *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in zip(*columns, strict=True))
 
 # %% ../nbs/05_plots.ipynb #6368a8af

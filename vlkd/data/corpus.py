@@ -8,7 +8,7 @@ __all__ = ['CLEAN', 'clean_paragraph', 'Source', 'text_list', 'text_files', 'hub
 
 # %% ../../nbs/16_data.corpus.ipynb #e9c204a8
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.files import atomic, fingerprint, locked, read_json, sha256_file, write_array, write_json
+from vlkd.core.files import (
+    atomic,
+    file_problem,
+    fingerprint,
+    locked,
+    read_json,
+    sha256_file,
+    write_array,
+    write_json,
+)
 from .public import text_lines, tidy_wikitext
 from .text import Tokens
 
@@ -26,15 +35,15 @@ CLEAN = ("plain", "wikitext")
 _heading = re.compile(r"=(?: ?=)* ?[^=].*?[^=]? ?(?:= ?)*=")
 
 
-def clean_paragraph(s: str, clean: str = "plain", min_words: int = 1) -> str:
-    "A paragraph as the tokeniser should see it, empty where nothing of it should be read: a heading, fewer than `min_words` words."
+def clean_paragraph(text: str, clean: str = "plain", min_words: int = 1) -> str:
+    "A paragraph as the tokeniser should see it; empty for a heading and for fewer than `min_words` words."
     if clean == "wikitext":
-        s = s.strip()
-        if _heading.fullmatch(s):
+        text = text.strip()
+        if _heading.fullmatch(text):
             return ""
-        s = tidy_wikitext(s).replace("<unk>", "[UNK]")
-    s = " ".join(s.split())
-    return s if len(s.split()) >= min_words else ""
+        text = tidy_wikitext(text).replace("<unk>", "[UNK]")
+    words = text.split()
+    return " ".join(words) if len(words) >= min_words else ""
 
 # %% ../../nbs/16_data.corpus.ipynb #6cdef060
 @dataclass(frozen=True)
@@ -56,12 +65,11 @@ class Source:
         return fingerprint(self.identity, self.clean, self.min_words)
 
     def __iter__(self):
-        for s in self.make():
-            if s := clean_paragraph(s, self.clean, self.min_words):
-                yield s
+        cleaned = (clean_paragraph(text, self.clean, self.min_words) for text in self.make())
+        return filter(None, cleaned)
 
 
-def text_list(texts, name: str = "texts", **kw) -> Source:
+def text_list(texts: Iterable[str], name: str = "texts", **kw) -> Source:
     "A source of texts in memory; one paragraph a text."
     texts = list(texts)
     return Source(name, [fingerprint(texts)], lambda: iter(texts), **kw)
@@ -72,92 +80,91 @@ def text_files(
     pattern: str = "*",  # names of the files in a folder
     **kw,  # clean, min_words
 ) -> Source:
-    "UTF-8 files, plain or .gz, in the order of their paths; `ValueError` names file and line of a wrong encoding while they are read."
+    """UTF-8 files, plain or .gz, in the order of their paths.
+
+    `ValueError` names file and line of a wrong encoding while they are read."""
     where = Path(where)
     if not where.exists():
         raise FileNotFoundError(f"{where}: no such file or folder")
-    files = (
-        [where]
-        if where.is_file()
-        else sorted(
-            p
-            for p in where.rglob(pattern)
-            if p.is_file() and not any(q.startswith(".") for q in p.relative_to(where).parts)
-        )
-    )
+    top, files = where.parent, [where]
+    if where.is_dir():
+        top, found = where, sorted(p for p in where.rglob(pattern) if p.is_file())
+        files = [p for p in found if not any(part.startswith(".") for part in p.relative_to(where).parts)]
     if not files:
         raise FileNotFoundError(f"{where}: no file of the pattern {pattern!r} here")
-    top = where if where.is_dir() else where.parent
-    return Source(
-        str(where),
-        [[str(p.relative_to(top)), p.stat().st_size, p.stat().st_mtime_ns] for p in files],
-        lambda: (s for p in files for _, s in text_lines(p)),
-        **kw,
-    )
+    identity = [[str(p.relative_to(top)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    return Source(str(where), identity, lambda: (s for p in files for _, s in text_lines(p)), **kw)
 
 # %% ../../nbs/16_data.corpus.ipynb #9ae01113
-def hub_text(
-    where,  # a folder written by `save_to_disk`, or a name on the Hub
-    config: str = None,  # of the data set
-    split: str = "train",
-    column: str = "text",
-    revision: str = None,  # of the data set; name one, so that the text cannot change under a cache
-    **kw,  # clean, min_words
-) -> Source:
-    "A column of a `datasets` corpus; lines of a text are its paragraphs. A split or column that is not there is an error that names those that are."
+def _open_dataset(where, config, split, revision):
+    "A data set on disk, or streamed from the Hub."
     try:
         import datasets
     except ImportError:
         raise ImportError(
             f"reading the data set {where} needs `datasets`: install it, or give a folder of text files"
         ) from None
-    local = Path(where).is_dir()
     try:
-        d = (
-            datasets.load_from_disk(str(where))
-            if local
-            else datasets.load_dataset(str(where), config, split=split, revision=revision, streaming=True)
-        )
+        if Path(where).is_dir():
+            return datasets.load_from_disk(str(where))
+        return datasets.load_dataset(str(where), config, split=split, revision=revision, streaming=True)
     except Exception as e:
+        why = f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"
         raise FileNotFoundError(
-            f"{where}: neither a folder written by `save_to_disk` nor a data set that the Hub gives us ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"
+            f"{where}: neither a folder written by `save_to_disk` nor a data set of the Hub ({why})"
         ) from None
-    if isinstance(d, dict):
-        if split not in d:
-            raise ValueError(f"{where}: no split {split!r}; there is {', '.join(d)}")
-        d = d[split]
-    columns = d.column_names or list(next(iter(d)))
+
+
+def hub_text(
+    where,  # a folder written by `save_to_disk`, or a name on the Hub
+    config: str | None = None,  # of the data set
+    split: str = "train",
+    column: str = "text",
+    revision: str | None = None,  # of the data set; name one, so that the text cannot change under a cache
+    **kw,  # clean, min_words
+) -> Source:
+    """A column of a `datasets` corpus; lines of a text are its paragraphs.
+
+    A split or column that is not there is an error that names those that are."""
+    data = _open_dataset(where, config, split, revision)
+    if isinstance(data, dict):
+        if split not in data:
+            raise ValueError(f"{where}: no split {split!r}; there is {', '.join(data)}")
+        data = data[split]
+    columns = data.column_names or list(next(iter(data)))
     if column not in columns:
         raise ValueError(f"{where}: no column {column!r}; there is {', '.join(columns)}")
 
     def read():
-        for i, r in enumerate(d.select_columns([column])):
-            if not isinstance(r[column], str):
-                raise ValueError(f"{where}, row {i}: {column} is {type(r[column]).__name__}, not text")
-            yield from r[column].split("\n")
+        for i, row in enumerate(data.select_columns([column])):
+            text = row[column]
+            if not isinstance(text, str):
+                raise ValueError(f"{where}, row {i}: {column} is {type(text).__name__}, not text")
+            yield from text.split("\n")
 
-    return Source(
-        str(where), [d._fingerprint if local else [str(where), config, split, revision], column], read, **kw
-    )
+    local = Path(where).is_dir()
+    version = data._fingerprint if local else [str(where), config, split, revision]
+    return Source(str(where), [version, column], read, **kw)
 
 # %% ../../nbs/16_data.corpus.ipynb #542f8f77
 def open_text(
-    where,
+    where,  # a file, a folder of text files or of `save_to_disk`, or a data set of the Hub
     *,
-    pattern: str = "*",
-    config: str = None,
+    pattern: str = "*",  # of the names in a folder
+    config: str | None = None,  # of a data set, as split, column and revision
     split: str = "train",
     column: str = "text",
-    revision: str = None,
+    revision: str | None = None,
     clean: str = "plain",
     min_words: int = 1,
 ) -> Source:
-    "The source at `where`: a file, a folder of text files, a folder written by `save_to_disk`, or a data set of the Hub (a name without a leading `/` or `.`)."
+    "The source at `where`; a name without a leading `/` or `.` that is no file is one of the Hub."
     p = Path(where)
     kw = dict(clean=clean, min_words=min_words)
-    if p.is_dir() and any((p / n).is_file() for n in ("dataset_info.json", "dataset_dict.json")):
+    if p.is_dir() and any((p / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         return hub_text(p, config, split, column, revision, **kw)
-    if p.exists() or str(where)[:1] in "/.~" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(where)):
+    hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(where)) and str(where)[0] not in "/.~"
+    if p.exists() or not hub_name:
         return text_files(p.expanduser(), pattern, **kw)
     return hub_text(where, config, split, column, revision, **kw)
 
@@ -171,7 +178,7 @@ _probe = [
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    "16 hex digits that are equal for tokenisers with equal pieces and equal behaviour on a probe."
+    "16 hex digits, equal for tokenisers with equal vocabularies and equal behaviour on a probe."
     ids = tokenizer(_probe, add_special_tokens=True, truncation=False, padding=False)["input_ids"]
     return fingerprint(
         sorted(tokenizer.get_vocab().items()),
@@ -180,59 +187,56 @@ def tokenizer_fingerprint(tokenizer) -> str:
     )
 
 # %% ../../nbs/16_data.corpus.ipynb #442cac18
-def _tokenized(source, tokenizer, first: int = 0, chars: int = 1 << 20):
-    "Yield (number, ids) of the paragraphs from `first` on, tokenised about a million characters at a time."
-    todo, size = [], 0
-
-    def flush():
-        ids = (
-            tokenizer(
-                [s for _, s in todo],
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )["input_ids"]
-            if todo
-            else []
-        )
-        yield from zip((i for i, _ in todo), ids)
-
-    for i, s in enumerate(source):
-        if i < first:
-            continue
-        todo.append((i, s))
-        size += len(s)
-        if size >= chars or len(todo) >= 4096:
-            yield from flush()
-            todo, size = [], 0
-    yield from flush()
+def _chunks(paragraphs: Iterator, characters: int = 1 << 20, texts: int = 4096) -> Iterator[list]:
+    "Group (number, text) to about a million characters."
+    chunk, size = [], 0
+    for number, text in paragraphs:
+        chunk.append((number, text))
+        size += len(text)
+        if size >= characters or len(chunk) >= texts:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
-def _packed(source, tokenizer, max_tokens: int, place=(0, 0)):
-    "Yield (row of ids, place where the next row begins)."
-    cls, sep, room, row = tokenizer.cls_token_id, tokenizer.sep_token_id, max_tokens - 2, []
-    p = place[0]
-    for p, ids in _tokenized(source, tokenizer, place[0]):
-        k = place[1] if p == place[0] else 0
-        while k < len(ids):
-            n = min(room - len(row), len(ids) - k)
-            row += ids[k : k + n]
-            k += n
+def _tokenized(source, tokenizer, first: int = 0) -> Iterator[tuple[int, list]]:
+    "Yield (number, ids) of the paragraphs from `first` on."
+    for chunk in _chunks(islice(enumerate(source), first, None)):
+        rows = tokenizer(
+            [text for _, text in chunk],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        yield from zip((number for number, _ in chunk), rows, strict=True)
+
+
+def _packed(source, tokenizer, max_tokens: int, place=(0, 0)) -> Iterator[tuple[list, tuple]]:
+    "Yield (row of ids, place where the next row begins); rows are full but for the last."
+    room, row, number = max_tokens - 2, [], place[0]
+    for number, ids in _tokenized(source, tokenizer, place[0]):
+        used = place[1] if number == place[0] else 0
+        while used < len(ids):
+            taken = ids[used : used + room - len(row)]
+            row += taken
+            used += len(taken)
             if len(row) == room:
-                yield [cls, *row, sep], (p, k)
+                yield [tokenizer.cls_token_id, *row, tokenizer.sep_token_id], (number, used)
                 row = []
     if row:
-        yield [cls, *row, sep], (p + 1, 0)
+        yield [tokenizer.cls_token_id, *row, tokenizer.sep_token_id], (number + 1, 0)
 
 
-def _one_each(source, tokenizer, max_tokens: int, place=(0, 0)):
-    "Yield (row of ids, place): one row a paragraph, truncated."
-    for p, ids in _tokenized(source, tokenizer, place[0]):
-        yield [tokenizer.cls_token_id, *ids[: max_tokens - 2], tokenizer.sep_token_id], (p + 1, 0)
+def _one_each(source, tokenizer, max_tokens: int, place=(0, 0)) -> Iterator[tuple[list, tuple]]:
+    "Yield (row of ids, place where the next row begins): one row a paragraph, truncated."
+    for number, ids in _tokenized(source, tokenizer, place[0]):
+        row = [tokenizer.cls_token_id, *ids[: max_tokens - 2], tokenizer.sep_token_id]
+        yield row, (number + 1, 0)
 
 
-def _check_row(max_tokens, remainder="keep"):
+def _check_row(max_tokens: int, remainder: str) -> None:
     if max_tokens < 3:
         raise ValueError(
             f"max_tokens should leave room for a token between [CLS] and [SEP], got {max_tokens}"
@@ -240,54 +244,60 @@ def _check_row(max_tokens, remainder="keep"):
     if remainder not in ("keep", "drop"):
         raise ValueError(f"remainder {remainder!r}: it should be keep or drop")
 
+
+def _no_text(source: Source, max_tokens: int, remainder: str) -> ValueError:
+    fills = f" that fills a row of {max_tokens} tokens" if remainder == "drop" else ""
+    return ValueError(f"{source.name}: there is no text in it{fills}")
+
 # %% ../../nbs/16_data.corpus.ipynb #e5695e9f
-def pack(texts, tokenizer, max_tokens: int = 128, remainder: str = "keep") -> Tokens:
-    "Pack texts (a source or an iterable of str) that fit in memory into rows of `max_tokens`; an empty corpus is an error."
+def pack(
+    texts,  # a source or an iterable of str
+    tokenizer,
+    max_tokens: int = 128,  # a row, with [CLS] and [SEP]
+    remainder: str = "keep",  # or drop: the last, shorter row
+) -> Tokens:
+    "Pack texts that fit in memory into rows of `max_tokens`; an empty corpus is an error."
     _check_row(max_tokens, remainder)
     source = texts if isinstance(texts, Source) else text_list(texts)
-    rows = [np.array(r, np.int32) for r, _ in _packed(source, tokenizer, max_tokens)]
+    rows = [np.array(row, np.int32) for row, _ in _packed(source, tokenizer, max_tokens)]
     if rows and remainder == "drop" and len(rows[-1]) < max_tokens:
         rows.pop()
     if not rows:
-        raise ValueError(
-            f"{source.name}: there is no text in it"
-            + (f" that fills a row of {max_tokens} tokens" if remainder == "drop" else "")
-        )
+        raise _no_text(source, max_tokens, remainder)
     return Tokens(np.concatenate(rows), np.cumsum([0, *map(len, rows)]), tokenizer.pad_token_id)
 
 # %% ../../nbs/16_data.corpus.ipynb #9e578b80
-def _manifest(folder) -> Path:
-    return Path(folder) / "corpus.json"
-
-
-def _intact(folder: Path, shard: dict) -> str | None:  # what is wrong, None: nothing
-    for name, want in shard["sha256"].items():
-        if not (folder / name).is_file():
-            return f"{folder / name}: this shard is missing"
-        if sha256_file(folder / name) != want:
-            return f"{folder / name}: this shard is damaged (its checksum differs)"
+def _shard_problem(folder: Path, shard: dict) -> str:  # empty: none
+    problems = (file_problem(folder / name, sha256) for name, sha256 in shard["sha256"].items())
+    return next(filter(None, problems), "")
 
 
 class CorpusTokens:
-    "A tokenised corpus on disk with the interface of `Tokens`: `len`, `lengths`, and `[rows]` -> ids (B, L), mask (B, L). Another tokeniser and an unfinished or damaged folder are errors."
+    """A tokenised corpus on disk with the interface of `Tokens`: `len`, `lengths`, `[rows]`.
+
+    ValueError for another tokeniser, an unfinished folder, and a shard that was changed."""
 
     def __init__(self, folder, tokenizer):
         self.folder = Path(folder)
-        if not _manifest(folder).is_file():
-            raise FileNotFoundError(
-                f"{_manifest(folder)}: no tokenised corpus here; make it with `tokenize_corpus`"
-            )
-        self.manifest = m = read_json(_manifest(folder))
-        if m["tokenizer"] != tokenizer_fingerprint(tokenizer):
+        f = self.folder / "corpus.json"
+        if not f.is_file():
+            raise FileNotFoundError(f"{f}: no tokenised corpus here; make it with `tokenize_corpus`")
+        self.manifest = read_json(f)
+        self.shards = self.manifest["shards"]
+        mine, theirs = tokenizer_fingerprint(tokenizer), self.manifest["tokenizer"]
+        if theirs != mine:
             raise ValueError(
-                f"{self.folder} was tokenised by another tokeniser (fingerprint {m['tokenizer']}, {m['pieces']:,} pieces; this one is {tokenizer_fingerprint(tokenizer)}, {len(tokenizer):,} pieces): tokenise the text again into another folder"
+                f"{self.folder} was tokenised by another tokeniser (fingerprint {theirs}; this one is {mine},"
+                f" {len(tokenizer):,} vocabulary entries): tokenise the text again into another folder"
             )
-        if not m["finished"]:
+        if not self.manifest["finished"]:
             raise ValueError(
-                f"{self.folder}: the corpus is not finished ({len(m['shards'])} shards); run `tokenize_corpus` again, it goes on from there"
+                f"{self.folder}: the corpus is not finished ({len(self.shards)} shards);"
+                " run `tokenize_corpus` again, it goes on from there"
             )
-        self.pad, self.max_tokens, self._maps = m["pad"], m["max_tokens"], {}
-        self.first = np.cumsum([0, *(s["rows"] for s in m["shards"])])
+        self.pad, self.max_tokens = self.manifest["pad"], self.manifest["max_tokens"]
+        self.first = np.cumsum([0, *(shard["rows"] for shard in self.shards)])
+        self._maps = {}
 
     def __len__(self):
         return int(self.first[-1])
@@ -300,70 +310,89 @@ class CorpusTokens:
 
     @property
     def tokens(self) -> int:
-        return sum(s["tokens"] for s in self.manifest["shards"])
+        return sum(shard["tokens"] for shard in self.shards)
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(
-            [self.manifest[k] for k in ("tokenizer", "max_tokens", "packed")],
-            [s["sha256"] for s in self.manifest["shards"]],
-        )
+        form = [self.manifest[key] for key in ("tokenizer", "max_tokens", "packed")]
+        return fingerprint(form, [shard["sha256"] for shard in self.shards])
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        return np.concatenate(
-            [np.diff(self._shard(k)[1]) for k in range(len(self.manifest["shards"]))]
-        ).astype(np.int32)
+        starts = (self._shard(k)[1] for k in range(len(self.shards)))
+        return np.concatenate([np.diff(s) for s in starts]).astype(np.int32)
 
     def _shard(self, k: int) -> tuple[np.ndarray, np.ndarray]:  # ids, starts
         if k not in self._maps:
-            s = self.manifest["shards"][k]
-            if why := _intact(self.folder, s):
-                raise ValueError(f"{why}; run `tokenize_corpus` again to rebuild it")
-            self._maps[k] = tuple(np.load(self.folder / n, mmap_mode="r") for n in s["sha256"])
+            shard = self.shards[k]
+            if problem := _shard_problem(self.folder, shard):
+                raise ValueError(f"{problem}; run `tokenize_corpus` again to rebuild it")
+            self._maps[k] = tuple(np.load(self.folder / name, mmap_mode="r") for name in shard["sha256"])
         return self._maps[k]
 
-    def __getitem__(self, rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def _row(self, row: int) -> np.ndarray:
+        k = int(np.searchsorted(self.first, row, "right")) - 1
+        ids, starts = self._shard(k)
+        at = row - self.first[k]
+        return ids[starts[at] : starts[at + 1]]
+
+    def __getitem__(self, rows) -> tuple[torch.Tensor, torch.Tensor]:  # ids (B, L), mask (B, L)
         rows = np.asarray(rows)
         if rows.ndim != 1 or not rows.size:
             raise ValueError(f"rows should be a list of row numbers, got shape {rows.shape}")
         if rows.min() < 0 or rows.max() >= len(self):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of a corpus of {len(self)} rows")
-        at = np.searchsorted(self.first, rows, "right") - 1
-        parts = []
-        for r, k in zip(rows - self.first[at], at):
-            ids, starts = self._shard(int(k))
-            parts.append(ids[starts[r] : starts[r + 1]])
-        out = np.full((len(rows), max(map(len, parts))), self.pad, np.int64)
-        mask = np.zeros(out.shape, bool)
-        for i, p in enumerate(parts):
-            out[i, : len(p)] = p
-            mask[i, : len(p)] = True
-        return torch.from_numpy(out), torch.from_numpy(mask)
+        texts = [self._row(row) for row in rows]
+        lengths = np.array([len(text) for text in texts])
+        mask = np.arange(lengths.max())[None] < lengths[:, None]
+        ids = np.full(mask.shape, self.pad, np.int64)
+        ids[mask] = np.concatenate(texts)
+        return torch.from_numpy(ids), torch.from_numpy(mask)
 
 # %% ../../nbs/16_data.corpus.ipynb #6126f01a
-def _write_shard(folder: Path, k: int, rows: list) -> dict:
-    "Write rows (arrays of ids) as shard `k`; returns its entry of the manifest."
-    out, starts = {}, np.cumsum([0, *map(len, rows)])
-    for what, x in (("ids", np.concatenate(rows)), ("starts", starts)):
-        with atomic(folder / f"{k:05d}.{what}.npy", "wb") as f:
+def _write_shard(folder: Path, k: int, rows: list[np.ndarray]) -> dict:
+    "Write rows of ids as shard `k`; returns its entry of the manifest."
+    starts = np.cumsum([0, *map(len, rows)])
+    arrays = {f"{k:05d}.ids.npy": np.concatenate(rows), f"{k:05d}.starts.npy": starts}
+    for name, x in arrays.items():
+        with atomic(folder / name, "wb") as f:
             write_array(f, x)
-        out[f"{k:05d}.{what}.npy"] = sha256_file(folder / f"{k:05d}.{what}.npy")
-    return dict(rows=len(rows), tokens=int(starts[-1]), sha256=out)
+    sha256 = {name: sha256_file(folder / name) for name in arrays}
+    return dict(rows=len(rows), tokens=int(starts[-1]), sha256=sha256)
 
 
-def _take(stream, n: int, dtype) -> tuple[list, tuple]:  # rows, place after them
-    got = [(np.array(r, dtype), end) for r, end in islice(stream, n)]
-    return [r for r, _ in got], got[-1][1] if got else None
+def _take(stream, n: int, vocabulary: int) -> tuple[list[np.ndarray], tuple]:  # rows, place after them
+    "The next rows of a stream, in the smallest integers that hold the vocabulary."
+    dtype = np.uint16 if vocabulary < 1 << 16 else np.uint32
+    taken = [(np.array(row, dtype), end) for row, end in islice(stream, n)]
+    return [row for row, _ in taken], taken[-1][1] if taken else None
 
 
-def _rebuild(folder, m, k, rows_from, dtype):
-    s = m["shards"][k]
-    rows, _ = _take(rows_from(tuple(s["begin"])), s["rows"], dtype)
-    if not rows or _write_shard(folder, k, rows)["sha256"] != s["sha256"]:
+def _open_manifest(out: Path, head: dict, name: str) -> dict:
+    "The manifest of `out`, a new one where there is none; `ValueError` if it is of another corpus."
+    f = out / "corpus.json"
+    manifest = read_json(f) if f.is_file() else dict(head, name=name, finished=False, shards=[])
+    other = [f"{k} {manifest.get(k)!r} instead of {v!r}" for k, v in head.items() if manifest.get(k) != v]
+    if other:
         raise ValueError(
-            f"{folder}: shard {k} came out differently when it was made again: the text or `tokenizers` has changed; delete the folder"
+            f"{out} holds another corpus ({'; '.join(other)}): give another folder, or delete this one"
         )
+    return manifest
+
+
+def _mend_shards(out: Path, manifest: dict, rows_from: Callable, vocabulary: int) -> None:
+    "Make changed and missing shards again, each from the place where it began."
+    for k, shard in enumerate(manifest["shards"]):
+        problem = _shard_problem(out, shard)
+        if not problem:
+            continue
+        print(f"{problem}; rebuilding")
+        rows, _ = _take(rows_from(tuple(shard["begin"])), shard["rows"], vocabulary)
+        if not rows or _write_shard(out, k, rows)["sha256"] != shard["sha256"]:
+            raise ValueError(
+                f"{out}: shard {k} came out differently when it was made again:"
+                " the text or `tokenizers` has changed; delete the folder"
+            )
 
 # %% ../../nbs/16_data.corpus.ipynb #b2e40460
 def tokenize_corpus(
@@ -376,15 +405,15 @@ def tokenize_corpus(
     remainder: str = "keep",  # of a packed corpus: the last, shorter row
     shard_rows: int = 1 << 16,  # rows a shard
 ) -> CorpusTokens:
-    "Tokenise a source into `out`, in memory bounded by a shard; goes on where it was interrupted, rebuilds damaged shards, refuses a folder that holds something else."
+    """Tokenise a source into `out`, in memory bounded by a shard.
+
+    It goes on where it was interrupted, rebuilds changed shards, and refuses a folder of something else."""
     _check_row(max_tokens, remainder)
-    out = Path(out)
-    dtype = np.uint16 if len(tokenizer) < 1 << 16 else np.uint32
     if shard_rows < 1:
         raise ValueError(f"shard_rows should be at least 1, got {shard_rows}")
+    out, vocabulary = Path(out), len(tokenizer)
     head = dict(
         tokenizer=tokenizer_fingerprint(tokenizer),
-        pieces=len(tokenizer),
         source=source.fingerprint,
         max_tokens=max_tokens,
         packed=packed,
@@ -392,38 +421,28 @@ def tokenize_corpus(
         shard_rows=shard_rows,
         pad=tokenizer.pad_token_id,
     )
-    rows_from = lambda place: (_packed if packed else _one_each)(source, tokenizer, max_tokens, place)
+
+    def rows_from(place):
+        return (_packed if packed else _one_each)(source, tokenizer, max_tokens, place)
+
     with locked(out):
-        m = (
-            read_json(_manifest(out))
-            if _manifest(out).is_file()
-            else dict(head, name=Path(source.name).name, finished=False, shards=[])
-        )
-        if diff := [f"{k} {m.get(k)!r} instead of {v!r}" for k, v in head.items() if m.get(k) != v]:
-            raise ValueError(
-                f"{out} holds another corpus ({'; '.join(diff)}): give another folder, or delete this one"
-            )
-        for f in out.glob(".*.npy.*"):
-            f.unlink()  # left by a run that was killed while it wrote
-        for k, s in enumerate(m["shards"]):
-            if why := _intact(out, s):
-                print(f"{why}; rebuilding")
-                _rebuild(out, m, k, rows_from, dtype)
-        place = tuple(m["shards"][-1]["end"]) if m["shards"] else (0, 0)
+        manifest = _open_manifest(out, head, Path(source.name).name)
+        for left in out.glob(".*.npy.*"):
+            left.unlink()  # by a run that was killed while it wrote
+        _mend_shards(out, manifest, rows_from, vocabulary)
+        shards = manifest["shards"]
+        place = tuple(shards[-1]["end"]) if shards else (0, 0)
         stream = rows_from(place)
-        while not m["finished"]:
-            rows, end = _take(stream, shard_rows, dtype)
+        while not manifest["finished"]:
+            rows, end = _take(stream, shard_rows, vocabulary)
             last = len(rows) < shard_rows
-            if last and packed and remainder == "drop" and rows and len(rows[-1]) < max_tokens:
+            if rows and last and packed and remainder == "drop" and len(rows[-1]) < max_tokens:
                 rows.pop()
             if rows:
-                m["shards"].append(dict(_write_shard(out, len(m["shards"]), rows), begin=place, end=end))
+                shards.append(dict(_write_shard(out, len(shards), rows), begin=place, end=end))
                 place = end
-            if last and not m["shards"]:
-                raise ValueError(
-                    f"{source.name}: there is no text in it"
-                    + (f" that fills a row of {max_tokens} tokens" if remainder == "drop" else "")
-                )
-            m["finished"] = last
-            write_json(_manifest(out), m, checksum=True)
+            if last and not shards:
+                raise _no_text(source, max_tokens, remainder)
+            manifest["finished"] = last
+            write_json(out / "corpus.json", manifest, checksum=True)
     return CorpusTokens(out, tokenizer)

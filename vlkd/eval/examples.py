@@ -22,7 +22,9 @@ from .stats import pair_examples
 from ..losses.base import unit
 from ..models.video_text import Teacher
 from ..retrieval.nearest import nearest
-from ..tabletop.world import BASE, CLIP_EVENTS, EVENTS, OUTCOME_PHRASES, PAST, World
+from ..tabletop.language import BASE, OUTCOME_PHRASES, PAST
+from ..tabletop.nouns import CLIP_EVENTS, EVENTS
+from ..tabletop.world import World
 from ..train.text_student import StudentObjective
 from ..train.video_teacher import pool_of, sentence_states, video_states
 

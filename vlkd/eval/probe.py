@@ -12,7 +12,9 @@ import torch
 
 from ..data.text import tokenize
 from ..models.bert import hidden_states
-from ..tabletop.world import BASE, EVENTS, World
+from ..tabletop.language import BASE
+from ..tabletop.nouns import EVENTS
+from ..tabletop.world import World
 
 # %% ../../nbs/62_eval.probe.ipynb #aaad32a5
 STATIC_ATTRIBUTES = ("push", "shape", "size", "category")

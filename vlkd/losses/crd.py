@@ -125,7 +125,7 @@ class CRD(nn.Module):
                 f"which needs at least 2 samples: "
                 f"{shapes(student=student, teacher=teacher)}"
             )
-        drawn = self._draw(filled) if filled >= N else torch.arange(filled, device=student.device)
+        drawn = self.draw_negatives(filled) if filled >= N else torch.arange(filled, device=student.device)
         others = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
         positive = (student * teacher).sum(-1) / self.temperature
         loss = 0
@@ -189,7 +189,7 @@ class CRD(nn.Module):
                 memory[(self.seen + rows) % self.bank_size] = x[rows].to(memory.dtype)
         self.seen += count
 
-    def _draw(self, high):
+    def draw_negatives(self, high: int) -> torch.Tensor:
         "Indices of N negatives below `high`; evaluation leaves the generator as it was."
         state = self.generator.get_state()
         drawn = torch.randint(high, (self.negatives,), generator=self.generator)
@@ -199,7 +199,7 @@ class CRD(nn.Module):
 
     def _checked_negatives(self, negatives_index, n):
         if negatives_index is None:
-            return self._draw(self.bank_size)
+            return self.draw_negatives(self.bank_size)
         shape = (n, negatives_index.shape[-1]) if negatives_index.dim() == 2 else (negatives_index.numel(),)
         self._check_index("negatives_index", negatives_index, shape)
         return negatives_index

@@ -39,7 +39,8 @@ from ..models.bert import hidden_states, load_model, save_model
 from ..models.video_text import Teacher
 from ..plots import film_strip, markers, palette, style, table_html
 from ..retrieval.nearest import nearest
-from ..tabletop.world import BASE, EDITION, EVENTS, NOUNS, PAST, OUTCOME_PHRASES, stated_counts
+from ..tabletop.language import BASE, OUTCOME_PHRASES, PAST, stated_counts
+from ..tabletop.nouns import EDITION, EVENTS, NOUNS
 from ..train.finetune import finetune_all
 from ..train.sources import load_data
 from ..train.text_student import train_student

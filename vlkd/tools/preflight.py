@@ -32,7 +32,6 @@ from ..eval.retrieval import retrieval, teacher_retrieval
 from ..models.bert import save_model
 from ..models.video_text import Teacher
 from ..retrieval.vokens import StoredVokens
-from ..tabletop.questions import more_task
 from ..tabletop.world import World
 from .cost import PAPER, plan_cost, report_cost, storage
 from ..train.finetune import finetune_all
@@ -203,7 +202,7 @@ def write_fixture(folder, samples: int = 1000, dim: int = 64, rows: int = 64) ->
     for n in (*PaperData.tasks, "swag", "diagnostics", "squad1", "squad2"):
         for split, k in (("train", rows), ("dev", rows // 2)):
             v = dict(squad1="1.1", squad2="2.0").get(n)
-            df = more_task(world, n, split, k)
+            df = world.task(n, split, k)
             if v:
                 write_squad(df, task_folder(root, n) / SQUAD_FILES[v][split][0], v)
             elif split in TASK_FILES[n]:

@@ -19,8 +19,9 @@ from ..data.tasks import TASKS, qnli_from_squad, read_task
 from ..data.text import Tokens, VideoText, load_vocabulary, tokenize, train_tokenizer
 from ..features.encoders import load_mobilenet
 from ..tabletop.encoders import load_tabletop_encoder
-from ..tabletop.questions import MORE, more_task
-from ..tabletop.world import FRAMES, MAKERS, World
+from ..tabletop.questions import QUESTIONS
+from ..tabletop.render import FRAMES
+from ..tabletop.world import World
 
 # %% ../../nbs/50_train.sources.ipynb #df7ab584
 FEATURES = (
@@ -133,13 +134,12 @@ class TabletopData(Data):
             [f"{c.event} {c.noun} ({c.take})" for c in self.world.clips.itertuples()],
         )
 
-    def task(self, name, split):  # every task of `World.task` and of `more_task`
-        if name in TASKS and name not in MAKERS and name not in MORE:
+    def task(self, name, split):
+        if name in TASKS and name not in QUESTIONS:
             raise FileNotFoundError(
-                f"Tabletop has no questions of {name!r}; there are {', '.join([*MAKERS, *MORE])}"
+                f"Tabletop has no questions of {name!r}; there are {', '.join(QUESTIONS)}"
             )
-        return more_task(
-            self.world,
+        return self.world.task(
             name,
             split,
             None if self.s.captions >= 6000 else dict(train=200, dev=60, test=100).get(split),
