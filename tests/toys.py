@@ -73,6 +73,7 @@ class Toy:
 
     def __init__(self, folder: Path):
         self.d, self.plan, self.log = folder, folder / "experiments" / "plan.toml", folder / "log"
+        self.setup = ""  # code that a runner in a process of its own begins with
         for name in ("teacher", "other"):
             self.nb(name, params, start, f"say(f'{name}@{{seed}}'); score = seed", end)
         self.nb(
@@ -120,7 +121,8 @@ class Toy:
     def runner(self, *ids, jobs=2, **environment) -> subprocess.Popen:
         "A runner in a process of its own."
         call = f"reproduce({list(ids)!r}, scale='smoke', jobs={jobs}, plan={str(self.plan)!r})"
-        code = f"import sys; from vlkd.reproduce.run import reproduce; sys.exit(bool({call}['failed']))"
+        code = "import sys; from vlkd.reproduce.run import preloaded, reproduce, run_command"
+        code = f"{code}\n{self.setup}\nsys.exit(bool({call}['failed']))"
         return subprocess.Popen(
             [sys.executable, "-c", code],
             stdout=subprocess.PIPE,
@@ -167,6 +169,16 @@ json.dump(notebook, open(job["output"], "w"))
 def quick(toy, monkeypatch):
     "The toy graph with cells executed in plain Python: for what does not depend on kernels."
     monkeypatch.setattr(runs, "run_command", [sys.executable, "-c", plain])
+    toy.setup = f"run_command[:] = [sys.executable, '-c', {plain!r}]"
+    return toy
+
+
+@pytest.fixture
+def forked(toy, monkeypatch):
+    "The toy graph with runs that are forked, from a process that has imported little."
+    monkeypatch.setenv("VLKD_FORK", "1")
+    monkeypatch.setattr(runs, "preloaded", ["papermill"])
+    toy.setup = "preloaded[:] = ['papermill']"
     return toy
 
 
