@@ -34,7 +34,7 @@ export: .venv/installed ## notebooks to library, then clean notebooks
 	@$(bin)/nbdev-export && $(bin)/nbdev-clean
 
 readme: .venv/installed ## run nbs/index.ipynb and write README.md from it
-	@$(quiet) $(bin)/nbdev-test nbs/index.ipynb --save --n-workers 1 && $(bin)/nbdev-clean --fname nbs/index.ipynb && $(bin)/python -m vlkd.tools.readme
+	@$(quiet) $(bin)/nbdev-test nbs/index.ipynb --save --n-workers 1 && $(bin)/nbdev-clean --fname nbs/index.ipynb && $(bin)/python site/readme.py
 
 site: .venv/installed ## reports, notebooks and the API as a web site in build/site
 	@$(quiet) $(bin)/python site/build.py

@@ -46,7 +46,7 @@ from peer import (
     public_nt_xent,
 )
 from resident import peak_growth
-from workbench import StepInProcess, Workbench, attention, dropout_rate, torch_dropout
+from workbench import StepInProcess, Workbench, attention, crd_of, dropout_rate, torch_dropout
 
 # ---- the peer's formulation and plain forms
 
@@ -136,8 +136,8 @@ def desk():
 
 def loss_and_gradients(objective, desk):
     objective = objective.double()
-    if hasattr(objective, "crd"):
-        fill_queue(objective.crd)
+    if (crd := crd_of(objective)) is not None:
+        fill_queue(crd)
     desk.lm.zero_grad()
     loss = objective(**desk.batch)["loss"]
     loss.backward()

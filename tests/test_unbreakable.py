@@ -102,10 +102,9 @@ def features(out):
 
 
 def read_features(out):
-    from vlkd.data.howto100m import MappedFeatures
-    from vlkd.data.video import load_features
+    from vlkd.data.video import Features, load_features
 
-    f, g = load_features(out), MappedFeatures(out)
+    f, g = load_features(out), Features(out)
     assert all(np.array_equal(f[k], g[k]) for k in f)
     return {k: f[k].copy() for k in f}
 
@@ -899,8 +898,8 @@ def evil_files(mark):
 @pytest.mark.parametrize("kind", ["pickle", "torch", "npy", "npz"])
 def test_a_pickle_in_the_place_of_data_is_refused(kind, whole, tmp_path, monkeypatch):
     "Wherever arrays, weights or tables are read: an error, and the pickle has not run."
-    from vlkd.data.howto100m import MappedFeatures
     from vlkd.data.public import flickr8k_features
+    from vlkd.data.video import Features
     from vlkd.features.encoders import load_mobilenet
     from vlkd.features.video3d import read_weights
 
@@ -915,7 +914,7 @@ def test_a_pickle_in_the_place_of_data_is_refused(kind, whole, tmp_path, monkeyp
                 (d / f.relative_to(whole(name).folder)).write_bytes(b)
                 readers[d.name] = lambda name=name, d=d: JOBS[name][1](d)
     for n, f in (
-        ("features/a.npy", lambda p: MappedFeatures(p.parent)),
+        ("features/a.npy", lambda p: Features(p.parent)),
         ("flickr8k/mbv2_pool1280_u8.npz", lambda p: flickr8k_features(["a"], tmp_path)),
         ("mobilenet_v2_imagenet_fp16.npz", lambda p: load_mobilenet(tmp_path)),
         ("w.safetensors", read_weights),

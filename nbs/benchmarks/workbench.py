@@ -14,7 +14,8 @@ from vlkd.core.settings import Scale, preset
 from vlkd.models import bert
 from vlkd.models.bert import BertForMaskedLM, bert_config, quick_dropout
 from vlkd.tools.bench import peak_memory
-from vlkd.train.text_student import KEYS, StudentObjective
+from vlkd.train.terms import CRD_TOKENS
+from vlkd.train.text_student import StudentObjective
 
 OPTIMIZERS = dict(fused=dict(fused=True), foreach=dict(), loop=dict(foreach=False, fused=False))
 
@@ -83,9 +84,16 @@ def random_batch(s: Scale, batch: int, tokens: int, seed: int = 0) -> dict:
     masked = max(1, round(s.mask_prob * (tokens - 2)))
     for row in where:
         row[1 + torch.randperm(tokens - 2, generator=generator)[:masked]] = True
-    position = torch.randint(tokens, (batch, KEYS), generator=generator)
+    position = torch.randint(tokens, (batch, CRD_TOKENS), generator=generator)
     out = dict(ids=ids, mask=torch.ones_like(where), masked=ids.masked_fill(where, 4))
     return {k: x.to(device()) for k, x in (out | dict(where=where, position=position)).items()}
+
+
+def crd_of(objective):  # None: it has none
+    "The CRD loss of a student's objective, ours or a variant of it."
+    if "crd" in getattr(objective, "terms", {}):
+        return objective.terms["crd"].loss
+    return getattr(objective, "crd", None)
 
 
 class Workbench:
@@ -121,8 +129,8 @@ class Workbench:
         return int(self.batch["where"][0].sum())
 
     def _ready(self, objective):
-        if hasattr(objective, "crd"):
-            fill_queue(objective.crd)
+        if (crd := crd_of(objective)) is not None:
+            fill_queue(crd)
         return objective.to(device()).train()
 
     def ours(self, kd: str = "nst+crd", preset_name: str = "") -> StudentObjective:

@@ -448,9 +448,7 @@ class AccuracyPage(BasePage):
             skip=[*(self.label[run] for run in self.references), *extra.index],
             spread=sd.reindex(table.index) if len(self.worlds) > 1 else None,
             missing="no data here",
-            headings={
-                self.label[run]: heading for heading, run in (groups or {}).items() if run in mean.index
-            },
+            headings={self.label[run]: heading for heading, run in (groups or {}).items()},
             caption=caption or f"Accuracy, scale {self.scale}, {self.worlds_text()}",
             notes=self.notes(mean),
         )
@@ -590,8 +588,8 @@ class ComparisonPage(AccuracyPage):
             else "zero is not excluded"
         )
         return (
-            f"**{self.label[a]} against {self.label[b]}**, {heading}: {found['diff']:+.1f} points (95 % interval "
-            f"{found['low']:+.1f} to {found['high']:+.1f}, {self.worlds_text()}): {zero}."
+            f"**{self.label[a]} against {self.label[b]}**, {heading}: {found['diff']:+.1f} points "
+            f"(95 % interval {found['low']:+.1f} to {found['high']:+.1f}, {self.worlds_text()}): {zero}."
         )
 
 # %% ../../nbs/65_eval.page.ipynb #af40abbe

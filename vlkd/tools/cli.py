@@ -277,20 +277,16 @@ def bench(
         bool, Option("--quick", help="Small batches and few rounds: minutes on two cores.")
     ] = False,
     publish: Annotated[bool, Option("--publish", help="Afterwards write the page reports/bench.")] = False,
-    repeats: Annotated[int, Option(help="Rounds; 0: what each benchmark asks for.")] = 0,
     only_list: Annotated[bool, Option("--list", help="Only name the benchmarks.")] = False,
 ):
-    "Measure variants in turns, print times, ratios and targets, and file them under runs/bench by machine."
+    "Measure variants in turns and print times, ratios and targets; each benchmark is a notebook."
     from vlkd.tools.bench import benchmarks, publish_benchmarks, run_benchmarks
 
     if only_list:
         for name, title in benchmarks().items():
             show(f"{name:12s} {title}")
         return
-    result = run_benchmarks(names or None, quick=quick, repeats=repeats)
-    if result["failed"]:
-        for name, why in result["failed"].items():
-            show(f"{name} failed: {why}", sys.stderr)
+    if run_benchmarks(names or (), quick=quick)["failed"]:
         raise typer.Exit(1)
     if publish:
         show(f"page: {publish_benchmarks() / 'README.md'}")

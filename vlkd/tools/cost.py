@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'PIECES', 'GPUS', 'FINETUNE', 'bert_parameters', 'video_parameters', 'distillation_parameters',
-           'encoder_flops', 'mlm_flops', 'objective_flops', 'voken_flops', 'student_flops', 'teacher_flops',
-           'counted_flops', 'activation_bytes', 'training_memory', 'corpus_bytes', 'storage', 'gpu', 'gpu_hours',
-           'step_bytes', 'step_calls', 'step_seconds', 'cost_table', 'growth', 'report_cost', 'finetune_flops',
-           'run_cost', 'plan_cost']
+           'values_stored', 'objective_flops', 'student_flops', 'teacher_flops', 'counted_flops', 'activation_bytes',
+           'training_memory', 'corpus_bytes', 'storage', 'gpu', 'gpu_hours', 'step_bytes', 'step_calls', 'step_seconds',
+           'cost_table', 'growth', 'report_cost', 'finetune_flops', 'run_cost', 'plan_cost']
 
 # %% ../../nbs/74_tools.cost.ipynb #86eac57b
 import math
@@ -17,7 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.settings import Scale, scale
 from ..data.paper import WIDTHS, text_of
 from ..data.tasks import get_task
-from ..train.text_student import KEYS, parse_kd
+from vlkd.train.terms import (
+    StepSize,
+    encoder_flops,
+    mlm_flops,
+    reads_masked,
+    reads_vokens,
+    term_class,
+    term_names,
+    voken_flops,
+)
 
 # %% ../../nbs/74_tools.cost.ipynb #90dd0bcd
 def bert_parameters(s: Scale, vocab: int = 0, *, head: bool = True) -> dict:  # part -> count
@@ -39,29 +47,16 @@ def video_parameters(s: Scale) -> dict:
 
 
 def distillation_parameters(s: Scale, kd: str) -> dict:  # objective -> count
-    "Parameters that the objectives add to a student: a two-layer head each but for soft labels, and CRD's f1 and f2."
-    d, h = s.hidden, s.head_hidden
-    out = {}
-    for k in parse_kd(kd):
-        if k == "soft_label":
-            continue
-        o = s.vokens if k == "voken" else d
-        out[k] = d * h + h + h * o + o + (2 * (d * s.crd_dim + s.crd_dim) if k == "crd" else 0)
-    return out
+    "Parameters that the objectives add to a student."
+    added = {name: term_class(name).parameters_added(s) for name in term_names(kd)}
+    return {name: n for name, n in added.items() if n}
+
+
+def values_stored(s: Scale, kd: str) -> int:
+    "Values that the objectives keep between steps and do not train, such as CRD's memory."
+    return sum(term_class(name).values_stored(s) for name in term_names(kd))
 
 # %% ../../nbs/74_tools.cost.ipynb #0bc6de10
-def encoder_flops(s: Scale, tokens: float, layers: int = 0) -> float:
-    "Forward FLOPs of a sequence through the layers; `layers` 0: the language model's."
-    return (layers or s.layers) * (
-        8 * tokens * s.hidden**2 + 4 * tokens * s.hidden * s.intermediate + 4 * tokens**2 * s.hidden
-    )
-
-
-def mlm_flops(s: Scale, masked: float, vocab: int = 0) -> float:
-    "Forward FLOPs of the masked-language head for `masked` tokens."
-    return masked * (2 * s.hidden**2 + 2 * s.hidden * (vocab or s.vocab_size))
-
-
 def _masked(s, tokens, masked):
     return s.mask_prob * max(tokens - 2, 0) if masked is None else masked  # [CLS] and [SEP] are never masked
 
@@ -78,25 +73,8 @@ def objective_flops(
     known: bool = False,
 ) -> float:  # forward and backward of a batch
     "FLOPs that a distillation objective adds, without the teacher's reading of the masked sentence; `known` vokens were retrieved before training."
-    B, L, d, h, n = batch, tokens, s.hidden, s.head_hidden, batch * tokens
-    if name == "soft_label":
-        return 4 * mlm_flops(s, n, vocab)  # teacher's head, student's head with its gradients
-    head = 3 * n * 2 * (d * h + h * (s.vokens if name == "voken" else d)) * (head or name == "voken")
-    if name == "regression":
-        return head
-    if name == "nst":
-        return head + (4 * B * 2 * L * L * d if kernel == "poly" else 5 * B * 2 * d * d * L)
-    if name == "nt_xent":
-        return head + 3 * L * 2 * (2 * B) ** 2 * d
-    if name == "crd":
-        k = B * KEYS
-        return head * k / n + 5 * 2 * k * d * s.crd_dim + 2 * 2 * 2 * k * s.crd_negatives * s.crd_dim
-    return head + (0 if known else voken_flops(s, B, L))  # voken
-
-
-def voken_flops(s: Scale, batch: float, tokens: float) -> float:
-    "FLOPs of retrieving the vokens of `batch` rows: the teacher's reading of the unmasked rows, and the search."
-    return batch * encoder_flops(s, tokens) + 2 * batch * tokens * s.hidden * s.vokens
+    size = StepSize(s, batch, tokens, vocab, head, known, args=dict(kernel=kernel))
+    return term_class(name).flops(size)
 
 
 def student_flops(
@@ -113,9 +91,9 @@ def student_flops(
 ) -> dict:  # part -> FLOPs of a step
     "FLOPs of one step of a student; `batch`, `tokens` 0: the scale's; `masked`: masked tokens a sentence, None: as drawn on average; `head`, `known`: with a distillation head, with vokens retrieved beforehand."
     B, L = batch or s.batch, tokens or s.max_tokens
-    names = parse_kd(kd)
+    names = term_names(kd)
     out = dict(student=3 * B * encoder_flops(s, L), mlm=3 * mlm_flops(s, B * _masked(s, L, masked), vocab))
-    if set(names) - {"voken"}:
+    if reads_masked(names):
         out["teacher"] = B * encoder_flops(s, L)
     return out | {
         k: objective_flops(s, k, batch=B, tokens=L, vocab=vocab, kernel=kernel, head=head, known=known)
@@ -142,7 +120,7 @@ def counted_flops(objective, batch: dict) -> int:
     Attention is computed as separate products meanwhile, the only form that the counter knows in full.
     """
 
-    models = [objective, *(m for m in getattr(objective, "_teacher", []) if m is not None)]
+    models = [objective, *getattr(objective, "frozen_models", list)()]
     attentive = [m for x in models for m in x.modules() if hasattr(m, "set_attn_implementation")]
     before = [m.config._attn_implementation for m in attentive]
     try:
@@ -181,7 +159,7 @@ def training_memory(
         raise ValueError(f"kind {kind!r}: it should be student or teacher")
     B, L, c = batch or s.batch, tokens or s.max_tokens, 2 if half else 0
     lm = sum(bert_parameters(s).values())
-    names = parse_kd(kd)
+    names = term_names(kd)
     trained = lm + (
         sum(video_parameters(s).values())
         if kind == "teacher"
@@ -197,15 +175,12 @@ def training_memory(
         out["video"] = activation_bytes(
             s, B * T, s.video_layers, half, 0 if fused else T
         ) + B * T * s.feature_dim * (10 if half else 8)
-    if "nst" in names:
-        out["nst"] = 8 * B * L * s.hidden + 2**23 if kernel == "gaussian" else 16 * B * L * L
-    if "soft_label" in names:
-        out["soft_label"] = B * L * s.vocab_size * 20
-    if "voken" in names:
-        out["voken"] = B * L * s.vokens * (10 if half else 8)
-    bank = 2 * s.crd_bank * s.crd_dim * 4 if "crd" in names else 0
-    if bank:
-        out["crd"] = bank + 2 * B * KEYS * s.crd_negatives * 8
+    size = StepSize(s, B, L, bytes_per_value=2 if half else 4, args=dict(kernel=kernel))
+    for name in names:
+        term = term_class(name)
+        if held := term.peak_bytes(size) + 4 * term.values_stored(s):
+            out[name] = held
+    bank = 4 * values_stored(s, kd)
     shared = 4 * s.vocab_size * s.hidden
     out["gradients"] = max(shared, 4 * trained + 2 * shared - (sum(out.values()) - out["weights"] - bank))
     return out
@@ -246,8 +221,7 @@ def storage(
         vokens=packed * (2 if s.vokens < 1 << 16 else 4),
         pool=4 * s.vokens * s.hidden,
         teacher=4 * (lm + sum(video_parameters(s).values())),
-        checkpoint=12 * (lm + sum(distillation_parameters(s, kd).values()))
-        + ("crd" in kd) * 8 * s.crd_bank * s.crd_dim,
+        checkpoint=12 * (lm + sum(distillation_parameters(s, kd).values())) + 4 * values_stored(s, kd),
     )
 
 # %% ../../nbs/74_tools.cost.ipynb #52b10215
@@ -278,25 +252,25 @@ def step_bytes(s: Scale, kd: str = "", *, batch: int = 0, tokens: float = 0, fus
     "Bytes in 32 bits that a student's step moves beside its matrix products."
     B, L = batch or s.batch, tokens or s.max_tokens
     d = s.hidden
-    names = parse_kd(kd)
+    names = term_names(kd)
     P = sum(bert_parameters(s).values()) + sum(distillation_parameters(s, kd).values())
     base, drop = 12 * d + 2 * s.intermediate + (0 if fused else 6 * s.heads * L), 6 * d * bool(s.dropout)
     return (
-        4 * s.layers * B * L * (3 * (base + drop) + (base if set(names) - {"voken"} else 0))
+        4 * s.layers * B * L * (3 * (base + drop) + (base if reads_masked(names) else 0))
         + 40 * B * _masked(s, L, None) * s.vocab_size
         + 40 * P
         + 24 * s.vocab_size * d
-        + 4 * B * L * d * sum(dict(nst=40, regression=10, nt_xent=20).get(k, 4) for k in names)
+        + 4 * B * L * d * sum(term_class(name).state_traffic for name in names)
     )
 
 
 def step_calls(s: Scale, kd: str = "") -> float:
     "Operations that a student's step starts, about: 12 forward and 26 backward a layer, 12 for the teacher's, 8 for dropout, and what does not grow with layers."
-    names = parse_kd(kd)
+    names = term_names(kd)
     return (
-        s.layers * (38 + 8 * bool(s.dropout) + 12 * bool(set(names) - {"voken"}))
+        s.layers * (38 + 8 * bool(s.dropout) + 12 * reads_masked(names))
         + 40
-        + sum(dict(nst=100, crd=140).get(k, 60) for k in names)
+        + sum(term_class(name).operations for name in names)
     )
 
 
@@ -352,7 +326,9 @@ def cost_table(
             ).values()
         )
         part = math.ceil(s.batch / gpus)
-        before = voken_flops(s, text / (s.max_tokens - 2), s.max_tokens) if "voken" in kd else 0
+        before = (
+            voken_flops(s, text / (s.max_tokens - 2), s.max_tokens) if reads_vokens(term_names(kd)) else 0
+        )
         mem = sum(training_memory(s, kind, kd, batch=part, tokens=L, frames=T, kernel=kernel).values())
         hours = gpu_hours(step * steps + before, name, utilisation)
         seen = PAPER["captions"] if kind == "teacher" else text / (s.max_tokens - 2)
@@ -545,7 +521,7 @@ def run_cost(
         more = 0.0
     else:
         steps = s.steps if p.get("steps", -1) < 0 else p["steps"]
-        names = parse_kd(p["kd"])
+        names = term_names(p["kd"])
         words = p.get("corpus", "text") == "text"
         text = PAPER["wikipedia" if text_of(s) == "wikipedia_en" else "wiki103"]
         train = steps * sum(
@@ -554,12 +530,11 @@ def run_cost(
         state = lm + sum(distillation_parameters(s, p["kd"]).values())
         kept = 4 * lm
         more = finetune_flops(s, [t.strip() for t in p.get("tasks", "").split(",") if t.strip()] or tasks)
-        if "voken" in names and steps:
+        if reads_vokens(names) and steps:
             rows = text / (s.max_tokens - 2)
             more += voken_flops(s, rows, s.max_tokens)
             kept += rows * s.max_tokens * (2 if s.vokens < 1 << 16 else 4) + 4 * s.vokens * s.hidden
-        if "crd" in names:
-            state += 2 * s.crd_bank * s.crd_dim / 3  # its bank has no moments
+        state += values_stored(s, p["kd"]) / 3  # they have no moments
     return dict(
         model=f"{s.layers}L/{s.hidden}H",
         steps=steps,

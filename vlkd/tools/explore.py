@@ -44,7 +44,7 @@ from ..tabletop.nouns import EDITION, EVENTS, NOUNS
 from ..train.finetune import finetune_all
 from ..train.sources import load_data
 from ..train.text_student import train_student
-from ..train.video_teacher import pool_of, sentence_states, train_teacher, video_states
+from ..train.video_teacher import held_out_clips, sentence_states, train_teacher, video_states
 
 disable_progress_bar()  # in Jupyter every model that is opened would leave a bar above the figures
 
@@ -210,9 +210,7 @@ def small_explorer(steps: int = 60, seed: int = 1, folder=None) -> Explorer:
         tmp = Path(tempfile.mkdtemp(dir=home.parent, prefix=".making-"))
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                t, _ = train_teacher(
-                    data, tmp / "work-t", contrast="info_nce", preset_name="micro", seed=seed
-                )
+                t, _ = train_teacher(data, tmp / "work-t", contrast="info_nce", preset="micro", seed=seed)
                 f = tmp / f"teacher-micro@{seed}"
                 t.save(f / "teacher", data.tokenizer)
                 write_json(f / "run.json", dict(params=dict(contrast="info_nce"), files={}))
@@ -227,7 +225,7 @@ def small_explorer(steps: int = 60, seed: int = 1, folder=None) -> Explorer:
                         teacher=t if kd else None,
                         kd=kd,
                         weights=w,
-                        preset_name="micro",
+                        preset="micro",
                         seed=seed,
                     )
                     f = tmp / f"{name}@{seed}"
@@ -421,7 +419,7 @@ def _pool(
     x: Explorer, teacher: str, most: int = 5000
 ) -> tuple:  # clips, their captions' rows, vectors (N, D)
     def make():
-        clips, caps = pool_of(x.data.pairs, most)
+        clips, caps = held_out_clips(x.data.pairs, most)
         return clips, caps, video_states(x.model(teacher).video, x.data.pairs, clips)
 
     return x.kept(("pool", teacher), make)
