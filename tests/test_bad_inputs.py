@@ -319,13 +319,13 @@ def test_an_unknown_task():
 @pytest.fixture(scope="module")
 def howto(tmp_path_factory):
     "A stand-in for HowTo100M, a tokeniser for it and an untrained teacher."
-    from vlkd.data.howto100m import write_standin
+    from vlkd.data.howto100m import write_fixture
     from vlkd.data.public import bert_vocab
     from vlkd.data.text import load_vocabulary
     from vlkd.models.video_text import Teacher
 
     d = tmp_path_factory.mktemp("howto")
-    write_standin(d, 100, dim=16)
+    write_fixture(d, 100, dim=16)
     tok = load_vocabulary(bert_vocab(d), 40)
     Teacher(scale("smoke"), tok, 16, 0).save(d / "teacher", tok)
     return SimpleNamespace(root=d, here=d / "howto100m", teacher=d / "teacher", tok=tok)
@@ -344,13 +344,14 @@ def howto(tmp_path_factory):
     ],
 )
 def test_captions_with_wrong_times(howto, tmp_path, key, value, says):
-    from vlkd.data.howto100m import MappedFeatures, caption_table
+    from vlkd.data.howto100m import caption_table
+    from vlkd.data.video import Features
 
     c = json.loads((howto.here / "caption.json").read_text())
     v = next(iter(c))
     c[v][key][1] = value
     (tmp_path / "c.json").write_text(json.dumps(c))
-    seconds = MappedFeatures(howto.here / "features").seconds()
+    seconds = Features(howto.here / "features").seconds()
     with pytest.raises(ValueError, match=f"c.json, video {v}, caption 1: {says}"):
         caption_table(tmp_path / "c.json", tmp_path / "t", seconds=seconds)
     assert [p.name for p in tmp_path.iterdir()] == ["c.json"]
