@@ -364,8 +364,8 @@ def test_the_search_finds_what_it_should(what, yes, no):
 
 # Imports
 
-LIGHT = ["core.settings", "core.records", "plots", "data.tasks", "data.catalog", "eval.stats"]
-LIGHT += ["reproduce.run", "reproduce.report", "tools.cli"]
+LIGHT = ["core.settings", "core.records", "plots", "data.tasks", "data.catalog", "eval.stats", "eval.claims"]
+LIGHT += ["reproduce.run", "reproduce.cluster", "reproduce.report", "tools.cli"]
 
 
 @pytest.mark.parametrize("module", LIGHT)
