@@ -39,6 +39,7 @@ from peer import (
     TRAINING_OPTIONS,
     broadcast_nst,
     fill_queue,
+    fill_queues,
     loop_nst,
     plain_crd,
     plain_nst,
@@ -136,8 +137,7 @@ def desk():
 
 def loss_and_gradients(objective, desk):
     objective = objective.double()
-    if hasattr(objective, "crd"):
-        fill_queue(objective.crd)
+    fill_queues(objective)
     desk.lm.zero_grad()
     loss = objective(**desk.batch)["loss"]
     loss.backward()

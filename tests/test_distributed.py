@@ -13,70 +13,158 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import vlkd.core.device
-from vlkd.core.files import read_json
+from vlkd.core.files import CHECKSUMS, read_json
 from vlkd.data.text import ExampleOrder
-from vlkd.train import trainer as loop
-from vlkd.train.trainer import SEAL, damage, fit
+from vlkd.train import trainer
+from vlkd.train.checkpoints import checkpoint_problem
+from vlkd.train.trainer import Objective, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Objectives in double precision, with the gradients of each step. A case is an objective, then levers or: steps, drop(out), save (every), stop (at the end of that step), again (after it has stopped), eval (every).
+# Objectives in double precision, with the gradients of each step. A case is an objective, then options or:
+# steps, drop(out), save (every), stop (at the end of that step), again (after it has stopped), eval (every).
 DRIVER = """
-import json, sys
+import json, os, shutil, sys
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch.nn import functional as F
-from vlkd.core.device import *
+
+from vlkd.core.device import ranks, seed_everything
 from vlkd.core.files import rng
 from vlkd.core.settings import scale
 from vlkd.data.text import VideoText, tokenize
 from vlkd.models.bert import language_model
 from vlkd.models.video_text import Teacher
-from vlkd.train import loop
+from vlkd.train import text_student, trainer, video_teacher
 from vlkd.train.sources import TabletopData
 from vlkd.train.text_student import StudentObjective, text_collator
 from vlkd.train.video_teacher import TeacherObjective, video_text_collator
 
-out, cases = Path(sys.argv[1]), sys.argv[2].split(); rank, n = ranks(); grads = []
-clip = loop.ObjectiveTrainer._clip_grad_norm
-def keep(self, model):
-    grads.append({k: loop.whole(p.grad).numpy().copy() for k, p in self.accelerator.unwrap_model(self.model).named_parameters() if p.grad is not None}); return clip(self, model)
-def mlm_double(lm, h, ids, where): logits = lm.cls(h[where]); return F.cross_entropy(logits, ids[where]) if len(logits) else (h.sum()+logits.sum())*0. # the library's is float32
-loop.ObjectiveTrainer._clip_grad_norm, loop.mlm_loss = keep, mlm_double
-class Stop(Exception): pass
-step_end, stop_at = loop.Progress.on_step_end, [0]
+out, cases = Path(sys.argv[1]), sys.argv[2].split()
+rank, processes = ranks()
+gradients = []
+
+
+def keep_gradients(self, model):
+    named = self.accelerator.unwrap_model(self.model).named_parameters()
+    gradients.append(
+        {name: trainer.full_tensor(p.grad).numpy().copy() for name, p in named if p.grad is not None}
+    )
+    return clip(self, model)
+
+
+def mlm_double(lm, states, ids, where):  # the library's is float32
+    logits = lm.cls(states[where])
+    return F.cross_entropy(logits, ids[where]) if len(logits) else (states.sum() + logits.sum()) * 0.0
+
+
+clip, trainer.ObjectiveTrainer._clip_grad_norm = trainer.ObjectiveTrainer._clip_grad_norm, keep_gradients
+text_student.mlm_loss = video_teacher.mlm_loss = mlm_double
+
+
+class Stop(Exception):
+    pass
+
+
 def on_step_end(self, args, state, control, **kw):
     step_end(self, args, state, control, **kw)
-    if state.global_step == stop_at[0]: raise Stop
-loop.Progress.on_step_end = on_step_end
-if rank: # the others write nothing
-    def refuse(*a, **kw): raise AssertionError("rank 1 writes")
-    loop.seal = loop.save_weights = loop.write_json = loop.os.replace = loop.shutil.rmtree = refuse; torch.save = refuse
+    if state.global_step == stop_at:
+        raise Stop
 
-base = dict(mask_prob=.05, batch=8, crd_bank=64, crd_negatives=40); s = scale("smoke", dropout=0., **base); data = TabletopData(s, 101); tok = data.tokenizer
-captions = data.captions[0][:40]; pairs = VideoText(captions, np.arange(40), rng("films").normal(size=(40, 4, 8)), np.ones((40, 4), bool), np.arange(40), np.arange(0))
+
+step_end, trainer.Progress.on_step_end = trainer.Progress.on_step_end, on_step_end
+if rank:  # the others write nothing
+
+    def refuse(*args, **kw):
+        raise AssertionError("rank 1 writes")
+
+    trainer.write_checksums = trainer.save_weights = trainer.save_safetensors = trainer.write_json = refuse
+    os.replace = shutil.rmtree = torch.save = refuse
+
+base = dict(mask_prob=0.05, batch=8, crd_bank=64, crd_negatives=40)
+data = TabletopData(scale("smoke", dropout=0.0, **base), 101)
+tokenizer = data.tokenizer
+captions = data.captions[0][:40]
+features = rng("films").normal(size=(40, 4, 8))
+pairs = VideoText(
+    captions, np.arange(40), features, np.ones((40, 4), bool), np.arange(40), np.arange(0)
+)
+
+
+def teacher(name, s):
+    contrast = dict(token_nce="info_nce", all="hinge").get(name, name)
+    objective = TeacherObjective(
+        Teacher(s, tokenizer, 8, 0),
+        contrast,
+        nce=dict(level="token") if name == "token_nce" else {},
+        hinge=dict(negatives="all") if name == "all" else {},
+    )
+    tokens = tokenize(tokenizer, captions, s.max_tokens)
+    collate = video_text_collator(tokens, pairs, np.arange(40), tokenizer, s, 0)
+    return objective, collate, 40, dict(lengths=tokens.lengths)
+
+
+def student(name, s):
+    kd = "" if name == "mlm" else name
+    objective = StudentObjective(
+        language_model(s, tokenizer, 1),
+        language_model(s, tokenizer, 2).eval() if kd else None,
+        kd,
+        s=s,
+        pool=torch.randn(9, s.hidden).double(),
+    )
+    for model in objective.frozen_models():
+        model.double()
+    return objective, text_collator(data.tokens, tokenizer, s, 0), len(data.tokens), {}
+
+
 def run(case, stop=0):
-    name, *more = case.split("/"); use = dict(x.split("=") for x in more); stop_at[0] = stop; use.pop("stop", 0); use.pop("again", 0); kw = dict(steps=int(use.pop("steps", 3)), save_every=int(use.pop("save", 0)), batch=int(use.pop("batch", 8)))
-    s = scale("smoke", dropout=float(use.pop("drop", 0)), **base); seed_everything(int(use.pop("uneven", 0))*rank)
-    if name in ("info_nce", "token_nce", "hinge", "all"):
-        kind = dict(token_nce="info_nce", all="hinge").get(name, name); o = TeacherObjective(Teacher(s, tok, 8, 0), kind, nce=dict(level="token") if name == "token_nce" else {}, hinge=dict(negatives="all") if name == "all" else {})
-        collate, size = video_text_collator(tokenize(tok, captions, s.max_tokens), pairs, np.arange(40), tok, s, 0), 40; kw["lengths"] = tokenize(tok, captions, s.max_tokens).lengths
-    else:
-        kd = "" if name == "mlm" else name; o = StudentObjective(language_model(s, tok, 1), language_model(s, tok, 2).eval() if kd else None, kd, s=s, pool=torch.randn(9, s.hidden).double()); collate, size = text_collator(data.tokens, tok, s, 0), len(data.tokens)
-        if kd: o._teacher[0].double()
-    o.double(); grads.clear(); seen = []; every = int(use.pop("eval", 0)); kw |= dict(valid=(collate, 16), eval_every=every) if every else {}
-    def watch(items): seen.append([i for i, e in items]); return collate(items)
-    file = case.replace("/", ","); history = loop.fit(o, watch, size, out/file, lr=1e-2, what=case, levers=use, **kw)
-    state = {"w."+k: v.numpy() for k, v in o.state_dict().items()} | {f"g{i}.{k}": v for i, g in enumerate(grads) for k, v in g.items()}
-    np.savez(out/f"{file}.{rank}.npz", **state); (out/f"{file}.{rank}.json").write_text(json.dumps(dict(history=history, seen=seen[1:])))
+    global stop_at
+    stop_at = stop
+    name, *more = case.split("/")
+    options = dict(x.split("=") for x in more)
+    given = {x: options.pop(x, 0) for x in ("stop", "again", "drop", "uneven", "eval", "save", "steps", "batch")}
+    settings = dict(
+        steps=int(given["steps"] or 3), save_every=int(given["save"]), batch=int(given["batch"] or 8)
+    )
+    s = scale("smoke", dropout=float(given["drop"]), **base)
+    seed_everything(int(given["uneven"]) * rank)
+    make = teacher if name in ("info_nce", "token_nce", "hinge", "all") else student
+    objective, collate, size, lengths = make(name, s)
+    objective.double()
+    if given["eval"]:
+        settings |= dict(valid=(collate, 16), eval_every=int(given["eval"]))
+    gradients.clear()
+    seen = []
+
+    def watch(items):
+        seen.append([example for example, _ in items])
+        return collate(items)
+
+    file = case.replace("/", ",")
+    settings |= lengths
+    history = trainer.fit(
+        objective, watch, size, out / file, lr=1e-2, name=case, options=options, **settings
+    )
+    state = {f"w.{key}": x.numpy() for key, x in objective.state_dict().items()}
+    for step, found in enumerate(gradients):
+        state |= {f"g{step}.{key}": x for key, x in found.items()}
+    np.savez(out / f"{file}.{rank}.npz", **state)
+    (out / f"{file}.{rank}.json").write_text(json.dumps(dict(history=history, seen=seen[1:])))
+
 
 for case in cases:
     stop = int(dict(x.split("=") for x in case.split("/")[1:]).get("stop", 0))
     if stop:
-        try: run(case, stop); raise AssertionError("not stopped")
-        except Stop: pass
-    if not stop or "again" in case: run(case)
+        try:
+            run(case, stop)
+            raise AssertionError("not stopped")
+        except Stop:
+            pass
+    if not stop or "again" in case:
+        run(case)
 """
 
 CASES = [
@@ -232,14 +320,16 @@ def test_one_process_writes_and_another_number_goes_on(alone, together, tmp_path
     "What rank 1 may not write, it refuses in the script. Two processes stop after step 5; one goes on from step 4, and ends where one alone would have."
     run = together / name(ONCE)
     c = sorted((run / "checkpoints").iterdir())
-    assert [p.name for p in c] == ["checkpoint-2", "checkpoint-4"] and all(damage(p) is None for p in c)
+    assert [p.name for p in c] == ["checkpoint-2", "checkpoint-4"] and not any(
+        checkpoint_problem(p) for p in c
+    )
     assert {p.name for p in c[1].iterdir()} == {
         "model.safetensors",
         "optimizer.pt",
         "scheduler.pt",
         "trainer_state.json",
-        "parts.safetensors",
-        SEAL,
+        "loss_sums.safetensors",
+        CHECKSUMS,
     }
     shutil.copytree(run, tmp_path / name(WHOLE), dirs_exist_ok=True)
     said = launch(1, tmp_path, WHOLE).stdout
@@ -266,7 +356,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
     r = launch(2, tmp_path, "mlm/batch=7", check=False)
     assert (
         r.returncode
-        and "mlm/batch=7: a batch of 7 cannot be shared equally by 2 processes with 1 accumulated parts each; make it a multiple of 2, such as 6 or 8"
+        and "mlm/batch=7: a batch of 7 cannot be divided equally among 2 processes with 1 micro-batches each; make it a multiple of 2, such as 6 or 8"
         in r.stderr
     )
     r = launch(1, tmp_path, "mlm/fsdp=true", check=False)
@@ -278,7 +368,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
     assert r.returncode and "the process of rank 1 starts with other weights than that of rank 0" in r.stderr
 
 
-class Bad(nn.Module):
+class Bad(Objective):
     "A line whose loss, or only its gradient, is no number at the batch that holds example 5."
 
     def __init__(self, what, coupled=()):
@@ -298,7 +388,7 @@ def line(out, what, **kw):
         lambda items: dict(x=torch.tensor([[float(i)] for i, _ in items])),
         40,
         out,
-        **dict(steps=10, batch=4, lr=1e-3, what="line") | kw,
+        **dict(steps=10, batch=4, lr=1e-3, name="line") | kw,
     )
 
 
@@ -306,7 +396,7 @@ def line(out, what, **kw):
 @pytest.mark.parametrize("at_once", [True, False])
 def test_what_is_not_finite_stops_and_leaves_its_batch(tmp_path, monkeypatch, what, at_once):
     "`at_once` is what the CPU does; a GPU looks only before something is logged or saved, and makes the batch again."
-    monkeypatch.setattr(loop.ObjectiveTrainer, "at_once", at_once)
+    monkeypatch.setattr(trainer.FiniteGuard, "at_once", at_once)
     draws = ExampleOrder(40, 40, 0)
     k = next(k for k in range(40) if draws[k][0] == 5)
     step = k // 4 + 1
@@ -314,7 +404,7 @@ def test_what_is_not_finite_stops_and_leaves_its_batch(tmp_path, monkeypatch, wh
         FloatingPointError,
         match=rf"line: the {what} is not a finite number at step {step}; its batch is saved in .*nonfinite\.safetensors",
     ):
-        line(tmp_path, what, save_every=1 if at_once else 10, levers=dict(accumulate=2))
+        line(tmp_path, what, save_every=1 if at_once else 10, options=dict(accumulate=2))
     said = read_json(tmp_path / "nonfinite.json")
     assert (
         said["what"] == what
@@ -331,7 +421,7 @@ def test_what_is_not_finite_stops_and_leaves_its_batch(tmp_path, monkeypatch, wh
 
 
 def test_what_is_not_finite_is_never_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.ObjectiveTrainer, "at_once", False)
+    monkeypatch.setattr(trainer.FiniteGuard, "at_once", False)
     with pytest.raises(FloatingPointError):
         line(tmp_path, "loss", save_every=1, steps=200)
     assert all(
@@ -339,13 +429,13 @@ def test_what_is_not_finite_is_never_saved(tmp_path, monkeypatch):
     )
 
 
-def test_levers_are_checked(tmp_path, monkeypatch):
+def test_options_are_checked(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="accumulate = 2 would change crd, which compare"):
-        line(tmp_path, "", coupled=("crd",), levers=dict(accumulate=2))
+        line(tmp_path, "", coupled=("crd",), options=dict(accumulate=2))
     with pytest.raises(
-        ValueError, match="a batch of 4 cannot be shared equally by 1 processes with 3 accumulated parts"
+        ValueError, match="a batch of 4 cannot be divided equally among 1 processes with 3 micro-batches"
     ):
-        line(tmp_path, "", levers=dict(accumulate=3))
+        line(tmp_path, "", options=dict(accumulate=3))
     for k, v in dict(PRECISION="fp8", COMPILE="maybe", ACCUMULATE="0", WORKERS="-1").items():
         monkeypatch.setenv(f"VLKD_{k}", v)
         with pytest.raises(ValueError, match=f"VLKD_{k}"):
@@ -369,7 +459,7 @@ def test_workers_make_the_same_batches(tmp_path):
             )
         ]
     )
-    assert torch.equal(x(), x(levers=dict(workers=2)))
+    assert torch.equal(x(), x(options=dict(workers=2)))
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
@@ -386,7 +476,7 @@ def test_compiled_training_has_the_same_losses(tmp_path):
     d = TabletopData(s, 101)
     seen = {}
 
-    def losses(**levers):
+    def losses(**options):
         o = StudentObjective(
             language_model(s, d.tokenizer, 1), language_model(s, d.tokenizer, 2).eval(), "nst+crd", s=s
         )
@@ -396,13 +486,13 @@ def test_compiled_training_has_the_same_losses(tmp_path):
             o,
             text_collator(d.tokens, d.tokenizer, s, 0),
             len(d.tokens.lengths),
-            tmp_path / str(levers),
+            tmp_path / str(options),
             steps=4,
             batch=8,
             lr=1e-3,
-            levers=levers,
+            options=options,
         )
-        seen[str(levers)] = counters["stats"]["unique_graphs"]
+        seen[str(options)] = counters["stats"]["unique_graphs"]
         return [[x[k] for k in ("loss", "mlm", "nst", "crd", "grad_norm")] for x in h]
 
     want = losses()

@@ -81,7 +81,7 @@ def test_diagnostics_are_answered_by_mnli_alone(small, every, monkeypatch):
     )
     trained = []
     fit = language.fit
-    monkeypatch.setattr(language, "fit", lambda o, *a, **k: (trained.append(k["what"]), fit(o, *a, **k))[1])
+    monkeypatch.setattr(language, "fit", lambda o, *a, **k: (trained.append(k["name"]), fit(o, *a, **k))[1])
     only = finetune_all(m, data, d / "only", seed=3, run="text", tasks=["diagnostics"])
     assert trained == ["text mnli"]
     pd.testing.assert_frame_equal(only, x[only.columns], check_dtype=False)  # without mnli's own rows

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-import vlkd.core.device
+from vlkd.core.files import CHECKSUMS, write_checksums
 from vlkd.core.settings import scale
 from vlkd.data.text import train_tokenizer
 from vlkd.models.bert import language_model
@@ -23,54 +23,82 @@ from vlkd.tabletop.nouns import CLASSES, EVENTS, SHAPES
 from vlkd.tabletop.world import World
 from vlkd.train.sources import TabletopData
 from vlkd.train.text_student import StudentObjective, text_collator
-from vlkd.train.trainer import SEAL, check_trainable, fit, seal
+from vlkd.train.trainer import Objective, check_trainable, fit
 from vlkd.train.video_teacher import TeacherObjective, video_text_collator
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Teacher, then student, in one process. "teacher:23" kills it after step 23 of the teacher, "student:seal" while a checkpoint has no seal yet.
+# Teacher, then student, in one process. "teacher:23" kills it after step 23 of the teacher,
+# "student:checksums" while a checkpoint has no checksums yet.
 DRIVER = """
 import os, signal, sys
 from functools import cached_property
 from pathlib import Path
+
 import numpy as np
-from vlkd.core.device import *
+
 from vlkd.core.files import rng
 from vlkd.core.settings import scale
 from vlkd.data.text import VideoText
 from vlkd.models.bert import save_model
 from vlkd.models.video_text import Teacher
-from vlkd.train import loop
+from vlkd.train import trainer
 from vlkd.train.sources import TabletopData
 from vlkd.train.text_student import train_student
 from vlkd.train.video_teacher import train_teacher
 
-class Films(TabletopData):
+
+class Noise(TabletopData):
     "Noise in the place of features, so that nothing is rendered."
+
     @cached_property
     def pairs(self):
-        captions, clip = self.captions; c = self.world.clips; x = rng("films").normal(size=(len(c), 4, 8)).astype(np.float16); held = c.held_out.to_numpy()
-        return VideoText(captions, clip, x, np.ones(x.shape[:2], bool), np.flatnonzero(~held[clip]), np.flatnonzero(held[clip]), list(c.noun))
+        captions, clip = self.captions
+        clips = self.world.clips
+        held = clips.held_out.to_numpy()
+        x = rng("films").normal(size=(len(clips), 4, 8)).astype(np.float16)
+        train, valid = np.flatnonzero(~held[clip]), np.flatnonzero(held[clip])
+        return VideoText(captions, clip, x, np.ones(x.shape[:2], bool), train, valid, list(clips.noun))
+
 
 out, (who, when) = Path(sys.argv[1]), sys.argv[2].split(":")
-def die(): os.kill(os.getpid(), signal.SIGKILL)
-step_end, seal = loop.Progress.on_step_end, loop.seal
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def on_step_end(self, args, state, control, **kw):
     step_end(self, args, state, control, **kw)
-    if self.what == who and str(state.global_step) == when: die()
-def sealing(folder):
-    if when == "seal" and folder.name == "checkpoint-40" and folder.parent.parent.name == who: die()
-    seal(folder)
-loop.Progress.on_step_end, loop.seal = on_step_end, sealing
+    if self.name == who and str(state.global_step) == when:
+        die()
 
-data = Films(scale("smoke", steps=60, teacher_steps=60, save_every=10, eval_every=10, patience=2, dropout=.1), 101); done = out/"teacher"/"done"
-if done.is_dir(): teacher, _ = Teacher.load(done, data.s)
+
+def write_checksums(folder):
+    if when == "checksums" and folder.name == "checkpoint-40" and folder.parent.parent.name == who:
+        die()
+    write(folder)
+
+
+step_end, write = trainer.Progress.on_step_end, trainer.write_checksums
+trainer.Progress.on_step_end, trainer.write_checksums = on_step_end, write_checksums
+
+settings = dict(steps=60, teacher_steps=60, save_every=10, eval_every=10, patience=2, dropout=0.1)
+data = Noise(scale("smoke", **settings), 101)
+done = out / "teacher" / "done"
+if done.is_dir():
+    teacher, _ = Teacher.load(done, data.s)
 else:
-    teacher, history = train_teacher(data, out/"teacher", contrast="info_nce", preset_name="micro")
-    print("teacher ends at", max(h["step"] for h in history)); teacher.save(done, data.tokenizer)
-o, _ = train_student(data, out/"student", teacher=teacher, kd="nst+crd", preset_name="micro")
-save_model(out/"bert", o.lm, data.tokenizer)
-np.savez(out/"end.npz", **{f"{n}.{k}": v for n, m in (("teacher", teacher), ("student", o)) for k, v in m.state_dict().items()})
+    teacher, history = train_teacher(data, out / "teacher", contrast="info_nce", preset="micro")
+    print("teacher ends at", max(entry["step"] for entry in history))
+    teacher.save(done, data.tokenizer)
+student, _ = train_student(data, out / "student", teacher=teacher, kd="nst+crd", preset="micro")
+save_model(out / "bert", student.lm, data.tokenizer)
+models = dict(teacher=teacher, student=student)
+np.savez(
+    out / "end.npz",
+    **{f"{name}.{key}": x for name, model in models.items() for key, x in model.state_dict().items()},
+)
 """
 
 
@@ -98,7 +126,7 @@ def test_killed_training_ends_as_if_nothing_had_happened(whole, tmp_path):
     ref, said = whole
     early = int(re.search(r"teacher ends at (\d+)", said)[1])
     t, s = random.choice(range(11, early)), random.choice(range(11, 40))
-    kills = [f"teacher:{t}", f"student:{s}", "student:seal", ":"]
+    kills = [f"teacher:{t}", f"student:{s}", "student:checksums", ":"]
     for kill, at in zip(
         kills, ([], [(t - 1) // 10 * 10], [(s - 1) // 10 * 10], [30])
     ):  # a step ends before its checkpoint is written
@@ -110,11 +138,11 @@ def test_killed_training_ends_as_if_nothing_had_happened(whole, tmp_path):
     assert "checkpoint-40 is left out: it was not finished" in r.stdout
     with np.load(ref / "end.npz") as a, np.load(tmp_path / "end.npz") as b:
         assert set(a) == set(b) and {
-            "student.crd.memory_v1",
-            "student.crd.seen",
-            "student.crd._extra_state",
+            "student.terms.crd.loss.memory_v1",
+            "student.terms.crd.loss.seen",
+            "student.terms.crd.loss._extra_state",
         } <= set(a)
-        assert int(a["student.crd.seen"]) > 64, "the queue was never full"
+        assert int(a["student.terms.crd.loss.seen"]) > 64, "the queue was never full"
         assert [k for k in a if not np.array_equal(a[k], b[k])] == [], f"killed at {kills}"
 
 
@@ -159,7 +187,7 @@ def test_student_loads_with_transformers_alone(whole, tmp_path):
         )
 
 
-class Line(nn.Module):
+class Line(Objective):
     "y = w x, with noise that only the generator of torch decides."
 
     def __init__(self):
@@ -188,7 +216,7 @@ def line(out, stop=None, steps=30, **kw):
 
     torch.manual_seed(0)
     o = Line()
-    history = fit(o, collate, 20, out, steps=steps, batch=4, lr=0.05, save_every=10, what="line", **kw)
+    history = fit(o, collate, 20, out, steps=steps, batch=4, lr=0.05, save_every=10, name="line", **kw)
     return o.w.detach().clone(), history
 
 
@@ -206,12 +234,12 @@ def broken_off(tmp_path):
 @pytest.mark.parametrize(
     "file, what, says",
     [
-        ("optimizer.pt", "cut", "optimizer.pt is damaged"),
-        ("model.safetensors", "cut", "model.safetensors is damaged"),
+        ("optimizer.pt", "cut", r"optimizer.pt was changed after it was saved"),
+        ("model.safetensors", "cut", "model.safetensors was changed after it was saved"),
         ("model.safetensors", "gone", "model.safetensors is missing"),
         ("optimizer.pt", "gone", "optimizer.pt is missing"),
-        (SEAL, "gone", "it was not finished"),
-        (SEAL, "cut", "sealed.json is broken"),
+        (CHECKSUMS, "gone", "it was not finished"),
+        (CHECKSUMS, "cut", "checksums.json is not valid JSON"),
     ],
 )
 def test_damaged_checkpoint_is_left_out_by_name(broken_off, capsys, file, what, says):
@@ -221,7 +249,8 @@ def test_damaged_checkpoint_is_left_out_by_name(broken_off, capsys, file, what, 
     f.unlink() if what == "gone" else f.write_bytes(whole[: len(whole) // 2])
     got, _ = line(run)
     said = capsys.readouterr().out
-    assert f"checkpoint checkpoint-20 is left out: {says}" in said and "resumes from checkpoint-10" in said
+    left_out = re.search("checkpoint checkpoint-20 is left out: (.*)", said)[1]
+    assert says in left_out and "resumes from checkpoint-10" in said
     assert torch.equal(got, want)
 
 
@@ -241,12 +270,12 @@ class Payload:
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_no_pickle_is_run(broken_off, tmp_path, file):
-    "The seal is right, so that nothing but `weights_only` stands between the file and its code."
+    "The checksums are right, so that nothing but `weights_only` stands between the file and its code."
     run, c, _ = broken_off
     folder, f = c / "checkpoint-20", tmp_path / "ran"
     assert (folder / file).is_file()
     torch.save(Payload(f), folder / file)
-    seal(folder)
+    write_checksums(folder)
     with pytest.raises(pickle.UnpicklingError):
         line(run)
     assert not f.exists()
@@ -263,8 +292,8 @@ def test_checkpoints_hold_no_other_pickles(broken_off):
         "scheduler.pt",
         "rng_state.pth",
         "trainer_state.json",
-        "parts.safetensors",
-        SEAL,
+        "loss_sums.safetensors",
+        CHECKSUMS,
     }
 
 

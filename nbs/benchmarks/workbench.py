@@ -7,14 +7,15 @@ from concurrent.futures import ProcessPoolExecutor
 from unittest.mock import patch
 
 import torch
-from peer import AblatedObjective, PublicObjective, fill_queue, plain_nst
+from peer import AblatedObjective, PublicObjective, fill_queues, plain_nst
 
 from vlkd.core.device import device
 from vlkd.core.settings import Scale, preset
 from vlkd.models import bert
 from vlkd.models.bert import BertForMaskedLM, bert_config, quick_dropout
 from vlkd.tools.bench import peak_memory
-from vlkd.train.text_student import KEYS, StudentObjective
+from vlkd.train.terms import CRD_TOKENS
+from vlkd.train.text_student import StudentObjective
 
 OPTIMIZERS = dict(fused=dict(fused=True), foreach=dict(), loop=dict(foreach=False, fused=False))
 
@@ -83,7 +84,7 @@ def random_batch(s: Scale, batch: int, tokens: int, seed: int = 0) -> dict:
     masked = max(1, round(s.mask_prob * (tokens - 2)))
     for row in where:
         row[1 + torch.randperm(tokens - 2, generator=generator)[:masked]] = True
-    position = torch.randint(tokens, (batch, KEYS), generator=generator)
+    position = torch.randint(tokens, (batch, CRD_TOKENS), generator=generator)
     out = dict(ids=ids, mask=torch.ones_like(where), masked=ids.masked_fill(where, 4))
     return {k: x.to(device()) for k, x in (out | dict(where=where, position=position)).items()}
 
@@ -121,8 +122,7 @@ class Workbench:
         return int(self.batch["where"][0].sum())
 
     def _ready(self, objective):
-        if hasattr(objective, "crd"):
-            fill_queue(objective.crd)
+        fill_queues(objective)
         return objective.to(device()).train()
 
     def ours(self, kd: str = "nst+crd", preset_name: str = "") -> StudentObjective:

@@ -26,7 +26,7 @@ from ..tabletop.language import BASE, OUTCOME_PHRASES, PAST
 from ..tabletop.nouns import CLIP_EVENTS, EVENTS
 from ..tabletop.world import World
 from ..train.text_student import StudentObjective
-from ..train.video_teacher import pool_of, sentence_states, video_states
+from ..train.video_teacher import held_out_clips, sentence_states, video_states
 
 # %% ../../nbs/66_eval.examples.ipynb #9391ff87
 def outcome_counts(
@@ -465,7 +465,7 @@ def text_retrieval(
         if world
         else pd.DataFrame(dict(row=r[:n], text=[data.sentences[i] for i in r[:n]]))
     )
-    pool = np.flatnonzero(world.clips.held_out) if world else pool_of(data.pairs, data.s.clip_pool)[0]
+    pool = np.flatnonzero(world.clips.held_out) if world else held_out_clips(data.pairs, data.s.clip_pool)[0]
     v = video_states(teacher.video, data.pairs, pool)
     rows, asked = queries["row"].to_numpy(), set(queries["text"])
     others = np.array(

@@ -15,8 +15,9 @@ from ..data.text import Tokens
 from ..models.bert import hidden_states, masked_mean
 from ..models.video_text import Teacher
 from ..retrieval.nearest import nearest
+from ..train.terms import Term
 from ..train.text_student import StudentObjective
-from ..train.video_teacher import pool_of, sentence_states, video_states
+from ..train.video_teacher import held_out_clips, sentence_states, video_states
 
 # %% ../../nbs/61_eval.retrieval.ipynb #429c2ec9
 def ridge(x, y, penalty: float = 1.0) -> tuple:  # (D, E) weights and (E,) bias of y = x w + b
@@ -29,14 +30,14 @@ def ridge(x, y, penalty: float = 1.0) -> tuple:  # (D, E) weights and (E,) bias 
 
 
 @torch.no_grad()
-def head_states(o: StudentObjective, k: str, tokens: Tokens, rows, batch: int = 256) -> torch.Tensor:
-    "Masked mean of what head `k` makes of a sentence's states."
+def head_states(o: StudentObjective, term: Term, tokens: Tokens, rows, batch: int = 256) -> torch.Tensor:
+    "Masked mean of what the head of a term makes of a sentence's states."
     dev = next(o.parameters()).device
     o.eval()
     out = []
     for i in range(0, len(rows), batch):
         ids, m = (t.to(dev) for t in tokens[rows[i : i + batch]])
-        out.append(masked_mean(o.heads[k](hidden_states(o.lm, ids, m)).float(), m).cpu())
+        out.append(masked_mean(term.head(hidden_states(o.lm, ids, m)).float(), m).cpu())
     return torch.cat(out)
 
 
@@ -48,12 +49,10 @@ def spaces(
     v = video_states(teacher.video, data.pairs, clips)
     raw = sentence_states(o.lm, queries, rows)
     out = {"raw": (raw, v)}
-    if "crd" in o.kd:
-        f = o.crd.cpu().eval()
-        out["head"] = f.features(head_states(o, "crd", queries, rows), v)
+    if (term := o.retrieval_term()) is not None:
+        sentences = head_states(o, term, queries, rows)
+        out["head"] = term.cpu().embed(sentences, v)
         o.to(device())
-    elif k := next((k for k in ("regression", "nst", "nt_xent") if k in o.kd), None):
-        out["head"] = (head_states(o, k, queries, rows), v)
     w, b = ridge(
         sentence_states(o.lm, data.tokens, fit_rows), sentence_states(teacher.lm, data.tokens, fit_rows)
     )
@@ -110,7 +109,7 @@ def top_table(
 
 def retrieval(o: StudentObjective, teacher: Teacher, data, *, n: int = 8) -> tuple:  # recall table, top table
     "Recall and nearest clips of held-out captions against held-out clips, in every space of the student."
-    clips, caps = pool_of(data.pairs, data.s.clip_pool)
+    clips, caps = held_out_clips(data.pairs, data.s.clip_pool)
     fit = rng("map", data.seed).permutation(len(data.tokens))[:2000]
     found = spaces(o, teacher, data, data.caption_tokens, caps, clips, fit)
     return recall_table(found), top_table(
@@ -120,7 +119,7 @@ def retrieval(o: StudentObjective, teacher: Teacher, data, *, n: int = 8) -> tup
 
 def teacher_retrieval(teacher: Teacher, data, *, n: int = 8) -> tuple:
     "The same for a teacher, whose sentences and videos share one space."
-    clips, caps = pool_of(data.pairs, data.s.clip_pool)
+    clips, caps = held_out_clips(data.pairs, data.s.clip_pool)
     found = {
         "raw": (
             sentence_states(teacher.lm, data.caption_tokens, caps),

@@ -19,7 +19,8 @@ from ..core.device import device, use_bf16
 from ..core.files import atomic, fingerprint, locked, read_json, rng, sha256_file, write_array, write_json
 from ..core.settings import scale
 from ..data.corpus import open_text, tokenize_corpus, tokenizer_fingerprint
-from ..data.howto100m import MappedFeatures, caption_table, howto_videos
+from ..data.howto100m import caption_table, howto_videos
+from ..data.video import Features
 from ..models.bert import hidden_states
 from ..models.video_text import Teacher, VisualEncoder
 from .nearest import vokens
@@ -110,7 +111,7 @@ def weights_fingerprint(module) -> str:
 def encode_clips(
     video: VisualEncoder, features, clips, *, max_frames: int = 512, batch: int = 64
 ) -> np.ndarray:  # float32 (N, D)
-    "The visual encoder's vectors of clips (DataFrame: video, start, end), from features of whole videos (`MappedFeatures`)."
+    "The visual encoder's vectors of clips (DataFrame: video, start, end), from features of whole videos (`Features`)."
     dev = next(video.parameters()).device
     was = video.training
     video.eval()
@@ -400,7 +401,7 @@ def voken_job(
             open_text(text, clean=clean, pattern=pattern), tok, out / "corpus", max_tokens=s.max_tokens
         )
         if not (out / "pool/pool.json").is_file():
-            feats = MappedFeatures(howto / "features")
+            feats = Features(howto / "features")
             table = caption_table(
                 howto / "caption.json", out / "captions", seconds=feats.seconds(), wrong=wrong
             )

@@ -77,7 +77,7 @@ def reproduce(
 
     cluster = None
     if scheduler:
-        from vlkd.reproduce.scheduler import Cluster
+        from vlkd.reproduce.cluster import Cluster
 
         cluster = Cluster(scheduler)
     result = run.reproduce(ids or None, scale=scale, seeds=seeds, jobs=jobs, dry_run=dry_run, cluster=cluster)

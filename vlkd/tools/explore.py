@@ -30,6 +30,8 @@ import numpy as np
 import pandas as pd
 import torch
 from transformers.utils.logging import disable_progress_bar
+from ..eval.probe import STATIC_ATTRIBUTES, attribute_sentence, fit_probe, noun_states
+from ..eval.retrieval import ridge
 
 from ..core.files import fingerprint, read_json, rng, write_json
 from ..core.records import open_inputs, record, versions
@@ -38,8 +40,6 @@ from ..data.public import exercise_clips
 from ..data.tasks import get_task
 from ..data.text import tokenize
 from ..data.video import read_frames, read_photos
-from ..eval.probe import STATIC_ATTRIBUTES, attribute_sentence, fit_probe, noun_states
-from ..eval.retrieval import ridge
 from ..models.bert import hidden_states, load_model, save_model
 from ..models.video_text import Teacher
 from ..plots import film_strip, markers, palette, style, table_md
@@ -49,7 +49,7 @@ from ..tabletop.nouns import EDITION, EVENTS, NOUNS
 from ..train.finetune import finetune_all
 from ..train.sources import load_data
 from ..train.text_student import train_student
-from ..train.video_teacher import pool_of, sentence_states, train_teacher, video_states
+from ..train.video_teacher import held_out_clips, sentence_states, train_teacher, video_states
 
 disable_progress_bar()  # in Jupyter every model that is opened would leave a bar above the figures
 
@@ -199,7 +199,7 @@ _SMALL_STUDENTS = {
 
 def _train_small(data, folder: Path, seed: int) -> None:
     "Train a teacher and two students, and leave the folders of their runs in `folder`."
-    options = dict(preset_name="micro", seed=seed)
+    options = dict(preset="micro", seed=seed)
     teacher, _ = train_teacher(data, folder / "work-teacher", contrast="info_nce", **options)
     run = folder / f"teacher-micro@{seed}"
     teacher.save(run / "teacher", data.tokenizer)
@@ -422,7 +422,7 @@ def clip_pool(
 
     def make():
         pairs = explorer.data.pairs
-        clips, captions = pool_of(pairs, most)
+        clips, captions = held_out_clips(pairs, most)
         return clips, captions, video_states(explorer.model(teacher).video, pairs, clips)
 
     return explorer.cached(("pool", teacher), make)
@@ -802,10 +802,9 @@ def facts_sentence(explorer: Explorer, noun: str) -> str:
 
     if not explorer.world:
         return f"{noun}: in {counted('captions', 'caption')} and {counted('text', 'sentence')}"
-    return (
-        f"{noun}: a {facts['split']} noun, {'filmed' if facts['filmed'] else 'never filmed'}; "
-        f"its outcomes are stated in {counted('stated in captions', 'caption')} and {counted('stated in text', 'sentence')}"
-    )
+    seen = "filmed" if facts["filmed"] else "never filmed"
+    stated = f"{counted('stated in captions', 'caption')} and {counted('stated in text', 'sentence')}"
+    return f"{noun}: a {facts['split']} noun, {seen}; its outcomes are stated in {stated}"
 
 
 def probe_noun(

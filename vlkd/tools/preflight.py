@@ -22,12 +22,13 @@ from pathlib import Path
 from ..core.files import atomic, read_json, write_array, write_json
 from ..core.settings import data_dir, path, scale, settings_file
 from ..data.catalog import cards, status
-from ..data.howto100m import MappedFeatures, write_standin
+from ..data.howto100m import write_fixture
 from ..data.paper import WIDTHS, PaperData
 from ..data.squad import _FILES as SQUAD_FILES
 from ..data.squad import write_squad
 from ..data.tasks import _FILES as TASK_FILES
 from ..data.tasks import get_task, write_task
+from ..data.video import Features
 from ..eval.retrieval import retrieval, teacher_retrieval
 from ..models.bert import save_model
 from ..models.video_text import Teacher
@@ -191,10 +192,10 @@ TOY_SIZE = dict(
 
 def write_fixture(folder, samples: int = 1000, dim: int = 64, rows: int = 64) -> Path:
     "The stand-in with what a preflight needs besides: `dims` of its features, features in place of CLIP's (narrower), and every task in its official files, `rows` Tabletop questions for training and half as many for dev."
-    root = write_standin(folder, samples, dim=dim)
+    root = write_fixture(folder, samples, dim=dim)
     f = root / "howto100m/features/manifest.json"
     write_json(f, read_json(f) | dict(dims=[dim // 2, dim - dim // 2]))
-    feats = MappedFeatures(f.parent)
+    feats = Features(f.parent)
     for v in feats:
         with atomic(root / f"howto100m/features-clip/{v}.npy", "wb") as o:
             write_array(o, feats[v][:, dim // 4 :])
@@ -250,10 +251,10 @@ def preflight_run(
                 shuffle=get("shuffle", ""),
                 steps=n,
                 seed=seed,
-                preset_name=get("preset", "paper"),
+                preset=get("preset", "paper"),
                 hinge={"margin": p["margin"]} if get("margin", -1.0) >= 0 else None,
                 nce={"level": p["level"]} if get("level", "") else None,
-                what=name,
+                name=name,
             )
             t.save(out / "teacher", data.tokenizer)
             teachers[name] = out / "teacher"
@@ -282,12 +283,12 @@ def preflight_run(
                 steps=n,
                 start=source.lm if get("start", False) else None,
                 seed=seed,
-                preset_name=get("preset", "paper"),
+                preset=get("preset", "paper"),
                 weights=get("weights", {}),
                 head=get("head", True),
                 crd_keys=get("crd_keys", "tokens"),
                 corpus=get("corpus", "text"),
-                what=name,
+                name=name,
             )
             save_model(out / "student", o.lm, data.tokenizer)
             said["SST-2"] = (

@@ -30,7 +30,7 @@ def train(
     kd: str = "",
     teacher: str = "",
     contrast: str = "hinge",
-    preset_name: str = "paper",
+    preset: str = "paper",
     features: str = "video",
     change: dict = None,
 ) -> list:  # history
@@ -47,10 +47,10 @@ def train(
         if kind == "teacher" or "voken" in kd:
             data.pairs
     if kind == "teacher":
-        model, history = train_teacher(data, out, contrast=contrast, seed=seed, preset_name=preset_name)
+        model, history = train_teacher(data, out, contrast=contrast, seed=seed, preset=preset)
     else:
         source = Teacher.load(Path(teacher) / "teacher", s)[0] if teacher else None
-        model, history = train_student(data, out, teacher=source, kd=kd, seed=seed, preset_name=preset_name)
+        model, history = train_student(data, out, teacher=source, kd=kd, seed=seed, preset=preset)
 
     def save():
         if kind == "teacher":
@@ -82,7 +82,7 @@ def parser():
 
 def main(args=None):
     a = vars(parser().parse_args(args))
-    train(a.pop("kind"), a.pop("out"), scale_name=a.pop("scale"), preset_name=a.pop("preset"), **a)
+    train(a.pop("kind"), a.pop("out"), scale_name=a.pop("scale"), preset=a.pop("preset"), **a)
     if ranks()[1] > 1:
         import torch
 

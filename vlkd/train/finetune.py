@@ -20,7 +20,7 @@ from ..data.tasks import TASKS, get_task, two_way
 from ..data.text import Tokens
 from ..models.bert import hidden_states
 from .squad import bert_with_head, finetune_squad, squad_recipe
-from .trainer import fit
+from .trainer import Objective, fit
 
 # %% ../../nbs/58_train.finetune.ipynb #acf54c72
 # after vlkd.models.bert, which mends torchvision
@@ -55,7 +55,7 @@ def segments(ids, sep: int) -> torch.Tensor:  # (B, L) 0 up to the first [SEP], 
     return ((s.cumsum(1) - s) > 0).long()
 
 # %% ../../nbs/58_train.finetune.ipynb #48c0eed0
-class TaskObjective(nn.Module):
+class TaskObjective(Objective):
     "A `transformers` classifier whose forward returns its loss, for `train.loop.fit`."
 
     def __init__(self, net, choices: int = 0):
@@ -173,7 +173,7 @@ def finetune(
         warmup=max(1, steps // 10),
         weight_decay=s.weight_decay,
         seed=seed,
-        what=f"{run} {task}".strip(),
+        name=f"{run} {task}".strip(),
     )
     return pd.concat(
         [

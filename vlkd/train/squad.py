@@ -20,7 +20,7 @@ from ..core.device import seed_everything
 from ..core.files import read_json
 from ..core.settings import Scale, unknown_name
 from ..data.squad import Windows, best_threshold, evaluate_squad, squad_scores, squad_windows
-from .trainer import fit
+from .trainer import Objective, fit
 
 # %% ../../nbs/57_train.squad.ipynb #78e17b41
 # after vlkd.models.bert, which mends torchvision
@@ -113,7 +113,7 @@ def decode_spans(df: pd.DataFrame, w: Windows, logits, r: SquadRecipe) -> pd.Dat
     return pd.DataFrame(rows)
 
 # %% ../../nbs/57_train.squad.ipynb #fc60f89d
-class SpanObjective(nn.Module):
+class SpanObjective(Objective):
     "A span classifier whose forward returns its loss, for `train.loop.fit`: cross entropy of the answer's first token and of its last, averaged."
 
     def __init__(self, net):
@@ -240,7 +240,7 @@ def finetune_squad(
         weight_decay=r.weight_decay,
         seed=seed,
         lengths=w.lengths,
-        what=f"{run} {task}".strip(),
+        name=f"{run} {task}".strip(),
     )
     v = squad_windows(tok, test, **cut)
     p = decode_spans(test, v, span_logits(o, v), r)
