@@ -1400,6 +1400,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'vlkd.tools.bench.wait': ('tools.bench.html#wait', 'vlkd/tools/bench.py')},
             'vlkd.tools.cli': { 'vlkd.tools.cli._report_problems': ('tools.cli.html#_report_problems', 'vlkd/tools/cli.py'),
                                 'vlkd.tools.cli._run': ('tools.cli.html#_run', 'vlkd/tools/cli.py'),
+                                'vlkd.tools.cli._show_costs': ('tools.cli.html#_show_costs', 'vlkd/tools/cli.py'),
                                 'vlkd.tools.cli._version': ('tools.cli.html#_version', 'vlkd/tools/cli.py'),
                                 'vlkd.tools.cli.bench': ('tools.cli.html#bench', 'vlkd/tools/cli.py'),
                                 'vlkd.tools.cli.cost': ('tools.cli.html#cost', 'vlkd/tools/cli.py'),
