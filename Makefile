@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do "$$p" -c
 ARGS ?=
 bin = .venv/bin
 quiet = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TQDM_DISABLE=1 MPLBACKEND=agg TOKENIZERS_PARALLELISM=false
-extras = dev,site,video,data,encoders,cluster,bench
+extras = dev,site,video,data,encoders,bench
 # PyTorch's own index has wheels without CUDA. It is taken where there is no GPU and it answers.
 cpu_index = https://download.pytorch.org/whl/cpu
 has_gpu = [ -e /dev/nvidia0 ] || [ "$$(uname)" != Linux ]

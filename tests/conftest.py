@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from toys import forked, quick, toy  # noqa: F401  (fixtures)
 
 QUIET = dict(
     OMP_NUM_THREADS="1",

@@ -14,8 +14,9 @@ import torch
 from vlkd.core.files import read_json, rng
 from vlkd.core.settings import scale
 from vlkd.data.corpus import open_text, pack, text_files, text_list, tokenize_corpus
-from vlkd.data.howto100m import caption_table, hold_out, howto_pairs, json_entries, MappedFeatures
+from vlkd.data.howto100m import caption_table, hold_out, howto_pairs, json_entries
 from vlkd.data.text import train_tokenizer
+from vlkd.data.video import Features
 
 WORDS = [
     "copper",
@@ -192,7 +193,7 @@ def test_a_clip_at_the_end_of_its_video_has_a_frame(tmp_path):
         tmp_path / "f",
         read=lambda p: (np.full((3, 1), ord(str(p)), np.float32), None),
     )
-    m = MappedFeatures(tmp_path / "f")
+    m = Features(tmp_path / "f")
     (tmp_path / "c.json").write_text(
         json.dumps({v: dict(start=[0, 2.999, 0.5], end=[0.001, 3.9, 4], text=["x"] * 3) for v in "ab"})
     )

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from test_bad_inputs import Evil, content, extract, films, forked, unix, vlkd
-from test_reproduce import Toy, end, params, plain, plan, quick, start, toy
+from toys import end, params, plan, start, tree, wait_for
 
 from vlkd.core.files import CHECKSUMS, read_json, rng, sha256_file, write_json
 from vlkd.core.records import Run, record, run_folder
@@ -102,10 +102,9 @@ def features(out):
 
 
 def read_features(out):
-    from vlkd.data.howto100m import MappedFeatures
-    from vlkd.data.video import load_features
+    from vlkd.data.video import Features, load_features
 
-    f, g = load_features(out), MappedFeatures(out)
+    f, g = load_features(out), Features(out)
     assert all(np.array_equal(f[k], g[k]) for k in f)
     return {k: f[k].copy() for k in f}
 
@@ -391,19 +390,15 @@ def test_reproduce_killed_at_random_moments(quick, kills=KILLS):
     assert set(want) == {"teacher@1", "student@1", "other@1", "t1@1"}
     shutil.rmtree(toy.d / "runs")
     for k in range(kills):
-        if (pid := os.fork()) == 0:
-            with contextlib.suppress(BaseException):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                signal.alarm(120)
-                toy.run()
-            os._exit(0)
-        time.sleep(float(r.random()) * took * 0.8)
+        process = toy.runner("t1")
+        time.sleep(1 + float(r.random()) * took)
         with contextlib.suppress(psutil.Error):
-            tree = psutil.Process(pid).children(recursive=True) if k % 2 else []
-            os.kill(pid, signal.SIGKILL)
+            tree = psutil.Process(process.pid).children(recursive=True) if k % 2 else []
+            process.kill()
             for q in tree:
                 q.kill()
-        died += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
+        process.communicate()
+        died += process.returncode != 0
         for n, x in results(toy).items():
             assert x == want[n], n  # a run that has its place is whole
         if k % 4 == 3:
@@ -420,8 +415,10 @@ def test_reproduce_on_a_full_disk(quick):
     want = results(toy)
     small = (run_folder("t1", "smoke", 1) / "run.json").stat().st_size // 2
     shutil.rmtree(toy.d / "runs")
-    code = forked(toy.run, size=small)
-    assert code == 99 and not results(toy)
+    toy.setup += f"\nimport resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({small}, {small}))"
+    process = toy.runner("t1")
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode and "File too large" in out and not results(toy)
     assert quiet(toy.run)[0]["failed"] == {} and results(toy) == want
 
 
@@ -777,25 +774,16 @@ def test_a_second_runner_takes_over_from_one_that_is_killed(quick):
     toy.edit("teacher", "score = seed", "time.sleep(.6); score = seed")
     toy.edit("other", "score = seed", "time.sleep(.6); score = seed")
 
-    def fork():
-        if (pid := os.fork()) == 0:
-            with contextlib.suppress(BaseException):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                signal.alarm(120)
-                os._exit(bool(toy.run()["failed"]))
-            os._exit(9)
-        return pid
-
-    a = fork()
-    time.sleep(0.5)
-    b = fork()
+    first = toy.runner("t1")
+    wait_for(lambda: toy.partial("teacher@1"))
+    second = toy.runner("t1")
     time.sleep(0.4)
-    tree = [psutil.Process(a), *psutil.Process(a).children(recursive=True)]
-    for q in tree:
+    for process in tree(first):
         with contextlib.suppress(psutil.Error):
-            q.kill()
-    os.waitpid(a, 0)
-    assert os.waitstatus_to_exitcode(os.waitpid(b, 0)[1]) == 0 and toy.why() == {} and len(results(toy)) == 4
+            process.kill()
+    first.communicate()
+    second.communicate(timeout=120)
+    assert second.returncode == 0 and toy.why() == {} and len(results(toy)) == 4
     assert (
         sorted(set(log := toy.ran())) == ["other@1", "student@1", "t1@1", "teacher@1"]
         and log.count("t1@1") == log.count("student@1") == 1
@@ -848,7 +836,7 @@ def risks(source) -> list[str]:
         if (
             top == "yaml"
             and last in ("load", "full_load", "unsafe_load")
-            and (len(n.args) < 2 or ast.unparse(n.args[1]) != "_Loader")
+            and (len(n.args) < 2 or ast.unparse(n.args[1]) != "CardLoader")
         ):
             out.append(f"{name} without the safe loader")
         if kw.get("shell", "False") != "False":
@@ -884,9 +872,9 @@ def test_nothing_in_the_library_runs_or_unpacks_what_a_file_holds():
         assert risks(bad), bad
     import yaml
 
-    from vlkd.data.catalog import _Loader
+    from vlkd.data.catalog import CardLoader
 
-    assert issubclass(_Loader, yaml.SafeLoader)
+    assert issubclass(CardLoader, yaml.SafeLoader)
 
 
 def evil_files(mark):
@@ -910,8 +898,8 @@ def evil_files(mark):
 @pytest.mark.parametrize("kind", ["pickle", "torch", "npy", "npz"])
 def test_a_pickle_in_the_place_of_data_is_refused(kind, whole, tmp_path, monkeypatch):
     "Wherever arrays, weights or tables are read: an error, and the pickle has not run."
-    from vlkd.data.howto100m import MappedFeatures
     from vlkd.data.public import flickr8k_features
+    from vlkd.data.video import Features
     from vlkd.features.encoders import load_mobilenet
     from vlkd.features.video3d import read_weights
 
@@ -926,7 +914,7 @@ def test_a_pickle_in_the_place_of_data_is_refused(kind, whole, tmp_path, monkeyp
                 (d / f.relative_to(whole(name).folder)).write_bytes(b)
                 readers[d.name] = lambda name=name, d=d: JOBS[name][1](d)
     for n, f in (
-        ("features/a.npy", lambda p: MappedFeatures(p.parent)),
+        ("features/a.npy", lambda p: Features(p.parent)),
         ("flickr8k/mbv2_pool1280_u8.npz", lambda p: flickr8k_features(["a"], tmp_path)),
         ("mobilenet_v2_imagenet_fp16.npz", lambda p: load_mobilenet(tmp_path)),
         ("w.safetensors", read_weights),

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_tasks import GOOD
 
 from vlkd.core.files import CHECKSUMS, read_json, rng, write_json
-from vlkd.core.records import record, Run
+from vlkd.core.records import Run, record
 from vlkd.core.settings import path, preset, scale, scales
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -433,9 +433,9 @@ def video_file(d):
 
 
 def mapped(d):
-    from vlkd.data.howto100m import MappedFeatures
+    from vlkd.data.video import Features
 
-    m = MappedFeatures(d / "f")
+    m = Features(d / "f")
     m.seconds()
     return [np.asarray(m[k]) for k in m]
 

@@ -4,137 +4,166 @@
 
 # %% auto #0
 __all__ = ['howto_videos', 'json_entries', 'read_captions', 'caption_fault', 'Texts', 'CaptionTable', 'caption_table',
-           'MappedFeatures', 'ClipFeatures', 'ClipMask', 'ClipNames', 'hold_out', 'howto_pairs', 'caption_tokens',
-           'write_standin']
+           'LazyArray', 'ClipFeatures', 'ClipMask', 'ClipNames', 'hold_out', 'howto_pairs', 'caption_tokens',
+           'write_fixture']
 
 # %% ../../nbs/17_data.howto100m.ipynb #90dd83b5
 import codecs
+import contextlib
 import csv
 import gzip
 import json
 import math
-import os
-import shutil
-import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..core.files import atomic, fingerprint, read_json, rng, sha256_file, write_json
+from vlkd.core.files import (
+    atomic,
+    atomic_folder,
+    file_problem,
+    fingerprint,
+    read_json,
+    rng,
+    sha256_file,
+    write_json,
+)
 from .corpus import CorpusTokens, Source, clean_paragraph, tokenize_corpus
 from .public import text_lines
 from .text import VideoText, train_tokenizer
-from .video import extract
+from .video import Features, extract
 
 # %% ../../nbs/17_data.howto100m.ipynb #cca79207
+def _csv_rows(path, columns: tuple) -> Iterator[tuple[str, list]]:
+    "Yield (file and line, values of `columns`); a missing column or value is a `ValueError`."
+    rows = csv.reader(text for _, text in text_lines(path))
+    head = next(rows, [])
+    if missing := [c for c in columns if c not in head]:
+        there = ", ".join(head) or "nothing"
+        raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; there is {there}")
+    places = [head.index(c) for c in columns]
+    for row in rows:
+        where = f"{path}, line {rows.line_num}"
+        if len(row) != len(head):
+            raise ValueError(f"{where}: {len(row)} columns instead of {len(head)} ({', '.join(head)})")
+        yield where, [row[i] for i in places]
+
+
 def howto_videos(path):  # DataFrame: video, task
-    "Videos and their tasks from `HowTo100M_v1.csv`; a missing column or value is a `ValueError` with file and line."
+    "Videos and their tasks from `HowTo100M_v1.csv`; `ValueError` names file and line."
     import pandas as pd
 
-    rows = csv.reader(s for _, s in text_lines(path))
-    head = next(rows, [])
-    if miss := [c for c in ("video_id", "task_id") if c not in head]:
-        raise ValueError(
-            f"{path}, line 1: no column {', '.join(miss)}; there is {', '.join(head) or 'nothing'}"
-        )
-    v, t, out = head.index("video_id"), head.index("task_id"), []
-    for r in rows:
-        if len(r) != len(head):
-            raise ValueError(
-                f"{path}, line {rows.line_num}: {len(r)} columns instead of {len(head)} ({', '.join(head)})"
-            )
-        if not r[v] or not r[t]:
-            raise ValueError(
-                f"{path}, line {rows.line_num}: the {'video' if not r[v] else 'task'} is missing"
-            )
-        out.append((r[v], r[t]))
-    if not out:
+    rows = []
+    for where, (video, task) in _csv_rows(path, ("video_id", "task_id")):
+        if not video or not task:
+            raise ValueError(f"{where}: the {'task' if video else 'video'} is missing")
+        rows.append((video, task))
+    if not rows:
         raise ValueError(f"{path}: no videos")
-    return pd.DataFrame(out, columns=["video", "task"])
+    return pd.DataFrame(rows, columns=["video", "task"])
 
 # %% ../../nbs/17_data.howto100m.ipynb #35f4ef48
-def json_entries(path, chunk: int = 1 << 20):
-    "Yield (key, value) of a large JSON object, plain or .gz, holding one entry at a time; `ValueError` names file and line where it breaks."
-    p, dec, buf, line, end = Path(path), json.JSONDecoder(), "", 1, False
-    if not p.is_file():
-        raise FileNotFoundError(f"{p}: this file is missing")
-    utf8 = codecs.getincrementaldecoder("utf-8")()
+class _JsonStream:
+    "Takes JSON values off a long text, of which it holds no more than it needs."
 
-    def bad(why):
-        return ValueError(f"{p}, line {line}: {why}")
+    def __init__(self, path: Path, file, chunk: int):
+        self.path, self.file, self.chunk = path, file, chunk
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
+        self.text, self.line, self.ended = "", 1, False
 
-    def more():
-        nonlocal buf, end
-        if end:
-            raise bad("the file is cut off in the middle of an entry")
+    def error(self, why: str) -> ValueError:
+        return ValueError(f"{self.path}, line {self.line}: {why}")
+
+    def more(self) -> None:
+        "Read on; an error if the text has ended already."
+        if self.ended:
+            raise self.error("the file is cut off in the middle of an entry")
         try:
-            b = f.read(chunk)
-            end = not b
-            buf += utf8.decode(b, final=end)
+            data = self.file.read(self.chunk)
+            self.ended = not data
+            self.text += self.decode(data, final=self.ended)
         except UnicodeDecodeError as e:
-            raise bad(f"not UTF-8 ({e.reason})") from None
+            self.line += self.text.count("\n") + e.object.count(b"\n", 0, e.start)
+            raise self.error(f"not UTF-8 ({e.reason})") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-            raise bad(f"not a sound gzip file ({e})") from None
+            raise self.error(f"not a sound gzip file ({e})") from None
 
-    def drop(n):
-        nonlocal buf, line
-        line += buf.count("\n", 0, n)
-        buf = buf[n:]
+    def drop(self, n: int) -> None:
+        self.line += self.text.count("\n", 0, n)
+        self.text = self.text[n:]
 
-    def skip():  # to the next character that is not space
+    def peek(self) -> str:
+        "The next character that is no space."
         while True:
-            n = len(buf) - len(buf.lstrip())
-            drop(n)
-            if buf:
-                return buf[0]
-            more()
+            self.drop(len(self.text) - len(self.text.lstrip()))
+            if self.text:
+                return self.text[0]
+            self.more()
 
-    def value():
-        skip()
+    def take(self, wanted: str, why: str) -> str:
+        "Drop the next character, which should be one of `wanted`."
+        found = self.peek()
+        if found not in wanted:
+            raise self.error(f"{why}, not {self.text[:20]!r}")
+        self.drop(1)
+        return found
+
+    def value(self):
+        "The next JSON value."
+        self.peek()
         while True:
             try:
-                v, n = dec.raw_decode(buf)
+                value, n = json.JSONDecoder().raw_decode(self.text)
             except json.JSONDecodeError as e:
-                if not e.msg.startswith("Unterminated string") and e.pos < len(buf) - 16:
-                    drop(e.pos)
-                    raise bad(f"not JSON ({e.msg})") from None
-                more()
-                continue
+                if not e.msg.startswith("Unterminated string") and e.pos < len(self.text) - 16:
+                    self.drop(e.pos)
+                    raise self.error(f"not JSON ({e.msg})") from None
             except (ValueError, RecursionError) as e:
-                raise bad(f"not JSON ({e})") from None
-            if n == len(buf) and not end and not isinstance(v, (dict, list, str)):
-                more()
-                continue
-            drop(n)
-            return v
+                raise self.error(f"not JSON ({e})") from None
+            else:
+                # a number may go on in the next chunk
+                if n < len(self.text) or self.ended or isinstance(value, (dict, list, str)):
+                    self.drop(n)
+                    return value
+            self.more()
 
-    with (gzip.open if p.suffix == ".gz" else open)(p, "rb") as f:
-        if skip() != "{":
-            raise bad(f"a JSON object should begin here, not {buf[:20]!r}")
-        drop(1)
-        while skip() != "}":
-            k = value()
-            if not isinstance(k, str) or skip() != ":":
-                raise bad(f"a key in quotes and a colon should be here, not {buf[:20]!r}")
-            drop(1)
-            yield k, value()
-            if skip() not in ",}":
-                raise bad(f"a comma or a closing brace should follow the entry {k!r}, not {buf[:20]!r}")
-            if buf[0] == ",":
-                drop(1)
-                if skip() == "}":
-                    raise bad("a comma before the closing brace")
-        drop(1)
-        while not end and not buf.strip():
-            more()
-        if buf.strip():
-            raise bad(f"the object ended, and {buf.strip()[:20]!r} follows")
+    def end(self) -> None:
+        "Nothing but space may follow."
+        while not self.ended and not self.text.strip():
+            self.more()
+        if self.text.strip():
+            raise self.error(f"the object ended, and {self.text.strip()[:20]!r} follows")
+
+
+def json_entries(path, chunk: int = 1 << 20) -> Iterator[tuple]:
+    """Yield (key, value) of a large JSON object, plain or .gz, holding one entry at a time.
+
+    `ValueError` names file and line where it breaks."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: this file is missing")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        stream = _JsonStream(path, file, chunk)
+        stream.take("{", "a JSON object should begin here")
+        separator = ","
+        if stream.peek() == "}":
+            stream.drop(1)
+            separator = "}"
+        while separator == ",":
+            quote = stream.peek() == '"'
+            key = stream.value() if quote else None
+            stream.take(":" if quote else "", "a key in quotes and a colon should be here")
+            yield key, stream.value()
+            separator = stream.take(",}", f"a comma or a closing brace should follow the entry {key!r}")
+            if separator == "," and stream.peek() == "}":
+                raise stream.error("a comma before the closing brace")
+        stream.end()
 
 # %% ../../nbs/17_data.howto100m.ipynb #678fb201
-def _number(x):
+def _number(x) -> float:
     try:
         return float(x)
     except (TypeError, ValueError):
@@ -142,55 +171,43 @@ def _number(x):
 
 
 def _json_captions(path):
-    for video, d in json_entries(path):
-        if not isinstance(d, dict) or any(not isinstance(d.get(k), list) for k in ("start", "end", "text")):
-            raise ValueError(
-                f"{path}, video {video}: an object with the lists start, end and text should be here"
-            )
-        if len({len(d[k]) for k in ("start", "end", "text")}) > 1:
-            raise ValueError(
-                f"{path}, video {video}: {len(d['start'])} starts, {len(d['end'])} ends and {len(d['text'])} texts"
-            )
-        yield (
-            video,
-            [
-                (f"{path}, video {video}, caption {i}", _number(a), _number(b), t)
-                for i, (a, b, t) in enumerate(zip(d["start"], d["end"], d["text"]))
-            ],
-        )
+    columns = ("start", "end", "text")
+    for video, entry in json_entries(path):
+        where = f"{path}, video {video}"
+        if not isinstance(entry, dict) or any(not isinstance(entry.get(c), list) for c in columns):
+            raise ValueError(f"{where}: an object with the lists start, end and text should be here")
+        starts, ends, texts = (entry[c] for c in columns)
+        if not len(starts) == len(ends) == len(texts):
+            counts = f"{len(starts)} starts, {len(ends)} ends and {len(texts)} texts"
+            raise ValueError(f"{where}: {counts}")
+        captions = enumerate(zip(starts, ends, texts, strict=True))
+        yield video, [(f"{where}, caption {i}", _number(a), _number(b), t) for i, (a, b, t) in captions]
 
 
 def _csv_captions(folder):
     files = sorted(Path(folder).glob("*.csv*"))
     if not files:
         raise FileNotFoundError(f"{folder}: no csv file of captions here")
-    for p in files:
-        rows = csv.reader(s for _, s in text_lines(p))
-        head = next(rows, [])
-        out = []
-        if miss := [c for c in ("start", "end", "text") if c not in head]:
-            raise ValueError(
-                f"{p}, line 1: no column {', '.join(miss)}; there is {', '.join(head) or 'nothing'}"
-            )
-        at = [head.index(c) for c in ("start", "end", "text")]
-        for r in rows:
-            if len(r) != len(head):
-                raise ValueError(
-                    f"{p}, line {rows.line_num}: {len(r)} columns instead of {len(head)} ({', '.join(head)})"
-                )
-            out.append((f"{p}, line {rows.line_num}", _number(r[at[0]]), _number(r[at[1]]), r[at[2]]))
-        yield p.name.split(".csv")[0], out
+    for f in files:
+        rows = _csv_rows(f, ("start", "end", "text"))
+        yield f.name.split(".csv")[0], [(where, _number(a), _number(b), t) for where, (a, b, t) in rows]
 
 
-def read_captions(source):
-    "Yield (video, [(where, start, end, text)]) from the released JSON object or from a folder with a csv file a video; times in seconds, NaN where one is no number."
+def read_captions(
+    source,  # the JSON object of the release, or a folder with a csv file a video
+) -> Iterator[tuple[str, list]]:
+    "Yield (video, [(where, start, end, text)]); times in seconds, NaN where one is no number."
     return _csv_captions(source) if Path(source).is_dir() else _json_captions(source)
 
 # %% ../../nbs/17_data.howto100m.ipynb #47a9c417
 def caption_fault(
-    start: float, end: float, text, seconds: float = None, slack: float = 1.0
+    start: float,  # seconds
+    end: float,
+    text,
+    seconds: float | None = None,  # length of the video; None: not checked
+    slack: float = 1.0,  # seconds beyond the end that count as rounding
 ) -> str:  # empty where it is sound
-    "What is wrong with a caption of a video of `seconds` length; `slack` seconds beyond the end are rounding."
+    "What is wrong with a caption."
     if not isinstance(text, str) or not text.strip():
         return "empty text"
     if not (math.isfinite(start) and math.isfinite(end)):
@@ -204,46 +221,54 @@ def caption_fault(
     return ""
 
 # %% ../../nbs/17_data.howto100m.ipynb #358d9214
-class Texts(Sequence):
-    "Many strings in one file, decoded when asked for."
+class _Lazy(Sequence):
+    "A sequence whose items are made when asked for, by `item`."
 
-    def __init__(self, blob, at):
-        self.blob, self.at = blob, at
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self.item(k) for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"item {i} of {len(self)}")
+        return self.item(int(i) % len(self))
+
+
+class Texts(_Lazy):
+    "Many strings in one array of bytes, decoded when asked for."
+
+    def __init__(self, data: np.ndarray, at: np.ndarray):
+        self.data, self.at = data, at
 
     def __len__(self):
         return len(self.at) - 1
 
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        k = int(i) + (len(self) if i < 0 else 0)
-        if not 0 <= k < len(self):
-            raise IndexError(f"text {i} of {len(self)}")
-        return bytes(self.blob[self.at[k] : self.at[k + 1]]).decode("utf-8")
+    def item(self, k: int) -> str:
+        return bytes(self.data[self.at[k] : self.at[k + 1]]).decode("utf-8")
 
 
 class CaptionTable:
-    "Captions of many videos: `texts`, and arrays `video` (an index into `videos`), `start` and `end` in seconds; those of a video are neighbours."
+    """Captions of many videos: `texts`, and arrays `video` (an index into `videos`), `start` and `end`.
 
-    columns = dict(video=np.int32, start=np.float32, end=np.float32, at=np.int64)
+    Times are in seconds; captions of a video are neighbours."""
+
+    columns = {"video": np.int32, "start": np.float32, "end": np.float32, "at": np.int64}  # noqa: RUF012, read only
+    files = (*(f"{name}.bin" for name in columns), "texts.bin", "videos.txt")
 
     def __init__(self, folder):
         self.folder = Path(folder)
         f = self.folder / "captions.json"
         if not f.is_file():
             raise FileNotFoundError(f"{f}: no table of captions here; make it with `caption_table`")
-        self.manifest = m = read_json(f)
-        for n, want in m["sha256"].items():
-            if not (self.folder / n).is_file() or sha256_file(self.folder / n) != want:
-                raise ValueError(
-                    f"{self.folder / n} is missing or damaged (its checksum differs); delete the folder and make it again"
-                )
+        self.manifest = read_json(f)
+        for name, sha256 in self.manifest["sha256"].items():
+            if problem := file_problem(self.folder / name, sha256):
+                raise ValueError(f"{problem}; delete the folder and make it again")
         self.videos = (self.folder / "videos.txt").read_text(encoding="utf-8").split("\n")[:-1]
-        load = lambda n, d: np.memmap(self.folder / n, d, "r")
-        self.video, self.start, self.end, at = (load(f"{k}.bin", d) for k, d in self.columns.items())
-        self.texts = Texts(load("texts.bin", np.uint8), at)
-        self._first = np.searchsorted(self.video, np.arange(len(self.videos) + 1))
-        self._number = {v: i for i, v in enumerate(self.videos)}
+        self.video, self.start, self.end, at = (
+            np.memmap(self.folder / f"{name}.bin", dtype, "r") for name, dtype in self.columns.items()
+        )
+        self.texts = Texts(np.memmap(self.folder / "texts.bin", np.uint8, "r"), at)
+        self.first = np.searchsorted(self.video, np.arange(len(self.videos) + 1))  # row of each video
+        self._number = {video: i for i, video in enumerate(self.videos)}
 
     def __len__(self):
         return len(self.video)
@@ -252,7 +277,7 @@ class CaptionTable:
         return f"CaptionTable({self.folder.name}: {len(self):,} captions of {len(self.videos):,} videos)"
 
     @property
-    def dropped(self) -> dict:
+    def dropped(self) -> dict:  # fault -> number of captions left out
         return self.manifest["dropped"]
 
     @property
@@ -267,33 +292,81 @@ class CaptionTable:
         if video not in self._number:
             raise KeyError(f"{self.folder}: no captions of video {video!r}")
         i = self._number[video]
-        return range(*map(int, self._first[i : i + 2]))
+        return range(int(self.first[i]), int(self.first[i + 1]))
 
     def times(self, video: str) -> np.ndarray:  # (n, 2) seconds
         "Start and end of a video's clips."
-        r = self.rows(video)
-        return np.stack([self.start[r.start : r.stop], self.end[r.start : r.stop]], 1)
+        rows = self.rows(video)
+        return np.stack([self.start[rows.start : rows.stop], self.end[rows.start : rows.stop]], 1)
 
 # %% ../../nbs/17_data.howto100m.ipynb #70537a57
-def _identity(source):  # name, size and time of what the captions come from
-    p = Path(source)
-    if not p.exists():
-        raise FileNotFoundError(f"{p}: no captions here, neither a JSON file nor a folder of csv files")
-    return [
-        [q.name, q.stat().st_size, q.stat().st_mtime_ns]
-        for q in (sorted(p.glob("*.csv*")) if p.is_dir() else [p])
-    ]
+def _identity(source) -> list:
+    "Name, size and time of what the captions come from."
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no captions here, neither a JSON file nor a folder of csv files")
+    files = sorted(path.glob("*.csv*")) if path.is_dir() else [path]
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _sound_captions(captions, seconds: float | None, wrong: str, slack: float, dropped: Counter) -> list:
+    "The (start, end, UTF-8 text) of captions without a fault; faults are errors, or counted in `dropped`."
+    sound = []
+    for where, start, end, text in captions:
+        fault = caption_fault(start, end, text, seconds, slack)
+        if not fault:
+            sound.append((start, end, " ".join(text.split()).encode()))
+        elif wrong == "drop":
+            dropped[fault] += 1
+        else:
+            lasts = "" if seconds is None else f", the video lasts {seconds:g} s"
+            times = f"start {start}, end {end}{lasts}"
+            raise ValueError(f'{where}: {fault} ({times}); wrong="drop" leaves such captions out')
+    return sound
+
+
+def _write_table(folder: Path, source, seconds, wrong: str, slack: float) -> Counter:  # what was dropped
+    "Write the columns of a table, one video after another."
+    seen, dropped, end_of_text = set(), Counter(), 0
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in CaptionTable.files}
+        files["at.bin"].write(np.int64(0).tobytes())
+        for video, captions in read_captions(source):
+            if video in seen:
+                raise ValueError(f"{source}: the video {video} occurs twice")
+            if seconds is not None and video not in seconds:
+                dropped["no features"] += len(captions)
+                continue
+            length = None if seconds is None else float(seconds[video])
+            sound = _sound_captions(captions, length, wrong, slack, dropped)
+            if not sound:
+                continue
+            starts, ends, texts = zip(*sound, strict=True)
+            at = end_of_text + np.cumsum([len(text) for text in texts])
+            end_of_text = int(at[-1])
+            values = dict(video=np.full(len(sound), len(seen)), start=starts, end=ends, at=at)
+            for name, dtype in CaptionTable.columns.items():
+                files[f"{name}.bin"].write(np.array(values[name], dtype).tobytes())
+            files["texts.bin"].write(b"".join(texts))
+            files["videos.txt"].write(f"{video}\n".encode())
+            seen.add(video)
+    if not seen:
+        left_out = f" ({dict(dropped)})" if dropped else ""
+        raise ValueError(f"{source}: no caption is left{left_out}")
+    return dropped
 
 
 def caption_table(
     source,  # the JSON file, or the folder of csv files
     out,  # folder of the table
     *,
-    seconds=None,  # video -> length; videos that are not in it are left out and counted. None: lengths are not checked
+    seconds=None,  # video -> length; other videos are left out and counted. None: lengths are not checked
     wrong: str = "error",  # or "drop": leave wrong captions out, and count them
     slack: float = 1.0,  # seconds a caption may run beyond its video
 ) -> CaptionTable:
-    "Captions as a table on disk, made once, whole or not at all; a wrong caption is a `ValueError` that says where it is."
+    """Captions as a table on disk, made once, complete or not at all.
+
+    A wrong caption is a `ValueError` that says where it is."""
     if wrong not in ("error", "drop"):
         raise ValueError(f"wrong {wrong!r}: it should be error or drop")
     out = Path(out)
@@ -303,408 +376,243 @@ def caption_table(
         wrong=wrong,
         slack=slack,
     )
-    if (out / "captions.json").is_file():
-        t = CaptionTable(out)
-        if any(t.manifest[k] != v for k, v in head.items()):
-            raise ValueError(
-                f"{out} holds captions made from another file or with other arguments: give another folder, or delete this one"
-            )
-        return t
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        _write_table(part, source, seconds, wrong, slack, head)
-        os.replace(part, out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    return CaptionTable(out)
-
-
-def _write_table(part, source, seconds, wrong, slack, head):
-    "The columns of a table, one video after another."
-    names, dropped, seen, at = (
-        [*(f"{k}.bin" for k in CaptionTable.columns), "texts.bin", "videos.txt"],
-        Counter(),
-        set(),
-        0,
-    )
-    files = {n: open(part / n, "wb") for n in names}
-    try:
-        files["at.bin"].write(np.int64(0).tobytes())
-        for video, captions in read_captions(source):
-            if video in seen:
-                raise ValueError(f"{source}: the video {video} occurs twice")
-            if seconds is not None and video not in seconds:
-                dropped["no features"] += len(captions)
-                continue
-            good = []
-            for where, a, b, text in captions:
-                if why := caption_fault(
-                    a, b, text, None if seconds is None else float(seconds[video]), slack
-                ):
-                    if wrong == "error":
-                        raise ValueError(
-                            f"{where}: {why} (start {a}, end {b}"
-                            + (
-                                f", the video lasts {float(seconds[video]):g} s"
-                                if seconds is not None
-                                else ""
-                            )
-                            + '); wrong="drop" leaves such captions out'
-                        )
-                    dropped[why] += 1
-                else:
-                    good.append((a, b, " ".join(text.split()).encode()))
-            if not good:
-                continue
-            files["video.bin"].write(np.full(len(good), len(seen), np.int32).tobytes())
-            seen.add(video)
-            files["videos.txt"].write(f"{video}\n".encode())
-            for k, i in (("start", 0), ("end", 1)):
-                files[f"{k}.bin"].write(np.array([g[i] for g in good], np.float32).tobytes())
-            n = at + np.cumsum([len(g[2]) for g in good])
-            at = int(n[-1])
-            files["at.bin"].write(n.astype(np.int64).tobytes())
-            files["texts.bin"].write(b"".join(g[2] for g in good))
-    finally:
-        for f in files.values():
-            f.close()
-    if not seen:
-        raise ValueError(f"{source}: no caption is left" + (f" ({dict(dropped)})" if dropped else ""))
-    write_json(
-        part / "captions.json",
-        dict(head, dropped=dict(dropped), sha256={n: sha256_file(part / n) for n in names}),
-        checksum=True,
-    )
-
-# %% ../../nbs/17_data.howto100m.ipynb #f987a7a7
-def _mapped(p: Path) -> np.ndarray:
-    try:
-        x = np.load(p, mmap_mode="r")
-    except Exception as e:
+    if not (out / "captions.json").is_file():
+        with atomic_folder(out) as part:
+            dropped = _write_table(part, source, seconds, wrong, slack)
+            sha256 = {name: sha256_file(part / name) for name in CaptionTable.files}
+            manifest = dict(head, dropped=dict(dropped), sha256=sha256)
+            write_json(part / "captions.json", manifest, checksum=True)
+    table = CaptionTable(out)
+    if any(table.manifest[k] != v for k, v in head.items()):
         raise ValueError(
-            f"{p}: not an array that can be read ({type(e).__name__}: {str(e)[:120]}); copy or make the file again"
-        ) from None
-    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu":
-        raise ValueError(
-            f"{p}: features should be an array of numbers, got {getattr(x, 'dtype', type(x).__name__)}"
+            f"{out} holds captions made from another file or with other arguments:"
+            " give another folder, or delete this one"
         )
-    return x
-
-
-class MappedFeatures(Mapping):
-    "Features on disk, video -> (seconds, width), read by rows: a folder of `extract`, or of .npy files."
-
-    def __init__(self, folder, verify: bool = True):
-        self.folder, self.verify, self._open = Path(folder), verify, {}
-        if (self.folder / "manifest.json").is_file():
-            m = read_json(self.folder / "manifest.json")
-            self.items, self.shards, self.dim, self.fps = m["items"], m["shards"], m["dim"], m.get("fps", 1.0)
-        else:
-            files = sorted(self.folder.glob("*.npy"))
-            if not files:
-                raise FileNotFoundError(
-                    f"{self.folder}: no features here, neither a manifest.json of `vlkd extract` nor .npy files"
-                )
-            x = [_mapped(p) for p in files]
-            self.shards, self.fps = None, 1.0
-            if bad := [
-                p for p, a in zip(files, x) if a.ndim != 2 or a.shape[1] != x[0].shape[1] or not len(a)
-            ]:
-                raise ValueError(
-                    f"{bad[0]}: features should be (seconds, {x[0].shape[-1]}) like the others, not {_mapped(bad[0]).shape}"
-                )
-            self.dim, self.items = (
-                x[0].shape[1],
-                {p.stem: dict(shard=p.name, row=0, length=len(a)) for p, a in zip(files, x)},
-            )
-
-    def __len__(self):
-        return len(self.items)
-
-    def __iter__(self):
-        return iter(self.items)
-
-    def __contains__(self, video):
-        return video in self.items
-
-    def __getstate__(self):
-        return {**self.__dict__, "_open": {}}
-
-    def __repr__(self):
-        return f"MappedFeatures({self.folder.name}: {len(self):,} videos, {self.dim} wide)"
-
-    def length(self, video: str) -> int:  # rows
-        if video not in self.items:
-            raise KeyError(f"{self.folder}: no features of video {video!r}")
-        return self.items[video]["length"]
-
-    def _shard(self, name):
-        if name not in self._open:
-            f = self.folder / name
-            if not f.is_file():
-                raise ValueError(f"{f}: this shard is missing")
-            if self.shards and self.verify and sha256_file(f) != self.shards[name]["sha256"]:
-                raise ValueError(
-                    f"{f}: this shard is damaged (its checksum differs); run `extract` again to rebuild it"
-                )
-            if len(self._open) >= 256:
-                self._open.pop(next(iter(self._open)))  # open files are a scarce thing
-            from safetensors import safe_open
-
-            self._open[name] = (
-                np.load(f, mmap_mode="r") if self.shards is None else safe_open(f, "np").get_slice("features")
-            )
-        return self._open[name]
-
-    def read(self, video: str, first: int = 0, last: int = None) -> np.ndarray:
-        "Rows `first` to `last` (exclusive) of a video."
-        n, it = self.length(video), self.items[video]
-        last = n if last is None else min(last, n)
-        if not 0 <= first < last:
-            raise ValueError(f"{self.folder}: rows {first} to {last} of video {video!r}, which has {n}")
-        return self._shard(it["shard"])[it["row"] + first : it["row"] + last]
-
-    def __getitem__(self, video):
-        return self.read(video)
-
-    def seconds(self) -> dict:
-        "Length of each video in seconds."
-        return {k: v["length"] / self.fps for k, v in self.items.items()}
+    return table
 
 # %% ../../nbs/17_data.howto100m.ipynb #d0cf8ff8
-class ClipFeatures:
-    "Frame features of a table's clips: `shape` (clips, frames, width); `[rows]` is (B, longest of these, width), zero where padded."
+class LazyArray:
+    "What looks like an array whose rows are read when asked for: `shape`, `dtype` and `read(rows)`."
 
-    def __init__(self, table: CaptionTable, features: MappedFeatures, max_frames: int = 512):
+    def __len__(self):
+        return self.shape[0]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, rows):
+        if isinstance(rows, (int, np.integer)):
+            return self.read(np.array([rows]))[0]
+        return self.read(np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows))
+
+
+class ClipFeatures(LazyArray):
+    "Frame features of a table's clips: `[rows]` is (B, longest of these, width), zero where padded."
+
+    dtype = np.dtype(np.float16)
+
+    def __init__(self, table: CaptionTable, features: Features, max_frames: int = 512):
         if max_frames < 1:
             raise ValueError(f"max_frames should be at least 1, got {max_frames}")
-        self.table, self.features, self.max_frames, self.dtype, self.ndim = (
-            table,
-            features,
-            max_frames,
-            np.dtype(np.float16),
-            3,
-        )
-        self.shape = (
-            len(table),
-            int(
-                max(
-                    self.span(np.arange(k, min(k + 2**20, len(table))))[1].max()
-                    for k in range(0, len(table), 2**20)
-                )
-            ),
-            features.dim,
-        )
+        self.table, self.features, self.max_frames = table, features, max_frames
+        chunks = (slice(k, k + 2**20) for k in range(0, len(table), 2**20))
+        longest = max(int(self.span(chunk)[1].max()) for chunk in chunks)
+        self.shape = (len(table), longest, features.dim)
 
     def span(self, rows) -> tuple[np.ndarray, np.ndarray]:  # first row, number of rows
         "Which feature rows the clips span, before a video's end is taken into account."
-        a, b = (
-            np.asarray(x[rows], np.float64) * self.features.fps for x in (self.table.start, self.table.end)
-        )
-        first = np.floor(a).astype(np.int64)
-        return first, np.clip(np.ceil(b).astype(np.int64) - first, 1, self.max_frames)
+        start = np.asarray(self.table.start[rows], np.float64) * self.features.fps
+        end = np.asarray(self.table.end[rows], np.float64) * self.features.fps
+        first = np.floor(start).astype(np.int64)
+        return first, np.clip(np.ceil(end).astype(np.int64) - first, 1, self.max_frames)
 
     def lengths(self, rows) -> np.ndarray:
         "Frames of each clip."
         first, n = self.span(rows)
-        return np.array(
-            [
-                min(k, self.features.length(self.table.videos[v]) - f)
-                for f, k, v in zip(first, n, self.table.video[rows])
-            ]
-        )
+        in_video = [self.features.length(self.table.videos[v]) for v in self.table.video[rows]]
+        return np.minimum(n, np.array(in_video, np.int64) - first)
 
-    def __len__(self):
-        return self.shape[0]
-
-    def __getitem__(self, rows):
-        if isinstance(rows, (int, np.integer)):
-            return self[np.array([rows])][0]
-        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
+    def read(self, rows: np.ndarray) -> np.ndarray:
         first, n = self.span(rows)[0], self.lengths(rows)
         out = np.zeros((len(rows), n.max(initial=1), self.shape[2]), self.dtype)
-        for i, (f, k, v) in enumerate(zip(first, n, self.table.video[rows])):
-            out[i, :k] = self.features.read(self.table.videos[v], int(f), int(f + k))
+        for i, video in enumerate(self.table.video[rows]):
+            begin = int(first[i])
+            out[i, : n[i]] = self.features.read(self.table.videos[video], begin, begin + int(n[i]))
         return out
 
 
-class ClipMask:
+class ClipMask(LazyArray):
     "Which frames of `ClipFeatures` are there: `[rows]` is boolean (B, longest of these)."
 
+    dtype = np.dtype(bool)
+
     def __init__(self, clips: ClipFeatures):
-        self.clips, self.shape, self.dtype, self.ndim = clips, clips.shape[:2], np.dtype(bool), 2
+        self.clips, self.shape = clips, clips.shape[:2]
 
-    def __len__(self):
-        return self.shape[0]
-
-    def __getitem__(self, rows):
-        if isinstance(rows, (int, np.integer)):
-            return self[np.array([rows])][0]
-        n = self.clips.lengths(np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows))
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        n = self.clips.lengths(rows)
         return np.arange(n.max(initial=1))[None] < n[:, None]
 
 
-class ClipNames(Sequence):
+class ClipNames(_Lazy):
     "Names of a table's clips: the video, then its seconds in brackets."
 
-    def __init__(self, table):
+    def __init__(self, table: CaptionTable):
         self.table = table
 
     def __len__(self):
         return len(self.table)
 
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"clip {i} of {len(self)}")
-        return (
-            f"{self.table.videos[self.table.video[i]]} ({self.table.start[i]:.1f}-{self.table.end[i]:.1f} s)"
-        )
+    def item(self, k: int) -> str:
+        start, end = self.table.start[k], self.table.end[k]
+        return f"{self.table.videos[self.table.video[k]]} ({start:.1f}-{end:.1f} s)"
 
 # %% ../../nbs/17_data.howto100m.ipynb #ec594476
 def hold_out(
-    table: CaptionTable, n: int = 10_000, seed: int = 0
+    table: CaptionTable,
+    n: int = 10_000,  # samples for validation
+    seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:  # training rows, validation rows
     "Split a table's captions by video, with exactly `n` for validation."
     if not 0 < n < len(table):
         raise ValueError(
             f"{n:,} samples to hold out of {len(table):,}: it should be at least 1 and leave some to train on"
         )
-    first = table._first
     order = rng("howto-valid", seed).permutation(len(table.videos))
-    upto = int(np.searchsorted(np.cumsum(np.diff(first)[order]), n)) + 1
-    mine = np.zeros(len(table.videos), bool)
-    mine[order[:upto]] = True
-    valid = np.concatenate([np.arange(first[v], first[v + 1]) for v in order[:upto]])[:n]
-    train = np.flatnonzero(~mine[table.video])
+    counts = np.diff(table.first)[order]
+    chosen = order[: int(np.searchsorted(np.cumsum(counts), n)) + 1]
+    is_valid = np.zeros(len(table.videos), bool)
+    is_valid[chosen] = True
+    train = np.flatnonzero(~is_valid[table.video])
     if not len(train):
         raise ValueError(f"holding out {n:,} of {len(table):,} samples leaves no whole video to train on")
+    valid = np.concatenate([np.arange(table.first[v], table.first[v + 1]) for v in chosen])[:n]
     return train, np.sort(valid)
 
 
 def howto_pairs(
     table: CaptionTable,
-    features: MappedFeatures,
+    features: Features,
     *,
-    held_out: int = 10_000,
+    held_out: int = 10_000,  # samples for validation
     max_frames: int = 512,
     seed: int = 0,
 ) -> VideoText:
-    "Captions and their clips as a `VideoText` that reads from disk, `held_out` samples in `valid`; a video without features is an error."
-    if miss := next((v for v in table.videos if v not in features), None):
-        raise ValueError(
-            f"{features.folder}: no features of video {miss!r}; give `seconds=features.seconds()` to `caption_table`, which leaves such videos out"
-        )
-    x = ClipFeatures(table, features, max_frames)
+    "Captions and their clips as a `VideoText` that reads from disk; a video without features is an error."
+    for video in table.videos:
+        if video not in features:
+            raise ValueError(
+                f"{features.folder}: no features of video {video!r}; give `seconds=features.seconds()`"
+                " to `caption_table`, which leaves such videos out"
+            )
+    clips = ClipFeatures(table, features, max_frames)
     train, valid = hold_out(table, held_out, seed)
-    return VideoText(table.texts, np.arange(len(table)), x, ClipMask(x), train, valid, ClipNames(table))
+    one_each = np.arange(len(table))
+    return VideoText(table.texts, one_each, clips, ClipMask(clips), train, valid, ClipNames(table))
 
 
 def caption_tokens(table: CaptionTable, tokenizer, out, max_tokens: int = 128, **kw) -> CorpusTokens:
     "Tokenised captions on disk; row i is caption i."
-    return tokenize_corpus(
-        Source(str(table.folder), [table.fingerprint], lambda: iter(table.texts)),
-        tokenizer,
-        out,
-        max_tokens=max_tokens,
-        packed=False,
-        **kw,
-    )
+    source = Source(str(table.folder), [table.fingerprint], lambda: iter(table.texts))
+    return tokenize_corpus(source, tokenizer, out, max_tokens=max_tokens, packed=False, **kw)
 
 # %% ../../nbs/17_data.howto100m.ipynb #e7ddc92b
-_nouns, _verbs = (
-    [
-        "pan",
-        "onion",
-        "knife",
-        "drill",
-        "board",
-        "screw",
-        "seed",
-        "soil",
-        "paint",
-        "brush",
-        "yarn",
-        "needle",
-        "tire",
-        "wrench",
-        "dough",
-        "oven",
-    ],
-    ["take", "wash", "cut", "turn", "press", "heat", "fix", "lift", "move", "hold"],
+_nouns = (
+    *("pan", "onion", "knife", "drill", "board", "screw", "seed", "soil"),
+    *("paint", "brush", "yarn", "needle", "tire", "wrench", "dough", "oven"),
 )
+_verbs = ("take", "wash", "cut", "turn", "press", "heat", "fix", "lift", "move", "hold")
 
 
-class _Rows:  # an encoder whose frames are features already
+class _Rows:
+    "An encoder whose frames are features already."
+
     name = "stand-in"
 
-    def __init__(self, dim):
+    def __init__(self, dim: int):
         self.dim = dim
 
     def encode(self, frames):
         return np.asarray(frames, np.float32)
 
 
-def write_standin(folder, samples: int = 1000, dim: int = 64, seed: int = 0) -> Path:
-    "Write `howto100m/` (videos, captions as JSON and csv, features), `wikipedia_en/`, `wikitext103/` and a small BERT vocabulary with the layout of the real ones; equal arguments, equal files."
+def _write_csv(f: Path, head: tuple, rows) -> None:
+    with atomic(f) as out:
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(head)
+        writer.writerows(rows)
+
+
+def _synthetic_video(r, number: int, captions: int, dim: int) -> tuple[dict, np.ndarray]:
+    "Captions (start, end, text) and features (seconds, dim) of one video."
+    noun = r.integers(len(_nouns), size=captions)
+    lasts = r.random(captions) * 5.5 + 0.5
+    if number % 5 == 0:
+        lasts[0] = 25
+    start = np.concatenate([[0], np.cumsum(lasts + r.random(captions))[:-1]]).round(2)
+    end = (start + lasts).round(2)
+    text = []
+    for k in noun:
+        first, second = r.integers(len(_verbs)), r.integers(len(_verbs))
+        text.append(f"{_verbs[first]} the {_nouns[k]} and {_verbs[second]} it again")
+    x = r.normal(size=(math.ceil(end[-1]) + 2, dim)) * 0.3
+    for k, a, b in zip(noun, start, end, strict=True):
+        x[int(a) : math.ceil(b), k] += 2
+    return dict(start=start.tolist(), end=end.tolist(), text=text), x
+
+
+def _write_howto(folder: Path, r, samples: int, dim: int) -> list[str]:  # the captions' texts
+    "Videos, captions as JSON and csv, features."
+    videos, captions, features = [], {}, {}
+    for v in range(math.ceil(samples / 25)):
+        name = f"standin{v:05d}"
+        videos.append((name, "Home", "Stand-in", 1 + v % 3, 100 + v // 3))
+        captions[name], features[name] = _synthetic_video(r, v, min(25, samples - 25 * v), dim)
+    head = ("video_id", "category_1", "category_2", "rank", "task_id")
+    _write_csv(folder / "HowTo100M_v1.csv", head, videos)
+    for name, c in captions.items():
+        rows = zip(c["start"], c["end"], c["text"], strict=True)
+        _write_csv(folder / "captions" / f"{name}.csv", ("start", "end", "text"), rows)
+    with atomic(folder / "caption.json") as f:
+        json.dump(captions, f)
+    extract(
+        {name: name for name in features},
+        _Rows(dim),
+        folder / "features",
+        read=lambda name: (features[name], None),
+        shard_size=16,
+    )
+    return [text for c in captions.values() for text in c["text"]]
+
+
+def _synthetic_article(r, noun: str) -> str:
+    return (
+        f" = {noun.title()} = \n \n The {noun} is a tool , or a thing , that people {r.choice(_verbs)}"
+        f" and {r.choice(_verbs)} ; it is well @-@ known . \n"
+    )
+
+
+def write_fixture(folder, samples: int = 1000, dim: int = 64, seed: int = 0) -> Path:
+    """Write small synthetic files with the layout of the real ones; equal arguments, equal files.
+
+    `howto100m/`, `wikipedia_en/`, `wikitext103/` and a BERT vocabulary."""
     if samples < 50 or dim < len(_nouns):
         raise ValueError(
-            f"a stand-in has at least 50 samples and {len(_nouns)} features, got {samples} and {dim}"
+            f"a fixture has at least 50 samples and {len(_nouns)} features, got {samples} and {dim}"
         )
     folder, r = Path(folder), rng("standin", seed)
-    videos, captions, feats = [], {}, {}
-    for v in range(math.ceil(samples / 25)):
-        name, n = f"standin{v:05d}", min(25, samples - 25 * v)
-        noun = r.integers(len(_nouns), size=n)
-        last = r.random(n) * 5.5 + 0.5
-        last[0] = 25 if v % 5 == 0 else last[0]
-        start = np.concatenate([[0], np.cumsum(last + r.random(n))[:-1]]).round(2)
-        end = (start + last).round(2)
-        seconds = math.ceil(end[-1]) + 2
-        text = [
-            f"{_verbs[r.integers(len(_verbs))]} the {_nouns[k]} and {_verbs[r.integers(len(_verbs))]} it again"
-            for k in noun
-        ]
-        x = r.normal(size=(seconds, dim)) * 0.3
-        for k, a, b in zip(noun, start, end):
-            x[int(a) : math.ceil(b), k] += 2
-        videos.append((name, "Home", "Stand-in", 1 + v % 3, 100 + v // 3))
-        captions[name] = dict(start=start.tolist(), end=end.tolist(), text=text)
-        feats[name] = x
-    h = folder / "howto100m"
-    for f, head, rows in (
-        (h / "HowTo100M_v1.csv", ("video_id", "category_1", "category_2", "rank", "task_id"), videos),
-        *(
-            (h / "captions" / f"{k}.csv", ("start", "end", "text"), zip(c["start"], c["end"], c["text"]))
-            for k, c in captions.items()
-        ),
-    ):
-        with atomic(f) as o:
-            w = csv.writer(o, lineterminator="\n")
-            w.writerow(head)
-            w.writerows(rows)
-    with atomic(h / "caption.json") as o:
-        json.dump(captions, o)
-    extract(
-        {k: k for k in feats}, _Rows(dim), h / "features", read=lambda p: (feats[str(p)], None), shard_size=16
-    )
-    text = [
-        f" = {n.title()} = \n \n The {n} is a tool , or a thing , that people {r.choice(_verbs)} and {r.choice(_verbs)} ; it is well @-@ known . \n"
-        for n in _nouns
-        for _ in range(max(1, samples // 100))
-    ]
-    for split, part in (("train", text), ("valid", text[::7])):
-        with atomic(folder / "wikitext103" / f"wiki.{split}.raw") as o:
-            o.writelines(part)
-        with atomic(folder / "wikipedia_en" / f"en.{split}.raw") as o:
-            o.writelines(
-                f"{p}\n" for t in part for l in t.split("\n") if (p := clean_paragraph(l, "wikitext"))
-            )
-    tok = train_tokenizer([*(t for c in captions.values() for t in c["text"]), *text], 400)
-    vocab = sorted(tok.get_vocab(), key=tok.get_vocab().get)
-    with atomic(folder / "tokenizer_vocabs/bert-base-uncased-vocab.txt.gz", "wb") as o:
-        o.write(gzip.compress("".join(f"{w}\n" for w in vocab).encode(), mtime=0))
+    captions = _write_howto(folder / "howto100m", r, samples, dim)
+    copies = max(1, samples // 100)
+    articles = [_synthetic_article(r, noun) for noun in _nouns for _ in range(copies)]
+    for split, part in (("train", articles), ("valid", articles[::7])):
+        with atomic(folder / "wikitext103" / f"wiki.{split}.raw") as f:
+            f.writelines(part)
+        cleaned = (clean_paragraph(line, "wikitext") for text in part for line in text.split("\n"))
+        with atomic(folder / "wikipedia_en" / f"en.{split}.raw") as f:
+            f.writelines(f"{paragraph}\n" for paragraph in cleaned if paragraph)
+    vocab = train_tokenizer([*captions, *articles], 400).get_vocab()
+    entries = "".join(f"{entry}\n" for entry in sorted(vocab, key=vocab.get))
+    with atomic(folder / "tokenizer_vocabs/bert-base-uncased-vocab.txt.gz", "wb") as f:
+        f.write(gzip.compress(entries.encode(), mtime=0))
     return folder

@@ -15,18 +15,12 @@ from ..core.files import read_json
 from ..core.settings import Scale, data_dir, path, scale, unknown_name
 from .catalog import require
 from .corpus import CorpusTokens, Source, text_files, tokenize_corpus
-from vlkd.data.howto100m import (
-    CaptionTable,
-    ClipFeatures,
-    MappedFeatures,
-    caption_table,
-    caption_tokens,
-    howto_pairs,
-)
+from .howto100m import CaptionTable, ClipFeatures, caption_table, caption_tokens, howto_pairs
 from .public import bert_vocab
 from .squad import read_squad
 from .tasks import TASKS, read_task
 from .text import VideoText, load_vocabulary
+from .video import Features
 
 # %% ../../nbs/18_data.paper.ipynb #d1522f5f
 TEXTS = {
@@ -45,7 +39,7 @@ def text_of(s: Scale) -> str:  # a key of `TEXTS`
     return "wikipedia_en" if s.layers > scale("paper").layers else "wikitext103"
 
 
-def columns_2d(features: MappedFeatures) -> int:
+def columns_2d(features: Features) -> int:
     "How many of a folder's columns, the first ones, come from the 2-D encoder: `dims` of its manifest, else the paper's 2,048 of 4,096."
     f = features.folder / "manifest.json"
     m = read_json(f) if f.is_file() else {}
@@ -120,8 +114,8 @@ class PaperData:
         return load_vocabulary(bert_vocab(self.root), max(self.s.max_tokens, self.s.ft_tokens))
 
     @cached_property
-    def mapped(self) -> MappedFeatures:
-        return MappedFeatures(self.folder)
+    def mapped(self) -> Features:
+        return Features(self.folder)
 
     @property
     def _of(self) -> str:

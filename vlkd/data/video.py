@@ -21,6 +21,7 @@ from vlkd.core.files import (
     file_problem,
     fingerprint,
     locked,
+    open_manifest,
     printable,
     read_json,
     save_safetensors,
@@ -319,25 +320,51 @@ def read_photos(
     return np.stack(photos), np.arange(len(photos), dtype=float)
 
 # %% ../../nbs/11_data.video.ipynb #a91c0191
-def _shard_rows(shard: Path, sha256: str) -> np.ndarray:
-    "Rows (R, F) of one shard, after its checksum has been compared."
-    from safetensors.numpy import load_file
+def _open_shard(f: Path):
+    "The rows of a shard, (R, F), sliced from disk; an array that cannot be read is a `ValueError`."
+    from safetensors import safe_open
 
-    if problem := file_problem(shard, sha256):
-        raise ValueError(f"{problem}; run `extract` again to rebuild it")
-    return load_file(shard)["features"]
+    if f.suffix != ".npy":
+        return safe_open(f, "np").get_slice("features")
+    try:
+        x = np.load(f, mmap_mode="r")
+    except Exception as e:
+        why = f"{type(e).__name__}: {str(e)[:120]}"
+        raise ValueError(f"{f}: not an array that can be read ({why}); copy or make the file again") from None
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu":
+        found = getattr(x, "dtype", type(x).__name__)
+        raise ValueError(f"{f}: features should be an array of numbers, got {found}")
+    return x
+
+
+def _manifest_of_arrays(folder: Path) -> dict:
+    "What a manifest would say of a folder with one .npy file an item."
+    arrays = {f: _open_shard(f) for f in sorted(folder.glob("*.npy"))}
+    if not arrays:
+        raise FileNotFoundError(
+            f"{folder}: no features here, neither a manifest.json of `vlkd extract` nor .npy files"
+        )
+    width = next(iter(arrays.values())).shape[-1]
+    for f, x in arrays.items():
+        if x.ndim != 2 or x.shape[1] != width or not len(x):
+            wanted = f"features should be (seconds, {width}) like the others"
+            raise ValueError(f"{f}: {wanted}, not {x.shape}")
+    items = {f.stem: dict(shard=f.name, row=0, length=len(x)) for f, x in arrays.items()}
+    return dict(encoder="arrays", dim=width, fps=1.0, items=items, shards={}, errors={}, warnings={})
 
 # %% ../../nbs/11_data.video.ipynb #0cb3c3db
 class Features(Mapping):
-    "Features in a folder of `extract`: id -> (T, F). Checksums are compared when a shard is first read."
+    "Features on disk, id -> (T, F), read by rows: a folder of `extract`, or of .npy files."
 
-    def __init__(self, out):
-        self.folder = Path(out)
+    def __init__(
+        self,
+        folder,
+        verify: bool = True,  # compare a shard's checksum when it is first read
+    ):
+        self.folder, self.verify = Path(folder), verify
         manifest = self.folder / "manifest.json"
-        if not manifest.is_file():
-            raise FileNotFoundError(f"{manifest}: no features here; run `extract` first")
-        self.manifest = read_json(manifest)
-        self._rows = {}
+        self.manifest = read_json(manifest) if manifest.is_file() else _manifest_of_arrays(self.folder)
+        self._items, self._shards = self.manifest["items"], {}
 
     @property
     def errors(self) -> dict:  # id -> why there are no features of it
@@ -347,31 +374,63 @@ class Features(Mapping):
     def dim(self) -> int:
         return self.manifest["dim"]
 
+    @property
+    def fps(self) -> float:  # rows a second
+        return self.manifest.get("fps", 1.0)
+
     def __len__(self):
-        return len(self.manifest["items"])
+        return len(self._items)
 
     def __iter__(self):
-        return iter(self.manifest["items"])
+        return iter(self._items)
+
+    def __contains__(self, id):
+        return id in self._items
+
+    def __getstate__(self):
+        return {**self.__dict__, "_shards": {}}
 
     def __repr__(self):
-        counts = f"{len(self)} items, {len(self.errors)} errors"
+        counts = f"{len(self):,} items, {self.dim} wide, {len(self.errors)} errors"
         return f"Features({self.folder.name}: {counts}, {self.manifest['encoder']})"
 
-    def __getitem__(self, id):
-        item = self.manifest["items"].get(id)
-        if item is None:
+    def length(self, id: str) -> int:  # rows
+        if id not in self._items:
             why = f": {self.errors[id]}" if id in self.errors else ""
             raise KeyError(f"{self.folder}: no features of {id!r}{why}")
-        shard = item["shard"]
-        if shard not in self._rows:
-            sha256 = self.manifest["shards"][shard]["sha256"]
-            self._rows[shard] = _shard_rows(self.folder / shard, sha256)
-        return self._rows[shard][item["row"] : item["row"] + item["length"]]
+        return self._items[id]["length"]
+
+    def seconds(self) -> dict[str, float]:
+        "Length of each item in seconds."
+        return {id: item["length"] / self.fps for id, item in self._items.items()}
+
+    def _shard(self, name: str):
+        if name not in self._shards:
+            f, entry = self.folder / name, self.manifest["shards"].get(name)
+            if not f.is_file():
+                raise ValueError(f"{f} is missing; run `extract` again to rebuild it")
+            if entry and self.verify and (problem := file_problem(f, entry["sha256"])):
+                raise ValueError(f"{problem}; run `extract` again to rebuild it")
+            if len(self._shards) >= 256:  # few files may be open at once
+                self._shards.pop(next(iter(self._shards)))
+            self._shards[name] = _open_shard(f)
+        return self._shards[name]
+
+    def read(self, id: str, first: int = 0, last: int | None = None) -> np.ndarray:
+        "Rows `first` to `last` (exclusive) of an item."
+        n, item = self.length(id), self._items[id]
+        last = n if last is None else min(last, n)
+        if not 0 <= first < last:
+            raise ValueError(f"{self.folder}: rows {first} to {last} of {id!r}, which has {n}")
+        return self._shard(item["shard"])[item["row"] + first : item["row"] + last]
+
+    def __getitem__(self, id):
+        return self.read(id)
 
 
-def load_features(out) -> Features:
-    "Open the features in folder `out`: a mapping from id to (T, F) that verifies checksums."
-    return Features(out)
+def load_features(folder) -> Features:
+    "Open the features in a folder: a mapping from id to (T, F) that verifies checksums."
+    return Features(folder)
 
 # %% ../../nbs/11_data.video.ipynb #c432f694
 def _source(paths) -> list:
@@ -415,14 +474,8 @@ def _encode(id, path, encoder, read, dtype) -> tuple[np.ndarray, str]:
 # %% ../../nbs/11_data.video.ipynb #8b4b7f60
 def _resume(out: Path, head: dict) -> dict:
     "The manifest of `out` without what its changed shards held; a new one where there is none."
-    if not (out / "manifest.json").is_file():
-        return dict(head, shards={}, items={}, errors={}, warnings={})
-    manifest = read_json(out / "manifest.json")
-    other = [f"{k} {manifest.get(k)!r} instead of {v!r}" for k, v in head.items() if manifest.get(k) != v]
-    if other:
-        raise ValueError(
-            f"{out} holds other features ({'; '.join(other)}): give another folder, or delete this one"
-        )
+    f = out / "manifest.json"
+    manifest = open_manifest(f, head, "features", shards={}, items={}, errors={}, warnings={})
     for shard, entry in list(manifest["shards"].items()):
         if problem := file_problem(out / shard, entry["sha256"]):
             print(f"{problem}: rebuilding")
