@@ -1057,7 +1057,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'vlkd.reproduce.run.Runner.succeed': ('reproduce.run.html#runner.succeed', 'vlkd/reproduce/run.py'),
                                     'vlkd.reproduce.run.Screen': ('reproduce.run.html#screen', 'vlkd/reproduce/run.py'),
                                     'vlkd.reproduce.run.Screen.__init__': ('reproduce.run.html#screen.__init__', 'vlkd/reproduce/run.py'),
-                                    'vlkd.reproduce.run.Screen._draw': ('reproduce.run.html#screen._draw', 'vlkd/reproduce/run.py'),
                                     'vlkd.reproduce.run.Screen.say': ('reproduce.run.html#screen.say', 'vlkd/reproduce/run.py'),
                                     'vlkd.reproduce.run.Screen.show': ('reproduce.run.html#screen.show', 'vlkd/reproduce/run.py'),
                                     'vlkd.reproduce.run._cell_state': ('reproduce.run.html#_cell_state', 'vlkd/reproduce/run.py'),
