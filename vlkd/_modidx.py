@@ -979,6 +979,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'vlkd/reproduce/report.py'),
                                        'vlkd.reproduce.report._notebook_markdown': ( 'reproduce.report.html#_notebook_markdown',
                                                                                      'vlkd/reproduce/report.py'),
+                                       'vlkd.reproduce.report._notebook_name': ( 'reproduce.report.html#_notebook_name',
+                                                                                 'vlkd/reproduce/report.py'),
                                        'vlkd.reproduce.report._output_markdown': ( 'reproduce.report.html#_output_markdown',
                                                                                    'vlkd/reproduce/report.py'),
                                        'vlkd.reproduce.report._page': ('reproduce.report.html#_page', 'vlkd/reproduce/report.py'),
