@@ -7,8 +7,9 @@ import pytest
 import vlkd.core.device
 from vlkd.core.records import Run, record
 from vlkd.core.settings import scale
+from vlkd.data.scores import category_scores
 from vlkd.data.squad import evaluate_squad
-from vlkd.data.tasks import CATEGORIES, category_scores
+from vlkd.data.tasks import CATEGORIES
 from vlkd.eval.stats import accuracy_table, check_examples, paired_difference
 from vlkd.models.bert import language_model, save_model
 from vlkd.train import finetune as language

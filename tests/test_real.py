@@ -12,7 +12,6 @@ from vlkd.data.public import (
     exercise_clips,
     flickr8k_features,
     held_out_photos,
-    json_document,
     msvd_clips,
     photo_splits,
     real_pairs,
@@ -20,7 +19,7 @@ from vlkd.data.public import (
     real_sentences,
     squad_articles,
 )
-from vlkd.data.tasks import sentences
+from vlkd.data.readers import json_document, sentences
 from vlkd.data.text import load_vocabulary
 
 ROOT = data_dir(need=False)

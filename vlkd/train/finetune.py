@@ -16,7 +16,8 @@ from torch import nn
 
 from ..core.device import seed_everything
 from ..core.settings import Scale, unknown_name
-from ..data.tasks import TASKS, get_task, two_way
+from ..data.scores import two_way
+from ..data.tasks import TASKS, get_task
 from ..data.text import Tokens
 from ..models.bert import hidden_states
 from .squad import bert_with_head, finetune_squad, squad_recipe

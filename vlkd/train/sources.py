@@ -14,8 +14,8 @@ import numpy as np
 
 from ..core.files import atomic, checksum_problem, fingerprint, rng, write_array, write_checksums
 from ..core.settings import Scale, data_dir, path, unknown_name
-from ..data.squad import read_squad
-from ..data.tasks import TASKS, qnli_from_squad, read_task
+from ..data.squad import qnli_from_squad, read_squad
+from ..data.tasks import TASKS, read_task
 from ..data.text import Tokens, VideoText, load_vocabulary, tokenize, train_tokenizer
 from ..features.encoders import load_mobilenet
 from ..tabletop.encoders import load_tabletop_encoder
