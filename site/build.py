@@ -1,6 +1,8 @@
 """Build the web site: README, results, notebooks and API. Usage: python site/build.py [OUT]"""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,17 +10,33 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "LICENSE", "settings.ini", "constraints.txt", "CITATION.cff"]
-FOLDERS = ["nbs", "reports", "data_cards", "recipes"]
+FOLDERS = ["reports", "data_cards", "recipes"]
+NOT_SHOWN = re.compile(r"^#\| *(hide|default_exp)\b", re.M)
+
+
+def copy_notebooks(source: Path, target: Path):
+    "Copy notebooks without the cells and lines that only nbdev reads."
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"))
+    for file in target.rglob("*.ipynb"):
+        notebook = json.loads(file.read_text(encoding="utf-8"))
+        shown = []
+        for cell in notebook["cells"]:
+            text = "".join(cell["source"])
+            if cell["cell_type"] != "code" or not NOT_SHOWN.search(text):
+                cell["source"] = re.sub(r"^#\|.*\n", "", text, flags=re.M)
+                shown.append(cell)
+        file.write_text(json.dumps(notebook | {"cells": shown}), encoding="utf-8")
 
 
 def stage(source: Path):
-    "Make a folder of links to everything that the site shows."
+    "Make a folder of everything that the site shows, mostly links."
     shutil.rmtree(source, ignore_errors=True)
     (source / "api").mkdir(parents=True)
     for name in PAGES + FOLDERS:
         (source / name).symlink_to(ROOT / name)
     for page in (ROOT / "site").glob("*.md"):
         (source / page.name).symlink_to(page)
+    copy_notebooks(ROOT / "nbs", source / "nbs")
 
 
 def build(out: Path):

@@ -1,5 +1,6 @@
 """Sphinx: one configuration for the web site (`make site`) and for a folder of results (`vlkd reproduce`)."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,13 @@ author = copyright = "the authors of vlkd"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.apidoc"]  # results need myst_parser only
 root_doc = "README"
 exclude_patterns = ["**/.*", "html", "nbs/index.ipynb"]  # README.md is the index
-suppress_warnings = ["myst.header", "myst.xref_missing", "mystnb.unknown_mime_type", "toc.empty_glob"]
+suppress_warnings = [
+    "myst.header",
+    "myst.xref_missing",
+    "mystnb.unknown_mime_type",
+    "toc.empty_glob",
+    "toc.not_included",
+]
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
@@ -35,9 +42,21 @@ TABLE_TAGS = ["table", "caption", "thead", "tbody", "tr", "th", "td", "div", "p"
 
 def add_contents(app, docname, content):
     "Below a README come the pages of its folder. Said here because GitHub shows a toctree as code."
-    if docname.split("/")[-1] == "README":
-        first = [name for name in SECTIONS if docname == "README" and name in app.env.found_docs]
-        content[0] += "\n".join(["\n```{toctree}", ":hidden:", ":glob:", "", *first, "*", "```\n"])
+    folder, _, name = docname.rpartition("/")
+    if name != "README":
+        return
+    pages = sorted(d for d in app.env.found_docs if d.rpartition("/")[0] == folder and d != docname)
+    sections = [f"/{d}" for d in SECTIONS if d in pages] or [f"/{d}" for d in pages]
+    if sections:
+        content[0] += "\n".join(["\n```{toctree}", ":hidden:", "", *sections, "```\n"])
+
+
+def escape_docstring(app, what, name, obj, options, lines):
+    "Docstrings are Markdown: what stands between backticks is code, and no other character is markup."
+    for i, line in enumerate(lines):
+        parts = line.split("`")
+        parts[::2] = [re.sub(r"([*_|\\])", r"\\\1", text) for text in parts[::2]]
+        lines[i] = "``".join(parts)
 
 
 def clean_html(app, doctree):
@@ -61,5 +80,10 @@ def add_front_page(app, exception):
 
 def setup(app):
     app.connect("source-read", add_contents)
+    if "sphinx.ext.autodoc" in app.extensions:
+        app.connect("autodoc-process-docstring", escape_docstring)
+    else:  # results alone: their pages are listed at the side
+        app.config.html_sidebars = {"**": ["globaltoc.html"]}
+        app.config.html_theme_options["navbar_center"] = []
     app.connect("doctree-read", clean_html)
     app.connect("build-finished", add_front_page)

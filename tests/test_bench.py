@@ -39,6 +39,7 @@ from peer import (
     TRAINING_OPTIONS,
     broadcast_nst,
     fill_queue,
+    fill_queues,
     loop_nst,
     plain_crd,
     plain_nst,
@@ -46,7 +47,7 @@ from peer import (
     public_nt_xent,
 )
 from resident import peak_growth
-from workbench import StepInProcess, Workbench, attention, crd_of, dropout_rate, torch_dropout
+from workbench import StepInProcess, Workbench, attention, dropout_rate, torch_dropout
 
 # ---- the peer's formulation and plain forms
 
@@ -136,8 +137,7 @@ def desk():
 
 def loss_and_gradients(objective, desk):
     objective = objective.double()
-    if (crd := crd_of(objective)) is not None:
-        fill_queue(crd)
+    fill_queues(objective)
     desk.lm.zero_grad()
     loss = objective(**desk.batch)["loss"]
     loss.backward()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlkd.retrieval.nearest import Keys, nearest
+from vlkd.retrieval.nearest import KeyIndex, nearest
 
 
 def by_sorting(queries, keys, k):
@@ -17,7 +17,7 @@ def test_the_best_are_those_of_a_full_sort_ties_included(n, tile):
     "Scores are small integers, exact in any order of summation; they tie in blocks, at edges, across tiles."
     generator = torch.Generator().manual_seed(n)
     keys, queries = (torch.randint(-1, 2, (m, 6), generator=generator).float() for m in (n, 17))
-    ready = Keys(keys, normalize=False, tile=7)
+    ready = KeyIndex(keys, normalize=False)
     for k in {1, min(n, 3), min(n, 20), min(n, 200), n}:
         scores, found = nearest(queries, keys, k, normalize=False, tile=tile)
         want = by_sorting(queries, keys, k)
@@ -38,10 +38,10 @@ def test_a_block_whose_maximum_ties_with_the_last_place_comes_after_it():
 def test_what_is_refused():
     x = torch.ones(5, 3)
     for k in (0, 6):
-        for keys in (x, Keys(x)):
+        for keys in (x, KeyIndex(x)):
             with pytest.raises(ValueError, match="from 1 to the number of keys, 5"):
                 nearest(x, keys, k)
     with pytest.raises(ValueError, match=r"\(5, 3\) and keys \(N, D\), got|got \(5, 3\) and \(5, 2\)"):
-        nearest(x, Keys(x[:, :2]))
+        nearest(x, KeyIndex(x[:, :2]))
     with pytest.raises(ValueError, match="made with normalize=False"):
-        nearest(x, Keys(x, normalize=False), normalize=True)
+        nearest(x, KeyIndex(x, normalize=False), normalize=True)

@@ -216,6 +216,13 @@ def fill_queue(crd: CRD, seed: int = 0) -> CRD:
     return crd
 
 
+def fill_queues(objective: nn.Module) -> None:
+    "`fill_queue` of all CRD terms of an objective."
+    for module in objective.modules():
+        if isinstance(module, CRD):
+            fill_queue(module)
+
+
 # ---- the student's step without single training options
 
 TRAINING_OPTIONS = dict(

@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from unittest.mock import patch
 
 import torch
-from peer import AblatedObjective, PublicObjective, fill_queue, plain_nst
+from peer import AblatedObjective, PublicObjective, fill_queues, plain_nst
 
 from vlkd.core.device import device
 from vlkd.core.settings import Scale, preset
@@ -89,13 +89,6 @@ def random_batch(s: Scale, batch: int, tokens: int, seed: int = 0) -> dict:
     return {k: x.to(device()) for k, x in (out | dict(where=where, position=position)).items()}
 
 
-def crd_of(objective):  # None: it has none
-    "The CRD loss of a student's objective, ours or a variant of it."
-    if "crd" in getattr(objective, "terms", {}):
-        return objective.terms["crd"].loss
-    return getattr(objective, "crd", None)
-
-
 class Workbench:
     "A student's and a teacher's model of a scale, shared by all variants of a step, and a batch for them."
 
@@ -129,8 +122,7 @@ class Workbench:
         return int(self.batch["where"][0].sum())
 
     def _ready(self, objective):
-        if (crd := crd_of(objective)) is not None:
-            fill_queue(crd)
+        fill_queues(objective)
         return objective.to(device()).train()
 
     def ours(self, kd: str = "nst+crd", preset_name: str = "") -> StudentObjective:
