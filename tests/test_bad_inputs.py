@@ -319,13 +319,13 @@ def test_an_unknown_task():
 @pytest.fixture(scope="module")
 def howto(tmp_path_factory):
     "A stand-in for HowTo100M, a tokeniser for it and an untrained teacher."
-    from vlkd.data.howto100m import write_fixture
+    from vlkd.data.howto100m import write_howto_fixture
     from vlkd.data.public import bert_vocab
     from vlkd.data.text import load_vocabulary
     from vlkd.models.video_text import Teacher
 
     d = tmp_path_factory.mktemp("howto")
-    write_fixture(d, 100, dim=16)
+    write_howto_fixture(d, 100, dim=16)
     tok = load_vocabulary(bert_vocab(d), 40)
     Teacher(scale("smoke"), tok, 16, 0).save(d / "teacher", tok)
     return SimpleNamespace(root=d, here=d / "howto100m", teacher=d / "teacher", tok=tok)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlkd.core.settings import data_dir
+from vlkd.data.readers import content_words
 from vlkd.data.scores import (
     bag_of_words_baseline,
     category_scores,
@@ -25,7 +26,7 @@ from vlkd.data.scores import (
 )
 from vlkd.data.squad import qnli_from_squad
 from vlkd.data.tasks import TASKS, canonical, hub_task, read_task, write_task
-from vlkd.tabletop.clip import content_words
+from vlkd.tabletop.clip import _words
 
 fuzz = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 HEADS = dict(
@@ -667,7 +668,7 @@ def test_real_qnli():
     def overlap(df, y):
         return np.mean(
             [
-                len(content_words(q) & _words(s)) / max(1, len(_words(q)))
+                len(content_words(q) & content_words(s)) / max(1, len(_words(q)))
                 for q, s in zip(df.question[df.label == y], df.sentence[df.label == y])
             ]
         )
