@@ -668,7 +668,7 @@ def test_real_qnli():
     def overlap(df, y):
         return np.mean(
             [
-                len(content_words(q) & content_words(s)) / max(1, len(_words(q)))
+                len(content_words(q) & content_words(s)) / max(1, len(content_words(q)))
                 for q, s in zip(df.question[df.label == y], df.sentence[df.label == y])
             ]
         )

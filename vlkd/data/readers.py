@@ -6,7 +6,7 @@
 __all__ = ['STOP_WORDS', 'text_lines', 'find_file', 'tab_rows', 'comma_rows', 'json_document', 'json_rows', 'sentences',
            'content_words']
 
-# %% ../../nbs/12_data.readers.ipynb #f8570f25
+# %% ../../nbs/12_data.readers.ipynb #2125e88b
 import csv
 import gzip
 import json
@@ -15,7 +15,7 @@ import warnings
 import zlib
 from pathlib import Path
 
-# %% ../../nbs/12_data.readers.ipynb #4f6aa5ad
+# %% ../../nbs/12_data.readers.ipynb #c38cc037
 def text_lines(p):
     "Yield (line number from 1, text without line end) of a UTF-8 file, plain or .gz."
     p, n = Path(p), 0
@@ -50,7 +50,7 @@ def find_file(folder, names, need: bool = True) -> Path | None:  # None: there i
         raise FileNotFoundError(f"{folder} has none of {', '.join(names)} (plain or .gz)")
     return found[0] if found else None
 
-# %% ../../nbs/12_data.readers.ipynb #31cb2102
+# %% ../../nbs/12_data.readers.ipynb #0489a35f
 def _check_header(p, names, wanted):
     if lack := [name for name in wanted if name not in names]:
         raise ValueError(
@@ -95,7 +95,7 @@ def tab_rows(
         raise ValueError(f"{p}: no rows; expected {', '.join(names)}")
     return {name: [row[names.index(name)] for row in rows] for name in wanted}, numbers
 
-# %% ../../nbs/12_data.readers.ipynb #bb0a12d5
+# %% ../../nbs/12_data.readers.ipynb #9b9d965a
 def comma_rows(p) -> tuple[dict[str, list[str]], list[int]]:  # columns, first line of each row
     "All columns of a comma-separated file with quoting."
     read = 0  # lines that the csv reader has taken
@@ -126,7 +126,7 @@ def comma_rows(p) -> tuple[dict[str, list[str]], list[int]]:  # columns, first l
     _check_header(p, rows[0], ())
     return {name: [row[k] for row in rows[1:]] for k, name in enumerate(rows[0])}, numbers[1:]
 
-# %% ../../nbs/12_data.readers.ipynb #1791115c
+# %% ../../nbs/12_data.readers.ipynb #36721f93
 def json_document(p):
     "One JSON document."
     text = "\n".join(line for _, line in text_lines(p))
@@ -145,11 +145,9 @@ def json_rows(
     texts=(),  # keys that hold text
     lists=(),  # keys that hold a list of texts
 ) -> tuple[list[dict], list[int]]:  # objects, line number of each
-    "Objects of a JSON-lines file; lines of nothing but blanks are left out."
+    "Objects of a JSON-lines file."
     keys, rows, numbers = (*texts, *lists), [], []
     for n, line in text_lines(p):
-        if not line.strip():
-            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as e:
@@ -170,7 +168,7 @@ def json_rows(
         raise ValueError(f"{p}: no rows; expected an object with {', '.join(keys)} a line")
     return rows, numbers
 
-# %% ../../nbs/12_data.readers.ipynb #f0cc2fa6
+# %% ../../nbs/12_data.readers.ipynb #a2d3f328
 _SENTENCE_END = re.compile(r"""(?<=[.!?])["')\]]*\s+(?=["'(\[]?[A-Z0-9])""")
 _TITLES = "[Mm]rs? Ms [Dd]r [Ss]t [Pp]rof [Ss]r [Jj]r [Gg]en [Cc]ol [Ll]t Capt Sgt [Rr]ev Hon"
 _WORDS = "[Nn]o [Vv]ol [Ff]ig [Vv]s [Cc]a cf etc approx [Ii]nc [Cc]o [Ll]td Corp Mt Ft"
@@ -188,53 +186,13 @@ def sentences(text: str) -> list[str]:
             start = end.end()
     return [sentence for sentence in (*out, text[start:].strip()) if sentence]
 
-# %% ../../nbs/12_data.readers.ipynb #3360e48e
+# %% ../../nbs/12_data.readers.ipynb #e2e69dc4
 STOP_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "by",
-        "did",
-        "do",
-        "does",
-        "for",
-        "from",
-        "had",
-        "has",
-        "have",
-        "how",
-        "in",
-        "is",
-        "it",
-        "its",
-        "many",
-        "much",
-        "of",
-        "on",
-        "or",
-        "s",
-        "that",
-        "the",
-        "this",
-        "to",
-        "was",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "who",
-        "whom",
-        "whose",
-        "why",
-        "will",
-        "with",
-    ]
+    re.findall(
+        r"\w+",
+        """a an and are as at be by did do does for from had has have how in is it its many much of on or s
+    that the this to was were what when where which who whom whose why will with""",
+    )
 )
 
 
