@@ -39,7 +39,7 @@ def test_page_exports_nothing_and_calls_what_there_is():
     ]
     assert not any(re.search(r"^#\| *(export|default_exp)", c, re.M) for c in code)
     called = {n for c in code for n in re.findall(r"(?<![.\w])([a-z_]+)\(", c)} - {"list", "dict"}
-    assert called >= {"open_explorer", "look", "show", "panel"} and called <= set(ex.__all__)
+    assert called >= {"open_explorer", "sentence_pages", "show", "panel"} and called <= set(ex.__all__)
 
 
 def test_all_pages_of_a_sentence(x):
@@ -47,32 +47,42 @@ def test_all_pages_of_a_sentence(x):
     from matplotlib.figure import Figure
 
     noun = x.world.splits["test"][0]
-    pages = ex.look(x, f"let us drop the {noun}", k=3)
+    pages = ex.sentence_pages(x, f"let us drop the {noun}", k=3)
     assert plt.get_fignums() == []  # nothing stays open to be shown twice
     for k in (
         "The nearest clips",
-        "Where they look",
-        "What they would say",
+        "What they attend to",
+        "What they predict",
         "The nearest nouns",
         "What they know of it",
     ):
         assert isinstance(pages[k], Figure)
     for v in pages.values():
         assert isinstance(v, (Figure, pd.DataFrame, str)) and (
-            not isinstance(v, Figure) or len(ex.picture(v)) > 1000
+            not isinstance(v, Figure) or len(ex.figure_png(v)) > 1000
         )
 
 
 def test_a_train_noun_has_no_questions(x):
     noun = x.world.splits["train"][0]
     assert (
-        ex.look(x, f"drop the {noun}")["Test questions about it"]
+        ex.sentence_pages(x, f"drop the {noun}")["Test questions about it"]
         == f"No test question is about the {noun}, which is a train noun."
     )
 
 
 @pytest.mark.parametrize("s", ["", "  ", "...", "\n\t"])
-@pytest.mark.parametrize("f", [ex.look, ex.find_clips, ex.attention_figure, ex.words, ex.unread, ex.guess])
+@pytest.mark.parametrize(
+    "f",
+    [
+        ex.sentence_pages,
+        ex.find_clips,
+        ex.attention_figure,
+        ex.word_counts,
+        ex.unknown_words_note,
+        ex.predict_masked,
+    ],
+)
 def test_empty_sentence(x, f, s):
     with pytest.raises(ValueError, match="the sentence is empty"):
         f(x, s)
@@ -84,12 +94,12 @@ def test_no_text():
 
 
 def test_unread_words_are_named(x):
-    assert ex.unread(x, ex.example(x)) == ""
-    t = ex.unread(x, "the zyzzyva ate 17 {noun} \\ öre")
+    assert ex.unknown_words_note(x, ex.example_sentence(x)) == ""
+    t = ex.unknown_words_note(x, "the zyzzyva ate 17 {noun} \\ öre")
     assert all(f"“{w}”" in t for w in ("zyzzyva", "17", "öre")) and "No model has ever read" in t
-    assert "has 93 tokens" in ex.unread(x, "drop " * 91) and f"first {x.s.max_tokens} " in ex.unread(
+    assert "has 93 tokens" in ex.unknown_words_note(
         x, "drop " * 91
-    )
+    ) and f"first {x.s.max_tokens} " in ex.unknown_words_note(x, "drop " * 91)
 
 
 @pytest.mark.parametrize(
@@ -106,15 +116,15 @@ def test_unread_words_are_named(x):
     ],
 )
 def test_odd_sentences_are_shown(x, s):
-    pages = ex.look(x, s)
-    assert "The nearest clips" in pages and "Where they look" in pages
+    pages = ex.sentence_pages(x, s)
+    assert "The nearest clips" in pages and "What they attend to" in pages
 
 
 def test_unknown_names(x):
     for f in (
         lambda: x.model("student-tex"),
         lambda: ex.find_clips(x, "drop it", ["student-tex"]),
-        lambda: ex.look(x, "drop it", "student-tex"),
+        lambda: ex.sentence_pages(x, "drop it", "student-tex"),
         lambda: ex.recorded_answers(x, "student-tex", "student-text"),
     ):
         with pytest.raises(
@@ -191,7 +201,7 @@ def test_a_teacher_alone_is_enough(x, copies):
     for p in folder.glob("student-*"):
         shutil.rmtree(p)
     y = ex.Explorer("smoke", x.seed, inputs(), s=x.s)
-    assert y.shown == ["teacher-micro"] and "The nearest clips" in ex.look(y, "drop it")
+    assert y.default_models == ["teacher-micro"] and "The nearest clips" in ex.sentence_pages(y, "drop it")
 
 
 def test_probes_never_see_the_noun_they_are_asked_for(x):
@@ -200,28 +210,28 @@ def test_probes_never_see_the_noun_they_are_asked_for(x):
     name = "student-text"
     ex.noun_attributes(x, noun, [name])
     key = ("states", name, "let us drop the {noun}")
-    keep = x._kept[key]
+    keep = x._cache[key]
     try:
         h = keep.copy()
         h.loc[noun] = h.drop(noun).mean()
         h["own"] = (h.index == noun) * 50.0
-        x._kept[key] = h
-        for k in [k for k in x._kept if k[0] == "probe"]:
-            del x._kept[k]
+        x._cache[key] = h
+        for k in [k for k in x._cache if k[0] == "probe"]:
+            del x._cache[k]
         x.world.nouns.loc[noun]
         p = ex.noun_attributes(x, noun, [name]).query("attribute == 'drop'")
         assert p.probability.max() < 0.6
     finally:
-        x._kept[key] = keep
-        for k in [k for k in x._kept if k[0] == "probe"]:
-            del x._kept[k]
+        x._cache[key] = keep
+        for k in [k for k in x._cache if k[0] == "probe"]:
+            del x._cache[k]
 
 
 def test_two_of_a_noun_in_one_sentence(x):
     a, b = x.world.splits["train"][:2]
     s = f"put the {a} on the {b}"
     assert ex.noun_in(x, s) == a
-    near = ex.near_nouns(x, a, ["student-text"], ex.template_of(s, a), k=200)
+    near = ex.nearest_nouns(x, a, ["student-text"], ex.template_of(s, a), k=200)
     assert b not in set(near.noun) and a not in set(near.noun)
 
 
@@ -251,13 +261,17 @@ def test_panel_with_widgets(x, monkeypatch, capsys):
     monkeypatch.setattr(ex, "show", seen.append)
     box = ex.panel(x)
     c = made["controls"]
-    assert list(c) == ["sentence", "a", "b"] and box is not None and c["sentence"].value == ex.example(x)
-    assert c["a"].kw["options"] == x.students and [c["a"].value, c["b"].value] == x.shown[1:]
+    assert (
+        list(c) == ["sentence", "a", "b"]
+        and box is not None
+        and c["sentence"].value == ex.example_sentence(x)
+    )
+    assert c["a"].kw["options"] == x.students and [c["a"].value, c["b"].value] == x.default_models[1:]
     made["f"](**{k: v.value for k, v in c.items()})
     assert "The nearest clips" in seen[0]
     made["f"]("drop it", "student-text", "student-text")
     assert len(seen) == 2
-    made["f"](" ", *x.shown[1:])
+    made["f"](" ", *x.default_models[1:])
     assert len(seen) == 2 and "the sentence is empty" in capsys.readouterr().out
 
 
@@ -270,11 +284,11 @@ def test_real_runs(data, monkeypatch):
     y = ex.open_explorer("real")
     s = "a man in a hat sits on a bench"
     found = ex.find_clips(y, s, k=2)
-    assert {ex.clip_pictures(y, c).shape[1:] for c in found["clip"]} == {(96, 96, 3)} and not set(
+    assert {ex.clip_frames(y, c).shape[1:] for c in found["clip"]} == {(96, 96, 3)} and not set(
         found["clip"]
     ) & set(y.data.pairs.clip[y.data.pairs.train])
     with pytest.raises(ValueError, match="only Tabletop knows"):
         ex.noun_attributes(y, "hat")
-    assert isinstance(ex.look(y, s)["What they know of it"], str)
+    assert isinstance(ex.sentence_pages(y, s)["What they know of it"], str)
     monkeypatch.setattr(y.data, "root", Path("nowhere"))
-    assert ex.clip_pictures(y, int(found["clip"].iloc[0])) is None and ex.clips_figure(y, found) is not None
+    assert ex.clip_frames(y, int(found["clip"].iloc[0])) is None and ex.clips_figure(y, found) is not None

@@ -175,7 +175,11 @@ def flickr(root, gz=False):
             b'{"image": "1.jpg", "captions": []}\n{"image"',
             "captions.jsonl, line 2: not JSON",
         ),
-        ("captions.jsonl", b'{"image": "1.jpg"}\n', "captions.jsonl, line 1: no list of texts under .captions."),
+        (
+            "captions.jsonl",
+            b'{"image": "1.jpg"}\n',
+            "captions.jsonl, line 1: no list of texts under .captions.",
+        ),
         ("captions.jsonl", b"[1]\n", "captions.jsonl, line 1: expected an object"),
         ("captions.jsonl", b"", "captions.jsonl: no rows"),
         (

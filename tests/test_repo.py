@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from vlkd.reproduce.plan import load_plan
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
@@ -192,20 +194,9 @@ def test_experiment_has_one_typed_parameters_cell(notebook):
         )
 
 
-def named_notebooks(entry):
-    "Values of all keys `notebook` in a plan."
-    if isinstance(entry, dict):
-        if isinstance(entry.get("notebook"), str):
-            yield entry["notebook"]
-        entry = list(entry.values())
-    if isinstance(entry, list):
-        for value in entry:
-            yield from named_notebooks(value)
-
-
 def test_plan_and_notebooks_agree():
-    named = named_notebooks(tomllib.loads(text("nbs/experiments/plan.toml")))
-    assert {Path(n).stem for n in named} == {p.stem for p in EXPERIMENTS} != set()
+    named = {str(entry["file"].resolve()) for entry in load_plan().values()}
+    assert named == {str(p.resolve()) for p in EXPERIMENTS} != set()
 
 
 # Pages

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vlkd.core.settings import data_dir
-from vlkd.data.video import VideoError, VideoWarning, extract, load_features, read_frames, write_mp4
+from vlkd.data.video import extract, load_features, read_frames, VideoError, VideoWarning, write_mp4
 
 pytest.importorskip("av", reason="the `video` extra is not installed")
 ROOT = data_dir(need=False)

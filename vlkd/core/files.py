@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKSUMS', 'atomic', 'atomic_folder', 'write_array', 'save_safetensors', 'apply_umask', 'fingerprint', 'rng',
-           'write_json', 'read_json', 'sha256_file', 'file_problem', 'checksums_file', 'write_checksums',
-           'checksum_problem', 'verify_checksums', 'open_lock', 'locked', 'printable']
+           'write_json', 'read_json', 'open_manifest', 'sha256_file', 'file_problem', 'checksums_file',
+           'write_checksums', 'checksum_problem', 'verify_checksums', 'open_lock', 'locked', 'printable']
 
 # %% ../../nbs/01_core.files.ipynb #609c5a65
 import contextlib
@@ -165,6 +165,25 @@ def read_json(p):
             f"{p} was changed after it was written (its checksum differs); delete it and run again"
         )
     return obj
+
+# %% ../../nbs/01_core.files.ipynb #0ab71725
+def open_manifest(
+    p,  # the manifest, a JSON file
+    head: dict,  # what was asked for
+    content: str,  # how the error calls what another request has made
+    **empty,  # the rest of a new manifest
+) -> dict:
+    "The manifest at `p`, a new one where there is none; `ValueError` names what differs from `head`."
+    p = Path(p)
+    if not p.is_file():
+        return dict(head, **empty)
+    manifest = read_json(p)
+    other = [f"{k} {manifest.get(k)!r} instead of {v!r}" for k, v in head.items() if manifest.get(k) != v]
+    if other:
+        raise ValueError(
+            f"{p.parent} holds other {content} ({'; '.join(other)}): give another folder, or delete this one"
+        )
+    return manifest
 
 # %% ../../nbs/01_core.files.ipynb #466dd6d7
 CHECKSUMS = "checksums.json"

@@ -33,8 +33,8 @@ def git_state(root=None) -> dict:  # commit, dirty
 
     def git(*args) -> str:
         command = ["git", *args]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=20, check=True)
-        return done.stdout.strip()
+        done = subprocess.run(command, cwd=root, capture_output=True, timeout=20, check=True)
+        return done.stdout.decode("utf-8", "replace").strip()
 
     try:
         return dict(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "-uno")))

@@ -9,6 +9,7 @@ __all__ = ['ROLES', 'SECTIONS', 'SIZE_CATEGORIES', 'DataFile', 'Card', 'CardLoad
 # %% ../../nbs/14_data.catalog.ipynb #d1df407f
 import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pandas as pd
 import yaml
 from yaml.constructor import ConstructorError
 
+from ..core.files import printable
 from ..core.settings import data_dir, path, scales, settings_file, unknown_name
 
 # %% ../../nbs/14_data.catalog.ipynb #5832ae9f
@@ -285,13 +287,13 @@ def status(
     rows = []
     for card in cards(folder).values():
         state, missing = _state(card, data)
-        where = str(data / card.folder) if data else f"VLKD_DATA/{card.folder}"
+        where = data / card.folder if data else f"VLKD_DATA/{card.folder}"
         rows.append(
             {
                 "data set": card.id,
                 "licence": card.license,
                 "state": state,
-                "where": "made by the library" if card.embedded else where,
+                "where": "made by the library" if card.embedded else printable(where, "utf-8"),
                 "missing files": missing,
                 "tables": list(card.needed_by),
                 "columns": list(card.columns),
@@ -311,36 +313,40 @@ def waiting(df: pd.DataFrame) -> dict[str, list[str]]:  # table -> what it lacks
     return {table: out[table] for table in sorted(out)}
 
 
-def print_status(data=None) -> None:
-    "Print what is where, and which tables wait for what: the text of `vlkd data status`."
-    data = _data_folder(data)
+def _status_lines(data: Path | None) -> Iterator[str]:
     df = status(data)
     if data:
-        print(f"Data sets under {data}\n")
-        df["where"] = df["where"].str.replace(f"{data}/", "")
+        root = printable(data, "utf-8")
+        yield f"Data sets under {root}"
+        df["where"] = df["where"].str.replace(f"{root}/", "")
     else:
-        print(
+        yield (
             "VLKD_DATA is not set, so only the data that the library makes itself is here."
-            " For the others: export VLKD_DATA=/folder/of/data/sets\n"
+            " For the others: export VLKD_DATA=/folder/of/data/sets"
         )
-    shown = df.assign(tables=df["tables"].map(", ".join))
+    yield ""
     columns = ["data set", "state", "where", "licence", "tables"]
-    rows = [columns, *shown[columns].to_numpy().tolist()]
+    shown = df.assign(tables=df["tables"].map(", ".join))[columns]
+    rows = [columns, *shown.to_numpy().tolist()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+        yield "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
     for row in df[df["state"] == "partial"].to_dict("records"):
-        print(f"\n{row['data set']} lacks {', '.join(row['missing files'])}")
+        yield ""
+        yield f"{row['data set']} lacks {', '.join(row['missing files'])}"
     tables = waiting(df)
-    if not tables:
-        return
-    print("\nTables that wait for data")
-    for table, sets in tables.items():
-        print(f"  {table}: {', '.join(sets)}")
-    print("\nHow to get it")
-    known = cards()
-    for id in df[df["state"] != "present"]["data set"]:
-        print(f"  {id}: {known[id].how}")
+    if tables:
+        yield from ("", "Tables that wait for data")
+        yield from (f"  {table}: {', '.join(sets)}" for table, sets in tables.items())
+        yield from ("", "How to get it")
+        known = cards()
+        yield from (f"  {id}: {known[id].how}" for id in df[df["state"] != "present"]["data set"])
+
+
+def print_status(data=None) -> None:
+    "Print what is where, and which tables wait for what: the text of `vlkd data status`."
+    for line in _status_lines(_data_folder(data)):
+        print(printable(line))
 
 # %% ../../nbs/14_data.catalog.ipynb #8bb41e4d
 def require(

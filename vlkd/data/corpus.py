@@ -22,6 +22,7 @@ from vlkd.core.files import (
     file_problem,
     fingerprint,
     locked,
+    open_manifest,
     read_json,
     sha256_file,
     write_array,
@@ -369,18 +370,6 @@ def _take(stream, n: int, vocabulary: int) -> tuple[list[np.ndarray], tuple]:  #
     return [row for row, _ in taken], taken[-1][1] if taken else None
 
 
-def _open_manifest(out: Path, head: dict, name: str) -> dict:
-    "The manifest of `out`, a new one where there is none; `ValueError` if it is of another corpus."
-    f = out / "corpus.json"
-    manifest = read_json(f) if f.is_file() else dict(head, name=name, finished=False, shards=[])
-    other = [f"{k} {manifest.get(k)!r} instead of {v!r}" for k, v in head.items() if manifest.get(k) != v]
-    if other:
-        raise ValueError(
-            f"{out} holds another corpus ({'; '.join(other)}): give another folder, or delete this one"
-        )
-    return manifest
-
-
 def _mend_shards(out: Path, manifest: dict, rows_from: Callable, vocabulary: int) -> None:
     "Make changed and missing shards again, each from the place where it began."
     for k, shard in enumerate(manifest["shards"]):
@@ -427,7 +416,8 @@ def tokenize_corpus(
         return (_packed if packed else _one_each)(source, tokenizer, max_tokens, place)
 
     with locked(out):
-        manifest = _open_manifest(out, head, Path(source.name).name)
+        name, f = Path(source.name).name, out / "corpus.json"
+        manifest = open_manifest(f, head, "text", name=name, finished=False, shards=[])
         for left in out.glob(".*.npy.*"):
             left.unlink()  # by a run that was killed while it wrote
         _mend_shards(out, manifest, rows_from, vocabulary)
@@ -445,5 +435,5 @@ def tokenize_corpus(
             if last and not shards:
                 raise _no_text(source, max_tokens, remainder)
             manifest["finished"] = last
-            write_json(out / "corpus.json", manifest, checksum=True)
+            write_json(f, manifest, checksum=True)
     return CorpusTokens(out, tokenizer)

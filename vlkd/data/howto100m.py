@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['howto_videos', 'json_entries', 'read_captions', 'caption_fault', 'Texts', 'CaptionTable', 'caption_table',
            'LazyArray', 'ClipFeatures', 'ClipMask', 'ClipNames', 'hold_out', 'howto_pairs', 'caption_tokens',
-           'write_howto_fixture']
+           'write_fixture']
 
 # %% ../../nbs/17_data.howto100m.ipynb #90dd83b5
 import codecs
@@ -593,7 +593,7 @@ def _synthetic_article(r, noun: str) -> str:
     )
 
 
-def write_howto_fixture(folder, samples: int = 1000, dim: int = 64, seed: int = 0) -> Path:
+def write_fixture(folder, samples: int = 1000, dim: int = 64, seed: int = 0) -> Path:
     """Write small synthetic files with the layout of the real ones; equal arguments, equal files.
 
     `howto100m/`, `wikipedia_en/`, `wikitext103/` and a BERT vocabulary."""

@@ -21,6 +21,7 @@ from vlkd.core.files import (
     file_problem,
     fingerprint,
     locked,
+    open_manifest,
     printable,
     read_json,
     save_safetensors,
@@ -473,14 +474,8 @@ def _encode(id, path, encoder, read, dtype) -> tuple[np.ndarray, str]:
 # %% ../../nbs/11_data.video.ipynb #8b4b7f60
 def _resume(out: Path, head: dict) -> dict:
     "The manifest of `out` without what its changed shards held; a new one where there is none."
-    if not (out / "manifest.json").is_file():
-        return dict(head, shards={}, items={}, errors={}, warnings={})
-    manifest = read_json(out / "manifest.json")
-    other = [f"{k} {manifest.get(k)!r} instead of {v!r}" for k, v in head.items() if manifest.get(k) != v]
-    if other:
-        raise ValueError(
-            f"{out} holds other features ({'; '.join(other)}): give another folder, or delete this one"
-        )
+    f = out / "manifest.json"
+    manifest = open_manifest(f, head, "features", shards={}, items={}, errors={}, warnings={})
     for shard, entry in list(manifest["shards"].items()):
         if problem := file_problem(out / shard, entry["sha256"]):
             print(f"{problem}: rebuilding")

@@ -26,7 +26,7 @@ from ..core.files import fingerprint, read_json, sha256_file, write_json
 from ..core.records import Run
 from ..core.settings import path, read_sections, settings_file, shipped
 from .keys import graph, library_folder, normal_form, why
-from .plan import Node, load_plan, plan_file, read_cells, world_seeds
+from .plan import Node, load_plan, plan_files, read_cells, world_seeds
 from .run import duration
 
 # %% ../../nbs/73_reproduce.report.ipynb #d03c57b2
@@ -423,7 +423,7 @@ def _entry(table: FinishedTable, rows: dict, latest: bool) -> dict:
 def _stamp(entries: list[dict], tables: list[FinishedTable], scale: str, plan) -> str:
     "Changes whenever the report would."
     library = library_folder()
-    files = [plan_file(plan), library / "reproduce" / "report.py", library / "plots.py"]
+    files = [*plan_files(plan), library / "reproduce" / "report.py", library / "plots.py"]
     files += [table.node.entry["file"] for table in tables]
     return fingerprint(entries, _remark(scale), [sha256_file(f) for f in files])
 

@@ -34,9 +34,8 @@ from unittest.mock import patch
 from ..core.files import open_lock, read_json, sha256_file, write_json
 from ..core.records import Run, git_state, versions
 from ..core.settings import path, read_sections, settings_file
-from ..core.settings import scale as scale_settings
 from .keys import graph, imported_modules, library_folder, notebook_code, set_key, why
-from .plan import Node, notebook_parameters, read_cells, run_parameters, world_seeds
+from .plan import Node, notebook_parameters, read_cells
 
 # %% ../../nbs/72_reproduce.run.ipynb #8d3d6537
 @contextlib.contextmanager
@@ -930,15 +929,9 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' if number != 1 else ''}"
 
 
-def _dry_run(nodes: dict, reasons: dict, scale: str, seeds):
+def _dry_run(nodes: dict, reasons: dict):
     for name in nodes:
         print(f"{name}: would run: {reasons[name]}" if name in reasons else f"{name}: fresh")
-    if scale_settings(scale)["data_kind"] == "paper":  # what nobody starts without knowing what it takes
-        from vlkd.tools.preflight import report_plan
-
-        runs = list(run_parameters(nodes.values()).items())
-        tables = [node.entry["id"] for node in nodes.values() if node.is_table]
-        print("\n" + report_plan(runs, scale, tables=tables, seeds=len(world_seeds(seeds))))
 
 
 @contextlib.contextmanager
@@ -974,7 +967,7 @@ def reproduce(
     reasons = {name: reason for name, node in nodes.items() if (reason := why(node))}
     fresh = [name for name in nodes if name not in reasons]
     if dry_run:
-        _dry_run(nodes, reasons, scale, seeds)
+        _dry_run(nodes, reasons)
         return dict(fresh=fresh, would_run=reasons)
     if not reasons:
         print(f"{_count(len(nodes), 'run')} at scale {scale}: all fresh, nothing to do")

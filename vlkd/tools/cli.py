@@ -54,7 +54,21 @@ def options(
 ):
     pass
 
-# %% ../../nbs/79_tools.cli.ipynb #4f7e9840
+# %% ../../nbs/79_tools.cli.ipynb #de026979
+def _show_costs(ids, scale: str, seeds: str):
+    "What runs of scale paper lack and take, which nobody should start without knowing."
+    from vlkd.core.settings import scale as settings
+    from vlkd.reproduce.plan import plan_nodes, run_parameters, world_seeds
+    from vlkd.tools.preflight import report_plan
+
+    if settings(scale)["data_kind"] != "paper":
+        return
+    nodes = plan_nodes(ids, scale, seeds).values()
+    tables = [node.entry["id"] for node in nodes if node.is_table]
+    runs = list(run_parameters(nodes).items())
+    show("\n" + report_plan(runs, scale, tables=tables, seeds=len(world_seeds(seeds))))
+
+
 @app.command()
 def reproduce(
     ids: Annotated[
@@ -77,11 +91,12 @@ def reproduce(
 
     cluster = None
     if scheduler:
-        from vlkd.reproduce.cluster import Cluster
+        from vlkd.reproduce.scheduler import Cluster
 
         cluster = Cluster(scheduler)
     result = run.reproduce(ids or None, scale=scale, seeds=seeds, jobs=jobs, dry_run=dry_run, cluster=cluster)
     if dry_run:
+        _show_costs(ids or None, scale, seeds)
         return
     report(scale, seeds)
     if result["failed"]:
@@ -120,7 +135,7 @@ def status():
 
     print_status()
 
-# %% ../../nbs/79_tools.cli.ipynb #41b04471
+# %% ../../nbs/79_tools.cli.ipynb #6dbf4074
 def _report_problems(manifest: dict) -> bool:
     "Print which videos could not be read, or only in part; whether there are any."
     for problem, found in (
@@ -237,15 +252,13 @@ def cost(
     assumed = dict(utilisation=utilisation, caption_tokens=caption_tokens, frames=frames)
     show(dry_run(scale, large=large, name=gpu, gpus=gpus, **assumed))
 
-# %% ../../nbs/79_tools.cli.ipynb #c8af3bb2
+# %% ../../nbs/79_tools.cli.ipynb #28f8889e
 @app.command()
 def preflight(
     samples: Annotated[int, Option(help="Size of the synthetic fixture.")] = 1000,
     steps: Annotated[
         int,
-        Option(
-            help="Steps of each training; 0: 4, and 40 with --notebooks, whose pages need falling losses."
-        ),
+        Option(help="Steps of each training; 0: 4, and 40 with --notebooks, whose pages need lower losses."),
     ] = 0,
     out: Annotated[str, Option(help="Folder to keep what it makes; empty: nothing is kept.")] = "",
     notebooks: Annotated[
@@ -267,7 +280,7 @@ def preflight(
     seconds = time.time() - began
     show(f"{len(done)} runs of scale paper done on {samples:,} samples in {seconds:.0f} s; losses are finite")
 
-# %% ../../nbs/79_tools.cli.ipynb #e0b8e080
+# %% ../../nbs/79_tools.cli.ipynb #c120893e
 @app.command()
 def bench(
     names: Annotated[
@@ -277,16 +290,20 @@ def bench(
         bool, Option("--quick", help="Small batches and few rounds: minutes on two cores.")
     ] = False,
     publish: Annotated[bool, Option("--publish", help="Afterwards write the page reports/bench.")] = False,
+    repeats: Annotated[int, Option(help="Rounds; 0: what each benchmark asks for.")] = 0,
     only_list: Annotated[bool, Option("--list", help="Only name the benchmarks.")] = False,
 ):
-    "Measure variants in turns and print times, ratios and targets; each benchmark is a notebook."
+    "Measure variants in turns, print times, ratios and targets, and file them under runs/bench by machine."
     from vlkd.tools.bench import benchmarks, publish_benchmarks, run_benchmarks
 
     if only_list:
         for name, title in benchmarks().items():
             show(f"{name:12s} {title}")
         return
-    if run_benchmarks(names or (), quick=quick)["failed"]:
+    result = run_benchmarks(names or None, quick=quick, repeats=repeats)
+    if result["failed"]:
+        for name, why in result["failed"].items():
+            show(f"{name} failed: {why}", sys.stderr)
         raise typer.Exit(1)
     if publish:
         show(f"page: {publish_benchmarks() / 'README.md'}")

@@ -7,7 +7,7 @@ __all__ = ['OFFICIAL_TASKS', 'FEATURES', 'TEXTS', 'FEATURE_FOLDERS', 'FEATURE_WI
            'read_official', 'tabletop_features', 'TabletopSource', 'middle_frame', 'PublicSource', 'text_of',
            'columns_2d', 'MiddleFrames', 'PaperSource', 'load_data']
 
-# %% ../../nbs/50_train.sources.ipynb #c8e3053c
+# %% ../../nbs/50_train.sources.ipynb #b4d9c188
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -46,7 +46,7 @@ from ..tabletop.questions import QUESTIONS
 from ..tabletop.render import FRAMES
 from ..tabletop.world import World
 
-# %% ../../nbs/50_train.sources.ipynb #a154f90c
+# %% ../../nbs/50_train.sources.ipynb #64e99f26
 class DataSource(Protocol):
     "The data of a training."
 
@@ -67,7 +67,7 @@ class DataSource(Protocol):
         """Examples of a task in the columns of `data.tasks` or `data.squad`; `split` is train, dev or test.
         An unknown task is a ValueError, one whose files are missing a FileNotFoundError."""
 
-# %% ../../nbs/50_train.sources.ipynb #17fe7254
+# %% ../../nbs/50_train.sources.ipynb #81ef2c8c
 OFFICIAL_TASKS = (*TASKS, *SQUAD_VERSIONS)  # names of the tasks that have official files
 
 
@@ -131,7 +131,7 @@ class _RealSource(_Source):
 def _official_split(split: str) -> str:
     return "train" if split == "train" else "dev"
 
-# %% ../../nbs/50_train.sources.ipynb #e44ba4fb
+# %% ../../nbs/50_train.sources.ipynb #6519c461
 FEATURES = ("video", "clip", "image")  # 2-D and 3-D of every frame; CLIP for 2-D; 2-D of the middle frame
 
 
@@ -218,7 +218,7 @@ class TabletopSource(_Source):
         few = {"train": 200, "dev": 60, "test": 100} if self.s.captions < 6000 else {}
         return self.world.task(name, split, few.get(split))
 
-# %% ../../nbs/50_train.sources.ipynb #8601466f
+# %% ../../nbs/50_train.sources.ipynb #90856189
 def middle_frame(pairs: VideoText) -> VideoText:
     "The same clips, of which only the middle frame is seen."
     frames = pairs.mask.sum(1)
@@ -275,7 +275,7 @@ class PublicSource(_RealSource):
         held_out = set(map(tuple, super()._named_task(name, "dev")[texts].to_numpy()))
         return df[[tuple(row) not in held_out for row in df[texts].to_numpy()]].reset_index(drop=True)
 
-# %% ../../nbs/50_train.sources.ipynb #e5748854
+# %% ../../nbs/50_train.sources.ipynb #eadb3013
 TEXTS = {  # file, how it is cleaned
     "wikitext103": ("wikitext103/wiki.train.raw", "wikitext"),
     "wikipedia_en": ("wikipedia_en/en.train.raw", "plain"),
@@ -326,7 +326,7 @@ class MiddleFrames(LazyArray):
             out[i] = found[:, :width]
         return out
 
-# %% ../../nbs/50_train.sources.ipynb #a5cd47b1
+# %% ../../nbs/50_train.sources.ipynb #095baecb
 class PaperSource(_RealSource):
     "HowTo100M and Wikipedia on disk. Missing data sets are a FileNotFoundError that lists their files."
 
@@ -409,7 +409,7 @@ class PaperSource(_RealSource):
         folder = self.cache / f"{self._captions}-{self.s.max_tokens}"
         return caption_tokens(self.caption_table, self.tokenizer, folder, self.s.max_tokens)
 
-# %% ../../nbs/50_train.sources.ipynb #3a87524d
+# %% ../../nbs/50_train.sources.ipynb #22f956d6
 def load_data(
     s: Scale,
     seed: int = 1,  # the world at Tabletop; nothing but the training's seed with real data
