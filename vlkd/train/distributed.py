@@ -23,7 +23,7 @@ from .text_student import StudentObjective, save_distillation, train_student
 from .video_teacher import train_teacher
 
 # %% ../../nbs/59_train.distributed.ipynb #238d7af7
-def load_together(s: Scale, seed: int, features: str, pairs: bool) -> Data:
+def load_together(s: Scale, seed: int, features: str, pairs: bool) -> DataSource:
     "The data of a scale; what is stored on disk is made by the first process."
     with main_first():
         data = load_data(s, seed, features=features)
