@@ -17,7 +17,7 @@ from ..core.files import write_json
 from ..core.settings import Scale, scale
 from ..models.bert import save_model
 from ..models.video_text import Teacher
-from .sources import load_data
+from .sources import DataSource, load_data
 from .terms import reads_vokens, term_names
 from .text_student import StudentObjective, save_distillation, train_student
 from .video_teacher import train_teacher
