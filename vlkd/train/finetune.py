@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from ..core.device import mend_torchvision, seed_everything
 from ..core.settings import Scale, unknown_name
-from ..data.tasks import TASKS, Task, get_task, two_way
+from ..data.scores import two_way
+from ..data.tasks import TASKS, Task, get_task
 from ..data.text import Tokens
 from ..models.bert import hidden_states
-from .sources import Data
+from .sources import DataSource
 from .squad import bert_with_head, finetune_squad, squad_recipe
 from .trainer import Objective, fit
 
@@ -220,7 +221,7 @@ def tasks_to_run(tasks: Iterable) -> dict:  # name -> task
     return chosen
 
 
-def test_sets(data: Data, chosen: dict, split: str, also: bool) -> dict:
+def test_sets(data: DataSource, chosen: dict, split: str, also: bool) -> dict:
     "For each task to train on, its test sets by task; with `also` those that its classifier answers besides."
     sets = {}
     for name, task in chosen.items():
@@ -238,7 +239,7 @@ def test_sets(data: Data, chosen: dict, split: str, also: bool) -> dict:
 
 def finetune_all(
     folder,  # a transformers folder with its tokeniser
-    data: Data,
+    data: DataSource,
     out,  # folder for checkpoints and progress
     *,
     seed: int = 0,
