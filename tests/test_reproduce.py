@@ -1,5 +1,6 @@
 "The graph runner on notebooks that train nothing: what runs, what does not, what a crash leaves."
 
+import json
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -17,6 +19,7 @@ from vlkd.core.records import Run, run_folder
 from vlkd.core.settings import settings_file
 from vlkd.reproduce import keys
 from vlkd.reproduce.keys import graph
+from vlkd.reproduce.plan import load_plan
 from vlkd.reproduce.run import longest_chains
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="runs are forked on Linux only")
@@ -397,3 +400,59 @@ def test_order(toy):
     assert list(longest_chains(nodes, seconds).values())[::-1] == [16.0, 11.0, 3.0, 1.0]
     some = {name: seconds[name] for name in ("student@1", "t1@1")}
     assert longest_chains(nodes, some) == {"student@1": 11.0, "t1@1": 1.0}
+
+
+# The plan of the experiments
+
+
+def test_families_expand_to_the_plan_as_it_was_written_out():
+    "tests/plan.json has every entry in full; a change of the plan changes it, too."
+    file = Path(__file__).with_name("plan.json")
+    written_out = json.loads(file.read_text(encoding="utf-8"))
+    plan = {
+        name: {k: v for k, v in e.items() if k not in ("file", "plan")} for name, e in load_plan().items()
+    }
+    assert plan.keys() == written_out.keys()
+    for name, entry in plan.items():
+        assert entry == written_out[name], name
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("[family.members]", "[family.member]", "has members"),
+        ("lr = 0.25", "lrr = 0.25", "no parameter 'lrr'; did you mean 'lr'"),
+        ("lr = 0.25", 'teacher = "x"', "no parameter 'teacher'"),
+        ('scales = "small"', 'scales = "smal"', "unknown list of scales 'smal'; did you mean 'small'"),
+        ('small = ["smoke"]', 'small = ["smok"]', "did you mean 'smoke'"),
+        ('notebook = "student.ipynb"', "", "notebook is missing"),
+        ("s1 =", "teacher =", "two entries have the id teacher"),
+    ],
+)
+def test_a_wrong_family_is_refused(toy, old, new, message):
+    family = """
+[scales]
+small = ["smoke"]
+[[family]]
+notebook = "student.ipynb"
+scales = "small"
+params = { lr = 0.5 }
+[family.members]
+s1 = { title = "one" }
+s2 = { lr = 0.25 }
+"""
+    toy.write(family + plan)
+    entries = load_plan(toy.plan)
+    assert entries["s1"]["params"] == dict(lr=0.5) and entries["s2"]["params"] == dict(lr=0.25)
+    assert old in family
+    toy.write(family.replace(old, new) + plan)
+    with pytest.raises(ValueError, match=re.escape(message)) as e:
+        load_plan(toy.plan)
+    assert str(toy.plan) in str(e.value)
+
+
+def test_needs_and_names_follow_from_parameters(toy):
+    toy.nb("student", params + 'teacher: str = ""\nname: str = ""', "pass")
+    toy.write(plan.replace('lr = 0.5 }\nneeds = ["teacher"]', 'teacher = "teacher" }'))
+    student = load_plan(toy.plan)["student"]
+    assert student["needs"] == ["teacher"] and student["params"] == dict(teacher="teacher", name="student")

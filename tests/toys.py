@@ -72,7 +72,7 @@ class Toy:
     "A plan with its notebooks in a folder of its own."
 
     def __init__(self, folder: Path):
-        self.d, self.plan, self.log = folder, folder / "experiments" / "plan.toml", folder / "log"
+        self.d, self.plan, self.log = folder, folder / "experiments" / "toy" / "plan.toml", folder / "log"
         self.setup = ""  # code that a runner in a process of its own begins with
         for name in ("teacher", "other"):
             self.nb(name, params, start, f"say(f'{name}@{{seed}}'); score = seed", end)
@@ -92,7 +92,7 @@ class Toy:
         kernel = dict(name="python3", display_name="python3", language="python")
         notebook = dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
         file = self.plan.parent / f"{name}.ipynb"
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(notebook))
 
     def edit(self, name: str, old: str, new: str):
@@ -152,10 +152,13 @@ def toy(tmp_path, monkeypatch):
 
 
 plain = """
-import json, sys
+import fcntl, json, sys
+from vlkd.core.files import open_lock
 from vlkd.reproduce.run import end_with
 job = json.loads(sys.stdin.readline())
 end_with(sys.stdin.fileno())
+lock = open_lock(job["lock"])
+fcntl.flock(lock, fcntl.LOCK_EX)
 notebook = json.load(open(job["notebook"]))
 names = {}
 for cell in notebook["cells"]:
