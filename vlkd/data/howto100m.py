@@ -32,7 +32,7 @@ from vlkd.core.files import (
     write_json,
 )
 from .corpus import CorpusTokens, Source, clean_paragraph, tokenize_corpus
-from .public import text_lines
+from .readers import text_lines
 from .text import VideoText, train_tokenizer
 from .video import Features, extract
 

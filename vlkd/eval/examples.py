@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 
 from ..core.files import rng
-from ..data.tasks import get_task, sentences
+from ..data.readers import sentences
+from ..data.tasks import get_task
 from .retrieval import ridge, spaces
 from .stats import pair_examples
 from ..losses.base import unit

@@ -54,7 +54,7 @@ def options(
 ):
     pass
 
-# %% ../../nbs/79_tools.cli.ipynb #de026979
+# %% ../../nbs/79_tools.cli.ipynb #4f7e9840
 def _show_costs(ids, scale: str, seeds: str):
     "What runs of scale paper lack and take, which nobody should start without knowing."
     from vlkd.core.settings import scale as settings
@@ -91,7 +91,7 @@ def reproduce(
 
     cluster = None
     if scheduler:
-        from vlkd.reproduce.scheduler import Cluster
+        from vlkd.reproduce.cluster import Cluster
 
         cluster = Cluster(scheduler)
     result = run.reproduce(ids or None, scale=scale, seeds=seeds, jobs=jobs, dry_run=dry_run, cluster=cluster)
@@ -135,7 +135,7 @@ def status():
 
     print_status()
 
-# %% ../../nbs/79_tools.cli.ipynb #6dbf4074
+# %% ../../nbs/79_tools.cli.ipynb #41b04471
 def _report_problems(manifest: dict) -> bool:
     "Print which videos could not be read, or only in part; whether there are any."
     for problem, found in (
@@ -252,13 +252,15 @@ def cost(
     assumed = dict(utilisation=utilisation, caption_tokens=caption_tokens, frames=frames)
     show(dry_run(scale, large=large, name=gpu, gpus=gpus, **assumed))
 
-# %% ../../nbs/79_tools.cli.ipynb #28f8889e
+# %% ../../nbs/79_tools.cli.ipynb #c8af3bb2
 @app.command()
 def preflight(
     samples: Annotated[int, Option(help="Size of the synthetic fixture.")] = 1000,
     steps: Annotated[
         int,
-        Option(help="Steps of each training; 0: 4, and 40 with --notebooks, whose pages need lower losses."),
+        Option(
+            help="Steps of each training; 0: 4, and 40 with --notebooks, whose pages need falling losses."
+        ),
     ] = 0,
     out: Annotated[str, Option(help="Folder to keep what it makes; empty: nothing is kept.")] = "",
     notebooks: Annotated[
@@ -280,7 +282,7 @@ def preflight(
     seconds = time.time() - began
     show(f"{len(done)} runs of scale paper done on {samples:,} samples in {seconds:.0f} s; losses are finite")
 
-# %% ../../nbs/79_tools.cli.ipynb #c120893e
+# %% ../../nbs/79_tools.cli.ipynb #e0b8e080
 @app.command()
 def bench(
     names: Annotated[
@@ -290,20 +292,16 @@ def bench(
         bool, Option("--quick", help="Small batches and few rounds: minutes on two cores.")
     ] = False,
     publish: Annotated[bool, Option("--publish", help="Afterwards write the page reports/bench.")] = False,
-    repeats: Annotated[int, Option(help="Rounds; 0: what each benchmark asks for.")] = 0,
     only_list: Annotated[bool, Option("--list", help="Only name the benchmarks.")] = False,
 ):
-    "Measure variants in turns, print times, ratios and targets, and file them under runs/bench by machine."
+    "Measure variants in turns and print times, ratios and targets; each benchmark is a notebook."
     from vlkd.tools.bench import benchmarks, publish_benchmarks, run_benchmarks
 
     if only_list:
         for name, title in benchmarks().items():
             show(f"{name:12s} {title}")
         return
-    result = run_benchmarks(names or None, quick=quick, repeats=repeats)
-    if result["failed"]:
-        for name, why in result["failed"].items():
-            show(f"{name} failed: {why}", sys.stderr)
+    if run_benchmarks(names or (), quick=quick)["failed"]:
         raise typer.Exit(1)
     if publish:
         show(f"page: {publish_benchmarks() / 'README.md'}")

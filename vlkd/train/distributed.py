@@ -17,13 +17,13 @@ from ..core.files import write_json
 from ..core.settings import Scale, scale
 from ..models.bert import save_model
 from ..models.video_text import Teacher
-from .sources import Data, load_data
+from .sources import DataSource, load_data
 from .terms import reads_vokens, term_names
 from .text_student import StudentObjective, save_distillation, train_student
 from .video_teacher import train_teacher
 
 # %% ../../nbs/59_train.distributed.ipynb #238d7af7
-def load_together(s: Scale, seed: int, features: str, pairs: bool) -> Data:
+def load_together(s: Scale, seed: int, features: str, pairs: bool) -> DataSource:
     "The data of a scale; what is stored on disk is made by the first process."
     with main_first():
         data = load_data(s, seed, features=features)
@@ -71,7 +71,7 @@ def save(model: Teacher | StudentObjective, history: list, tokenizer, out: Path)
             save_distillation(model, out / "student")
     write_json(out / "history.json", history)
 
-# %% ../../nbs/59_train.distributed.ipynb #85053d5d
+# %% ../../nbs/59_train.distributed.ipynb #82a0e744
 OPTIONS = dict(scale="micro", seed=1, kd="", teacher="", contrast="hinge", preset="paper", features="video")
 
 

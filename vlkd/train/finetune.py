@@ -6,7 +6,7 @@
 __all__ = ['ALSO_ANSWERS', 'SPAN_TASKS', 'encode', 'segments', 'TaskObjective', 'task_batch', 'classifier', 'predict', 'answers',
            'finetune', 'tasks_to_run', 'test_sets', 'finetune_all']
 
-# %% ../../nbs/58_train.finetune.ipynb #d18bfe5b
+# %% ../../nbs/58_train.finetune.ipynb #5aa1ad05
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from ..core.device import mend_torchvision, seed_everything
 from ..core.settings import Scale, unknown_name
-from ..data.tasks import TASKS, Task, get_task, two_way
+from ..data.scores import two_way
+from ..data.tasks import TASKS, Task, get_task
 from ..data.text import Tokens
 from ..models.bert import hidden_states
-from .sources import Data
+from .sources import DataSource
 from .squad import bert_with_head, finetune_squad, record_columns, squad_recipe
 from .trainer import Objective, fit
 
@@ -197,7 +198,7 @@ def finetune(
     records = [answers(objective, tokenizer, t, x, s, seed=seed, run=run) for t, x in tests.items()]
     return pd.concat(records, ignore_index=True)
 
-# %% ../../nbs/58_train.finetune.ipynb #c1ced4a0
+# %% ../../nbs/58_train.finetune.ipynb #e42b4ae3
 ALSO_ANSWERS = dict(mnli=("mnli_mm", "diagnostics", "axb"))  # task -> test sets that its classifier answers
 SPAN_TASKS = ("squad1", "squad2")
 
@@ -215,7 +216,7 @@ def tasks_to_run(tasks: Iterable) -> dict:  # name -> task
     return chosen
 
 
-def test_sets(data: Data, chosen: dict, split: str, also: bool) -> dict:
+def test_sets(data: DataSource, chosen: dict, split: str, also: bool) -> dict:
     "For each task to train on, its test sets by task; with `also` those that its classifier answers besides."
     sets = {}
     for name, task in chosen.items():
@@ -233,7 +234,7 @@ def test_sets(data: Data, chosen: dict, split: str, also: bool) -> dict:
 
 def finetune_all(
     folder,  # a transformers folder with its tokeniser
-    data: Data,
+    data: DataSource,
     out,  # folder for checkpoints and progress
     *,
     seed: int = 0,
