@@ -38,7 +38,7 @@ from vlkd.data.text import VideoText, tokenize
 from vlkd.models.bert import language_model
 from vlkd.models.video_text import Teacher
 from vlkd.train import text_student, trainer, video_teacher
-from vlkd.train.sources import TabletopData
+from vlkd.train.sources import TabletopSource
 from vlkd.train.text_student import StudentObjective, text_collator
 from vlkd.train.video_teacher import TeacherObjective, video_text_collator
 
@@ -84,7 +84,7 @@ if rank:  # the others write nothing
     os.replace = shutil.rmtree = torch.save = refuse
 
 base = dict(mask_prob=0.05, batch=8, crd_bank=64, crd_negatives=40)
-data = TabletopData(scale("smoke", dropout=0.0, **base), 101)
+data = TabletopSource(scale("smoke", dropout=0.0, **base), 101)
 tokenizer = data.tokenizer
 captions = data.captions[0][:40]
 features = rng("films").normal(size=(40, 4, 8))
@@ -469,11 +469,11 @@ def test_compiled_training_has_the_same_losses(tmp_path):
 
     from vlkd.core.settings import scale
     from vlkd.models.bert import language_model
-    from vlkd.train.sources import TabletopData
+    from vlkd.train.sources import TabletopSource
     from vlkd.train.text_student import StudentObjective, text_collator
 
     s = scale("smoke", dropout=0.0, batch=8, crd_bank=64, crd_negatives=40)
-    d = TabletopData(s, 101)
+    d = TabletopSource(s, 101)
     seen = {}
 
     def losses(**options):

@@ -4,16 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import vlkd.core.device
 from vlkd.core.records import Run, record
 from vlkd.core.settings import scale
+from vlkd.data.scores import category_scores
 from vlkd.data.squad import evaluate_squad
-from vlkd.data.tasks import CATEGORIES, category_scores
+from vlkd.data.tasks import CATEGORIES
 from vlkd.eval.stats import accuracy_table, check_examples, paired_difference
 from vlkd.models.bert import language_model, save_model
 from vlkd.train import finetune as language
 from vlkd.train.finetune import answers, classifier, finetune_all
-from vlkd.train.sources import RealData, load_data
+from vlkd.train.sources import PublicSource, load_data
 from vlkd.train.squad import squad_summary
 
 EVERY = ["sst2", "qnli", "qqp", "mnli", "piqa", "tracie", "squad1", "squad2", "swag"]
@@ -140,7 +140,7 @@ def test_what_tabletop_gives(small):
 
 
 def test_what_real_folders_give(data):
-    d = RealData(scale("real"), 1)
+    d = PublicSource(scale("real"), 1)
     for t, n in dict(mnli=1000, mnli_mm=1000, swag=11, axb=1104).items():
         assert len(d.task(t, "test")) == n
     for t, split, says in (

@@ -12,7 +12,6 @@ from vlkd.data.public import (
     exercise_clips,
     flickr8k_features,
     held_out_photos,
-    json_document,
     msvd_clips,
     photo_splits,
     real_pairs,
@@ -20,7 +19,7 @@ from vlkd.data.public import (
     real_sentences,
     squad_articles,
 )
-from vlkd.data.tasks import sentences
+from vlkd.data.readers import json_document, sentences
 from vlkd.data.text import load_vocabulary
 
 ROOT = data_dir(need=False)
@@ -176,8 +175,12 @@ def flickr(root, gz=False):
             b'{"image": "1.jpg", "captions": []}\n{"image"',
             "captions.jsonl, line 2: not JSON",
         ),
-        ("captions.jsonl", b'{"image": "1.jpg"}\n', "captions.jsonl, line 1: no captions"),
-        ("captions.jsonl", b"[1]\n", "captions.jsonl, line 1: list instead of an object"),
+        (
+            "captions.jsonl",
+            b'{"image": "1.jpg"}\n',
+            "captions.jsonl, line 1: no list of texts under .captions.",
+        ),
+        ("captions.jsonl", b"[1]\n", "captions.jsonl, line 1: expected an object"),
         ("captions.jsonl", b"", "captions.jsonl: no rows"),
         (
             "captions.jsonl",
@@ -187,10 +190,10 @@ def flickr(root, gz=False):
         (
             "itm_dev.tsv",
             b"1.jpg\ta man\tmatch\n1.jpg\ta man\n",
-            "itm_dev.tsv, line 2: 2 columns instead of 3",
+            "itm_dev.tsv, line 2: 2 fields, expected 3",
         ),
         ("itm_test.tsv", None, "itm_test.tsv: this file is missing"),
-        ("esnlive_dev_flickr8k.jsonl", b"{}\n", "esnlive_dev_flickr8k.jsonl, line 1: no image"),
+        ("esnlive_dev_flickr8k.jsonl", b"{}\n", "esnlive_dev_flickr8k.jsonl, line 1: no text under .image."),
         ("mbv2_pool1280_u8.npz", b"PK\x03\x04 not a zip", "mbv2_pool1280_u8.npz: not an npz file"),
         ("mbv2_pool1280_u8.npz", None, "mbv2_pool1280_u8.npz: this file is missing"),
     ],
@@ -211,8 +214,8 @@ def test_broken_inputs_are_named(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     "damage,message",
     [
-        (lambda b: b[: len(b) // 2], "cut off after line"),
-        (lambda b: b[:-8] + bytes(8), "not a sound gzip file"),
+        (lambda b: b[: len(b) // 2], "broken or cut short"),
+        (lambda b: b[:-8] + bytes(8), "broken or cut short"),
         (lambda b: b"", "not SQuAD's layout|not JSON"),
     ],
 )

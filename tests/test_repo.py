@@ -407,11 +407,12 @@ def test_make_knows_its_targets():
 
 PYTHON = """#!/bin/sh
 case "$1 $2" in
+    "-c "*urllib*) exit ${OFFLINE:-0};;
     "-c "*) exit ${OLD:-0};;
     "--version "*) echo "Python 3.9.1";;
     "-m venv") mkdir -p .venv/bin; cp py .venv/bin/python
                printf '#!/bin/sh\\necho ran "$@"\\n' > .venv/bin/vlkd; chmod +x .venv/bin/*;;
-    "-m pip") echo pip >> log; exit ${BROKEN:-0};;
+    "-m pip") echo pip $PIP_EXTRA_INDEX_URL >> log; exit ${BROKEN:-0};;
 esac
 """
 
@@ -427,7 +428,9 @@ def make(tmp_path):
     (folder / "py").chmod(0o755)
 
     def call(*words, **env):
-        return run("make", *words, "PYTHON=./py", cwd=folder, **env)
+        options = ["PYTHON=./py", "has_gpu=false", *words]
+        here = dict(OFFLINE="1", PIP_EXTRA_INDEX_URL="")
+        return run("make", *options, cwd=folder, **here | env)
 
     call.folder = folder
     return call
@@ -445,6 +448,16 @@ def test_make_repeats_a_broken_installation(make):
     assert make("reproduce", BROKEN="1").returncode
     assert make("reproduce").returncode == 0
     assert (make.folder / "log").read_text() == "pip\npip\n"
+
+
+def test_make_takes_the_wheels_for_cpus_where_it_can(make):
+    assert "about 2 GB" in make("reproduce", OFFLINE="0").stdout
+    assert (make.folder / "log").read_text() == "pip https://download.pytorch.org/whl/cpu\n"
+
+
+def test_make_takes_what_pip_finds_where_there_is_a_gpu(make):
+    assert "up to 6 GB" in make("reproduce", "has_gpu=true", OFFLINE="0").stdout
+    assert (make.folder / "log").read_text() == "pip\n"
 
 
 def test_make_refuses_an_old_python(make):

@@ -18,8 +18,65 @@ def examples():
             yield pytest.param("\n".join(blocks), id=title)
 
 
-@pytest.mark.parametrize("code", examples())
+@pytest.mark.parametrize("code", list(examples()))
 def test_route(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VLKD_RUNS", str(tmp_path / "runs"))
     exec(compile(code, str(PAGE), "exec"), {"__name__": "__main__"})
+
+
+OWN_TERMS = """
+from vlkd.train.terms import Term, register_term
+
+
+@register_term
+class Distance(Term):
+    name = "distance"
+
+    def forward(self, student, teacher, batch):
+        mask = batch["mask"]
+        return (self.head(student.states[mask]) - teacher.states[mask]).abs().mean()
+"""
+
+
+def test_own_objective(tmp_path, monkeypatch):
+    "A class in a module of its own, named in a plan's `kd`, is trained, saved, loaded and counted."
+    from vlkd.core.settings import scale
+    from vlkd.models.bert import save_model
+    from vlkd.models.video_text import Teacher
+    from vlkd.tools.cost import distillation_parameters, student_flops
+    from vlkd.train import terms
+    from vlkd.train.sources import load_data
+    from vlkd.train.text_student import load_distillation, save_distillation, train_student
+
+    monkeypatch.setattr(terms, "TERMS", dict(terms.TERMS))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_terms.py").write_text(OWN_TERMS)
+    s = scale("smoke")
+    with pytest.raises(ValueError, match="unknown objective 'distance'; it should be one of soft_label"):
+        student_flops(s, "nst+distance")
+    kd = "nst+own_terms:distance"
+    data = load_data(s, 101)
+    teacher = Teacher(s, data.tokenizer, s.feature_dim, 0)
+    student, history = train_student(
+        data,
+        tmp_path / "run",
+        teacher=teacher,
+        kd=kd,
+        preset="micro",
+        weights=dict(distance=0.5),
+        steps=4,
+    )
+    last = history[-1]
+    assert student.kd == ("nst", "distance") and last["distance"] > 0
+    assert last["loss"] == pytest.approx(last["mlm"] + last["nst"] + 0.5 * last["distance"], rel=1e-5)
+    folder = save_model(tmp_path / "student", student.lm, data.tokenizer)
+    save_distillation(student, folder)
+    loaded, _ = load_distillation(folder, teacher.lm, s)
+    assert loaded.retrieval_term() is loaded.terms["nst"]
+    trained, restored = (model.terms["distance"].head[0].weight.cpu() for model in (student, loaded))
+    assert trained.equal(restored)
+    cost, known = student_flops(s, kd), student_flops(s, "nst+regression")
+    assert cost["distance"] == known["regression"] > 0
+    added = sum(p.numel() for p in student.terms.parameters())
+    assert sum(distillation_parameters(s, kd).values()) == added

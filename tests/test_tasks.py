@@ -12,24 +12,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlkd.core.settings import data_dir
-from vlkd.data.tasks import (
-    _words,
+from vlkd.data.readers import content_words
+from vlkd.data.scores import (
     bag_of_words_baseline,
-    canonical,
     category_scores,
-    hub_task,
     hypothesis_only_baseline,
     majority,
     matthews,
     prior,
-    qnli_from_squad,
-    read_task,
-    TASKS,
     tracie_scores,
     two_way,
     uniform_prior,
-    write_task,
 )
+from vlkd.data.squad import qnli_from_squad
+from vlkd.data.tasks import TASKS, canonical, hub_task, read_task, write_task
+from vlkd.tabletop.clip import _words
 
 fuzz = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 HEADS = dict(
@@ -671,7 +668,7 @@ def test_real_qnli():
     def overlap(df, y):
         return np.mean(
             [
-                len(_words(q) & _words(s)) / max(1, len(_words(q)))
+                len(content_words(q) & content_words(s)) / max(1, len(content_words(q)))
                 for q, s in zip(df.question[df.label == y], df.sentence[df.label == y])
             ]
         )

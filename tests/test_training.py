@@ -21,7 +21,7 @@ from vlkd.models.video_text import Teacher
 from vlkd.tabletop.language import OUTCOME_PHRASES, PLACE
 from vlkd.tabletop.nouns import CLASSES, EVENTS, SHAPES
 from vlkd.tabletop.world import World
-from vlkd.train.sources import TabletopData
+from vlkd.train.sources import TabletopSource
 from vlkd.train.text_student import StudentObjective, text_collator
 from vlkd.train.trainer import Objective, check_trainable, fit
 from vlkd.train.video_teacher import TeacherObjective, video_text_collator
@@ -43,12 +43,12 @@ from vlkd.data.text import VideoText
 from vlkd.models.bert import save_model
 from vlkd.models.video_text import Teacher
 from vlkd.train import trainer
-from vlkd.train.sources import TabletopData
+from vlkd.train.sources import TabletopSource
 from vlkd.train.text_student import train_student
 from vlkd.train.video_teacher import train_teacher
 
 
-class Noise(TabletopData):
+class Noise(TabletopSource):
     "Noise in the place of features, so that nothing is rendered."
 
     @cached_property
@@ -316,7 +316,7 @@ def test_patience_is_not_forgotten(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def small():
-    return TabletopData(scale("smoke"), 101)
+    return TabletopSource(scale("smoke"), 101)
 
 
 def teacher_batch(data, n=6):

@@ -152,10 +152,13 @@ def toy(tmp_path, monkeypatch):
 
 
 plain = """
-import json, sys
+import fcntl, json, sys
+from vlkd.core.files import open_lock
 from vlkd.reproduce.run import end_with
 job = json.loads(sys.stdin.readline())
 end_with(sys.stdin.fileno())
+lock = open_lock(job["lock"])
+fcntl.flock(lock, fcntl.LOCK_EX)
 notebook = json.load(open(job["notebook"]))
 names = {}
 for cell in notebook["cells"]:

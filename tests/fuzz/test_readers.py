@@ -1,4 +1,7 @@
-"""Files that were valid and then changed anywhere: every reader gives what it always gives, or an error that names the file. Never a KeyError, TypeError, IndexError or AttributeError, never an endless wait."""
+"""Files that were valid and then changed anywhere.
+
+Every reader gives what it always gives, or an error that names the file. Never a KeyError, TypeError,
+IndexError or AttributeError, never an endless wait."""
 
 import contextlib
 import copy
@@ -6,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -38,147 +42,124 @@ fuzz = settings(
 # Changes
 
 TOKENS = [
-    b"",
-    b"\0",
-    b"\xff",
-    b'"',
-    b"'",
-    b"\n",
-    b"\r\n",
-    b"\t",
-    b",",
-    b"NaN",
-    b"-1",
-    b"0",
-    b"1e999",
-    b"[",
-    b"]",
-    b"{",
-    b"}",
-    b"null",
-    b"true",
-    b"=",
-    b"\xed\xa0\x80",
-    b"\\ud800",
-    b"[[",
-    b"x",
-    b"99999999999999999999",
-    b"9" * 5000,
-    b"[" * 3000,
-    b"\xef\xbb\xbf",
-    "é\u2028".encode(),
+    *(
+        b"",
+        b"\0",
+        b"\xff",
+        b'"',
+        b"'",
+        b"\n",
+        b"\r\n",
+        b"\t",
+        b",",
+        b"=",
+        b"[",
+        b"]",
+        b"{",
+        b"}",
+        b"[[",
+        b"x",
+    ),
+    *(b"NaN", b"-1", b"0", b"1e999", b"null", b"true", b"99999999999999999999", b"9" * 5000, b"[" * 3000),
+    *(b"\xed\xa0\x80", b"\\ud800", b"\xef\xbb\xbf", "é\u2028".encode()),
+]
+ASSIGNED = [
+    *(b" 3", b" 'a'", b" [1, 'a']", b' ["x"]', b" {a = 1}", b" 1.5", b" true", b" []", b" nan"),
+    *(b" 2001-01-01", b" !!python/name:os.system"),
 ]
 VALUES = [
-    None,
-    True,
-    -1,
-    0,
-    1.5,
-    10**30,
-    "",
-    "x",
-    "é\0",
-    [],
-    {},
-    [[]],
-    [1],
-    {"a": []},
-    float("nan"),
-    float("inf"),
-    ["x"],
-    [None],
+    *(None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "x", "é\0"),
+    *([], {}, [[]], [1], ["x"], [None], {"a": []}),
 ]
 
 
-def places(x, at=()):
+def places(tree, at=()):
     "Paths of all nodes of a JSON tree."
     yield at
-    for k in x if isinstance(x, dict) else range(len(x)) if isinstance(x, list) else ():
-        yield from places(x[k], (*at, k))
+    keys = dict(enumerate(tree)) if isinstance(tree, list) else tree
+    for key in keys if isinstance(keys, dict) else ():
+        yield from places(tree[key], (*at, key))
 
 
-def changed_tree(x, draw):
-    at, x = draw(st.sampled_from(list(places(x)))), copy.deepcopy(x)
-    v, how = draw(st.sampled_from(VALUES)), draw(st.sampled_from(["value", "value", "gone", "twice", "name"]))
-    if not at:
-        return v
-    o = x
-    for k in at[:-1]:
-        o = o[k]
-    k = at[-1]
+def changed_tree(tree, draw):
+    "A JSON tree with one node changed, removed, doubled or renamed."
+    place = draw(st.sampled_from(list(places(tree))))
+    tree = copy.deepcopy(tree)
+    value = draw(st.sampled_from(VALUES))
+    how = draw(st.sampled_from(["value", "value", "gone", "twice", "name"]))
+    if not place:
+        return value
+    *above, key = place
+    node = tree
+    for step in above:
+        node = node[step]
     if how == "value":
-        o[k] = v
+        node[key] = value
     elif how == "gone":
-        del o[k]
-    elif isinstance(o, list):
-        o.insert(k, copy.deepcopy(o[k]))
+        del node[key]
+    elif isinstance(node, list):
+        node.insert(key, copy.deepcopy(node[key]))
     elif how == "name":
-        o[k + "x"] = o.pop(k)
+        node[key + "x"] = node.pop(key)
     else:
-        o[k] = [o[k]]
-    return x
+        node[key] = [node[key]]
+    return tree
 
 
-def changed(b: bytes, draw) -> bytes:
-    "Bytes with a few changes: of single places, of lines, of values, or of nodes where they are JSON."
-    how = draw(st.sampled_from(["bytes", "bytes", "lines", "value", "tree", "tree"]))
-    if how == "tree":
-        try:
-            return json.dumps(changed_tree(json.loads(b), draw), ensure_ascii=False).encode(
-                "utf-8", "surrogatepass"
-            )
-        except ValueError:
-            pass
-        rows = b.split(b"\n")
+def with_changed_tree(data: bytes, draw) -> bytes:
+    "JSON, or a line of it, with a node changed; ValueError where it is none."
+    try:
+        tree = changed_tree(json.loads(data), draw)
+        return json.dumps(tree, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    except ValueError:
+        rows = data.split(b"\n")
         k = draw(st.integers(0, len(rows) - 1))
-        try:
-            rows[k] = json.dumps(changed_tree(json.loads(rows[k]), draw)).encode()
-            return b"\n".join(rows)
-        except ValueError:
-            how = "value"
-    if how == "value":  # key = value, key: value, a cell of a table
-        import re
-
-        found = list(re.finditer(rb"(?<=[=:,\t ])[^=:,\t\n]+", b))
-        if found:
-            m = draw(st.sampled_from(found))
-            return (
-                b[: m.start()]
-                + draw(
-                    st.sampled_from(
-                        TOKENS
-                        + [
-                            b" 3",
-                            b" 'a'",
-                            b" [1, 'a']",
-                            b' ["x"]',
-                            b" {a = 1}",
-                            b" 1.5",
-                            b" true",
-                            b" []",
-                            b" 2001-01-01",
-                            b" !!python/name:os.system",
-                            b" nan",
-                        ]
-                    )
-                )
-                + b[m.end() :]
-            )
-    if how == "lines":
-        rows = b.split(b"\n")
-        i, j = draw(st.integers(0, len(rows) - 1)), draw(st.integers(0, len(rows) - 1))
-        what = draw(st.sampled_from(["gone", "twice", "moved", "cut"]))
-        if what == "cut":
-            return b"\n".join(rows[:i])
-        x = rows[i] if what == "twice" else rows.pop(i)
-        if what != "gone":
-            rows.insert(j, x)
+        rows[k] = json.dumps(changed_tree(json.loads(rows[k]), draw)).encode()
         return b"\n".join(rows)
-    x = bytearray(b)
+
+
+def with_changed_value(data: bytes, draw) -> bytes:
+    "A value after `=` or `:`, or a cell of a table, replaced; ValueError where there is none."
+    found = list(re.finditer(rb"(?<=[=:,\t ])[^=:,\t\n]+", data))
+    if not found:
+        raise ValueError("no values")
+    match = draw(st.sampled_from(found))
+    return data[: match.start()] + draw(st.sampled_from(TOKENS + ASSIGNED)) + data[match.end() :]
+
+
+def with_changed_lines(data: bytes, draw) -> bytes:
+    rows = data.split(b"\n")
+    i, j = draw(st.integers(0, len(rows) - 1)), draw(st.integers(0, len(rows) - 1))
+    how = draw(st.sampled_from(["gone", "twice", "moved", "cut"]))
+    if how == "cut":
+        return b"\n".join(rows[:i])
+    row = rows[i] if how == "twice" else rows.pop(i)
+    if how != "gone":
+        rows.insert(j, row)
+    return b"\n".join(rows)
+
+
+def with_changed_bytes(data: bytes, draw) -> bytes:
+    out = bytearray(data)
     for _ in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, len(x)))
-        x[at : at + draw(st.integers(0, 8))] = draw(st.sampled_from(TOKENS) | st.binary(max_size=6))
-    return bytes(x)
+        at = draw(st.integers(0, len(out)))
+        out[at : at + draw(st.integers(0, 8))] = draw(st.sampled_from(TOKENS) | st.binary(max_size=6))
+    return bytes(out)
+
+
+CHANGES = [
+    *(with_changed_bytes, with_changed_bytes, with_changed_lines),
+    *(with_changed_value, with_changed_tree, with_changed_tree),
+]
+
+
+def changed(data: bytes, draw) -> bytes:
+    "Bytes with a few changes: of single places, of lines, of values, or of nodes where they are JSON."
+    change = draw(st.sampled_from(CHANGES))
+    try:
+        return change(data, draw)
+    except ValueError:
+        return with_changed_bytes(data, draw)
 
 
 # Readers: a folder with valid files, the files to change, and what reads them
@@ -191,32 +172,24 @@ def tasks(d):
     return read_task(name, d, "dev")
 
 
-def task_files():
+def json_lines(rows) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def task_files() -> dict:
     from test_tasks import FILE
 
-    for n, b in GOOD.items():
-        yield n, {FILE[n]: b * (2 if n in ("piqa", "tracie") else 1)}, tasks
-    rows = [
-        {
-            **dict(zip(("startphrase", "ending0", "ending1", "ending2", "ending3"), "abcde")),
-            "label": i,
-            "fold-ind": str(i),
-            "video-id": "v",
-        }
-        for i in range(3)
-    ]
-    yield "swag-jsonl", {"val.jsonl": "".join(json.dumps(r) + "\n" for r in rows).encode()}, tasks
-    yield (
-        "piqa-groups",
-        {
-            "valid.jsonl": b"".join(
-                json.dumps(dict(goal="g", sol1="a", sol2="b", label=i, id=str(i))).encode() + b"\n"
-                for i in range(2)
-            ),
-            "valid-groups.tsv": b"id\tgroup\tkind\n0\tg\t\n1\tg\tx\n",
-        },
-        tasks,
-    )
+    readers = {}
+    for name, data in GOOD.items():
+        copies = 2 if name in ("piqa", "tracie") else 1
+        readers[name] = ({FILE[name]: data * copies}, tasks)
+    texts = dict(startphrase="a", ending0="b", ending1="c", ending2="d", ending3="e")
+    swag = [{**texts, "label": i, "fold-ind": str(i), "video-id": "v"} for i in range(3)]
+    piqa = [dict(goal="g", sol1="a", sol2="b", label=i, id=str(i)) for i in range(2)]
+    groups = b"id\tgroup\tkind\n0\tg\t\n1\tg\tx\n"
+    readers["swag-jsonl"] = ({"val.jsonl": json_lines(swag)}, tasks)
+    readers["piqa-groups"] = ({"valid.jsonl": json_lines(piqa), "valid-groups.tsv": groups}, tasks)
+    return readers
 
 
 def squad_file():
@@ -277,25 +250,46 @@ def plan(d):
     return p
 
 
-NOTEBOOK = json.dumps(
-    dict(
-        cells=[
-            dict(cell_type="markdown", id="a", metadata={}, source=["# t"]),
-            dict(
-                cell_type="code",
-                id="b",
-                metadata=dict(tags=["parameters"]),
-                execution_count=None,
-                outputs=[],
-                source='scale: str = "smoke"\nseed: int = 0\nseeds: str = ""\nout: str = ""\ninputs: str = ""\nlr: float = 0.1\n',
-            ),
-        ],
-        metadata={},
-        nbformat=4,
-        nbformat_minor=5,
-    )
-).encode()
-PLAN = b'[[run]]\nid = "a"\nnotebook = "a.ipynb"\nparams = { lr = 0.5 }\nat = { micro = { lr = 0.25 } }\nminutes = 2\n[[run]]\nid = "b"\nnotebook = "a.ipynb"\nneeds = ["a"]\nafter = ["a"]\nscales = ["smoke", "micro"]\n[[table]]\nid = "t"\nnotebook = "a.ipynb"\ntitle = "T"\nclaim = "c"\nneeds = ["a", "b"]\nmain = true\ndata = ["squad"]\n'
+PARAMETERS = """\
+scale: str = "smoke"
+seed: int = 0
+seeds: str = ""
+out: str = ""
+inputs: str = ""
+lr: float = 0.1
+"""
+CELL = dict(
+    cell_type="code",
+    id="b",
+    metadata=dict(tags=["parameters"]),
+    execution_count=None,
+    outputs=[],
+    source=PARAMETERS,
+)
+TITLE = dict(cell_type="markdown", id="a", metadata={}, source=["# t"])
+NOTEBOOK = json.dumps(dict(cells=[TITLE, CELL], metadata={}, nbformat=4, nbformat_minor=5)).encode()
+PLAN = b"""\
+[[run]]
+id = "a"
+notebook = "a.ipynb"
+params = { lr = 0.5 }
+at = { micro = { lr = 0.25 } }
+minutes = 2
+[[run]]
+id = "b"
+notebook = "a.ipynb"
+needs = ["a"]
+after = ["a"]
+scales = ["smoke", "micro"]
+[[table]]
+id = "t"
+notebook = "a.ipynb"
+title = "T"
+claim = "c"
+needs = ["a", "b"]
+main = true
+data = ["squad"]
+"""
 
 
 def claims(d):
@@ -306,11 +300,12 @@ def claims(d):
 
 def ini(d):
     with swapped_env(VLKD_SETTINGS=str(d / "settings.ini")):
-        out = {n: scale(n) for n in scales()}
-        [scale("micro", "base")]
-        [preset(p) for p in ("paper", "released", "micro")]
-        [path(p) for p in ("runs", "reports", "nbs")]
-        return out
+        scale("micro", "base")
+        for name in ("paper", "released", "micro"):
+            preset(name)
+        for name in ("runs", "reports", "nbs"):
+            path(name)
+        return {name: scale(name) for name in scales()}
 
 
 def flickr(d):
@@ -426,13 +421,13 @@ def video(d):
     return x
 
 
-def video_file(d):
+def a_video(folder):
     from vlkd.data.video import write_mp4
 
-    return write_mp4(d / "v.mp4", rng("v").integers(0, 255, (6, 16, 16, 3)).astype(np.uint8), 2).read_bytes()
+    write_mp4(folder / "a.mp4", rng("v").integers(0, 255, (6, 16, 16, 3)).astype(np.uint8), 2)
 
 
-def mapped(d):
+def features(d):
     from vlkd.data.video import Features
 
     m = Features(d / "f")
@@ -463,23 +458,18 @@ def json_file(d):
     return read_json(d / "a.json")
 
 
-def made_files(make, d):
-    make(d)
-    return {
-        str(f.relative_to(d)): f.read_bytes()
-        for f in sorted(d.rglob("*"))
-        if f.is_file() and not f.name.startswith(".lock")
-    }
+def files_in(folder) -> dict:
+    found = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith(".lock"))
+    return {str(f.relative_to(folder)): f.read_bytes() for f in found}
 
 
-def a_student(d, sums=False):
+def a_student(d):
     from vlkd.data.text import load_vocabulary
     from vlkd.models.bert import language_model, save_model
 
     tok = load_vocabulary(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "girl"], 40)
-    save_model(
-        d / "m", language_model(scale("smoke", hidden=8, heads=2, layers=1, intermediate=8), tok, 0), tok
-    )
+    small = scale("smoke", hidden=8, heads=2, layers=1, intermediate=8)
+    save_model(d / "m", language_model(small, tok, 0), tok)
     (d / "m" / CHECKSUMS).unlink()  # from elsewhere: without checksums
 
 
@@ -499,8 +489,9 @@ def swapped_env(**kw):
     try:
         yield
     finally:
-        for k, v in old.items():
-            os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
+        for name in kw:
+            del os.environ[name]
+        os.environ.update({name: value for name, value in old.items() if value is not None})
 
 
 FLICKR = {
@@ -526,73 +517,68 @@ ARTICLES = {
     ),
 }
 
+EXERCISES = [
+    dict(id="a", instructions=["Lift it up high. Put it down again."], images=["a/0.jpg", "a/1.jpg"]),
+    dict(id="b", instructions=[], images=[]),
+]
+CLIPS = [dict(clip="a", captions=["a man runs"]), dict(clip="b", captions=["x y"])]
+
+
+def some_claims() -> bytes:
+    "The defaults and the first claims of the ledger."
+    data = (ROOT / "nbs/experiments/vidlankd/claims.toml").read_bytes()
+    _, head, rest = data.partition(b"[defaults]\n")
+    return (head + rest)[:3000].rpartition(b"[[table.m5.claim]]")[0]
+
+
+def a_checked_file(folder):
+    write_json(folder / "a.json", dict(a=[1, 2.5], b={"c": "x"}), checksum=True)
+
+
+# name -> (files, or what writes them into a folder; what reads them)
 READERS = dict(
-    json=(lambda d: {"a.json": json.dumps(dict(a=[1, 2.5, None], b=dict(c="x"))).encode()}, json_file),
-    sealed=(
-        lambda d: made_files(
-            lambda d: write_json(d / "a.json", dict(a=[1, 2.5], b={"c": "x"}), checksum=True), d
-        ),
-        json_file,
-    ),
-    squad=(lambda d: {"dev-v2.0.json": squad_file()}, squad),
+    json=({"a.json": json.dumps(dict(a=[1, 2.5, None], b=dict(c="x"))).encode()}, json_file),
+    checked=(a_checked_file, json_file),
+    squad=({"dev-v2.0.json": squad_file()}, squad),
     captions=(
-        lambda d: {
+        {
             "c.json": json.dumps(CAPTIONS).encode(),
             "csv/v0.csv": b'start,end,text\n0.5,2,"cut, the wood"\n2,4,more\n',
         },
         captions,
     ),
     howto=(
-        lambda d: {"h.csv": b'video_id,category_1,rank,task_id\nv0,"Home, garden",1,7\nv1,Home,2,8\n'},
+        {"h.csv": b'video_id,category_1,rank,task_id\nv0,"Home, garden",1,7\nv1,Home,2,8\n'},
         howto,
     ),
-    videos=(lambda d: {"list.csv": b'path,start,end,id\na.mp4,1,3,x\nb.mp4,,,\n"c d.mp4",0.5,,y\n'}, listed),
-    card=(lambda d: {"squad.md": (ROOT / "data_cards/squad.md").read_bytes()}, card),
-    plan=(lambda d: {"plan.toml": PLAN, "a.ipynb": NOTEBOOK}, plan),
-    notebook=(lambda d: {"a.ipynb": NOTEBOOK}, notebook),
-    claims=(
-        lambda d: {
-            "claims.toml": b"".join(
-                (ROOT / "nbs/experiments/vidlankd/claims.toml").read_bytes().partition(b"[defaults]\n")[1:]
-            )[:3000].rpartition(b"[[table.m5.claim]]")[0]
-        },
-        claims,
-    ),
-    settings=(lambda d: {"settings.ini": (ROOT / "settings.ini").read_bytes()}, ini),
-    flickr=(lambda d: FLICKR, flickr),
-    exercises=(
-        lambda d: {
-            "free_exercise_db/exercises.jsonl": b'{"id": "a", "instructions": ["Lift it up high. Put it down again."], "images": ["a/0.jpg", "a/1.jpg"]}\n'
-            * 1
-            + b'{"id": "b", "instructions": [], "images": []}\n'
-        },
-        exercises,
-    ),
-    msvd=(
-        lambda d: {
-            "msvd_clips/index.jsonl": b'{"clip": "a", "captions": ["a man runs"]}\n{"clip": "b", "captions": ["x y"]}\n'
-        },
-        msvd,
-    ),
-    articles=(lambda d: ARTICLES, articles),
+    videos=({"list.csv": b'path,start,end,id\na.mp4,1,3,x\nb.mp4,,,\n"c d.mp4",0.5,,y\n'}, listed),
+    card=({"squad.md": (ROOT / "data_cards/squad.md").read_bytes()}, card),
+    plan=({"plan.toml": PLAN, "a.ipynb": NOTEBOOK}, plan),
+    notebook=({"a.ipynb": NOTEBOOK}, notebook),
+    claims=({"claims.toml": some_claims()}, claims),
+    settings=({"settings.ini": (ROOT / "settings.ini").read_bytes()}, ini),
+    flickr=(FLICKR, flickr),
+    exercises=({"free_exercise_db/exercises.jsonl": json_lines(EXERCISES)}, exercises),
+    msvd=({"msvd_clips/index.jsonl": json_lines(CLIPS)}, msvd),
+    articles=(ARTICLES, articles),
     text=(
-        lambda d: {
+        {
             "text/a.txt": "Cork floats.\n\n = T = \nnaïve @-@ text\n".encode(),
             "text/b.txt.gz": gzip.compress(b"More text.\n", mtime=0),
         },
         text,
     ),
-    mobilenet=(lambda d: {"mobilenet_v2_imagenet_fp16.npz": MOBILENET}, mobilenet),
-    weights=(lambda d: weight_files(), weights),
-    photo=(lambda d: photo_files(), photo),
-    video=(lambda d: {"a.mp4": video_file(d)}, video),
-    mapped=(
-        lambda d: {"f/a.npy": npy(np.ones((3, 4), np.float16)), "f/b.npy": npy(np.zeros((2, 4), np.float16))},
-        mapped,
+    mobilenet=({"mobilenet_v2_imagenet_fp16.npz": MOBILENET}, mobilenet),
+    weights=(weight_files(), weights),
+    photo=(photo_files(), photo),
+    video=(a_video, video),
+    features=(
+        {"f/a.npy": npy(np.ones((3, 4), np.float16)), "f/b.npy": npy(np.zeros((2, 4), np.float16))},
+        features,
     ),
-    record=(lambda d: made_files(a_record, d), record_of),
-    student=(lambda d: made_files(a_student, d), student),
-    **{n: ((lambda b: lambda d: b)(b), f) for n, b, f in task_files()},
+    record=(a_record, record_of),
+    student=(a_student, student),
+    **task_files(),
 )
 QUICK = dict(student=15, weights=30, video=30, mobilenet=20)  # slow readers get fewer examples
 
@@ -602,47 +588,54 @@ def schema(x):
     return list(x.columns) if isinstance(x, pd.DataFrame) else type(x)
 
 
+def write(folder: Path, files: dict) -> None:
+    for name, data in files.items():
+        f = folder / name
+        f.parent.mkdir(parents=True, exist_ok=True)
+        f.write_bytes(data)
+
+
+@contextlib.contextmanager
+def at_most(seconds: int):
+    "TimeoutError where the block takes longer."
+
+    def late(*_):
+        raise TimeoutError("it never ends")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_changed_files(name, tmp_path):
-    files, read = READERS[name]
-    (tmp_path / "made").mkdir()
-    files = files(tmp_path / "made")
-    d = tmp_path / name
-    fine = 0
-
-    def lay(**change):
-        for n, b in files.items():
-            f = d / n
-            f.parent.mkdir(parents=True, exist_ok=True)
-            f.write_bytes(b)
-
     if name == "video":
         pytest.importorskip("av", reason="the `video` extra is not installed")
-    lay()
-    want = schema(read(d))  # they are valid before the change
-
-    def late(*a):
-        raise TimeoutError("it never ends")
+    files, read = READERS[name]
+    if callable(files):
+        (tmp_path / "made").mkdir()
+        files(tmp_path / "made")
+        files = files_in(tmp_path / "made")
+    folder = tmp_path / name
+    write(folder, files)
+    wanted = schema(read(folder))  # they are valid before the change
+    names = {n for k in files for n in (Path(k).name, str((folder / k).parent))}
 
     @settings(fuzz, max_examples=QUICK.get(name, 60))
     @given(st.data())
-    def go(data):
-        n = data.draw(st.sampled_from(sorted(files)))
-        b = changed(files[n], data.draw)
-        lay()
-        (d / n).write_bytes(b)
-        old = signal.signal(signal.SIGALRM, late)
-        signal.alarm(20)
+    def change_and_read(data):
+        victim = data.draw(st.sampled_from(sorted(files)))
+        write(folder, {**files, victim: changed(files[victim], data.draw)})
         try:
-            got = read(d)
+            with at_most(20):
+                got = read(folder)
         except (ValueError, FileNotFoundError) as e:
-            assert any(
-                x in str(e) for x in (*(Path(k).name for k in files), *(str((d / k).parent) for k in files))
-            ), f"{n} is not named: {e!r}"
+            assert any(n in str(e) for n in names), f"{victim} is not named: {e!r}"
         else:
-            assert name in ("json", "sealed") or schema(got) == want
-        finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, old)
+            assert name in ("json", "checked") or schema(got) == wanted
 
-    go()
+    change_and_read()

@@ -287,13 +287,13 @@ def status(
     rows = []
     for card in cards(folder).values():
         state, missing = _state(card, data)
-        where = str(data / card.folder) if data else f"VLKD_DATA/{card.folder}"
+        where = data / card.folder if data else f"VLKD_DATA/{card.folder}"
         rows.append(
             {
                 "data set": card.id,
                 "licence": card.license,
                 "state": state,
-                "where": "made by the library" if card.embedded else where,
+                "where": "made by the library" if card.embedded else printable(where, "utf-8"),
                 "missing files": missing,
                 "tables": list(card.needed_by),
                 "columns": list(card.columns),
@@ -316,8 +316,9 @@ def waiting(df: pd.DataFrame) -> dict[str, list[str]]:  # table -> what it lacks
 def _status_lines(data: Path | None) -> Iterator[str]:
     df = status(data)
     if data:
-        yield f"Data sets under {data}"
-        df["where"] = df["where"].str.replace(f"{data}/", "")
+        root = printable(data, "utf-8")
+        yield f"Data sets under {root}"
+        df["where"] = df["where"].str.replace(f"{root}/", "")
     else:
         yield (
             "VLKD_DATA is not set, so only the data that the library makes itself is here."

@@ -28,7 +28,8 @@ from vlkd.core.files import (
     write_array,
     write_json,
 )
-from .public import text_lines, tidy_wikitext
+from .public import tidy_wikitext
+from .readers import text_lines
 from .text import Tokens
 
 # %% ../../nbs/16_data.corpus.ipynb #23e4bc53

@@ -55,6 +55,20 @@ def options(
     pass
 
 # %% ../../nbs/79_tools.cli.ipynb #4f7e9840
+def _show_costs(ids, scale: str, seeds: str):
+    "What runs of scale paper lack and take, which nobody should start without knowing."
+    from vlkd.core.settings import scale as settings
+    from vlkd.reproduce.plan import plan_nodes, run_parameters, world_seeds
+    from vlkd.tools.preflight import report_plan
+
+    if settings(scale)["data_kind"] != "paper":
+        return
+    nodes = plan_nodes(ids, scale, seeds).values()
+    tables = [node.entry["id"] for node in nodes if node.is_table]
+    runs = list(run_parameters(nodes).items())
+    show("\n" + report_plan(runs, scale, tables=tables, seeds=len(world_seeds(seeds))))
+
+
 @app.command()
 def reproduce(
     ids: Annotated[
@@ -82,6 +96,7 @@ def reproduce(
         cluster = Cluster(scheduler)
     result = run.reproduce(ids or None, scale=scale, seeds=seeds, jobs=jobs, dry_run=dry_run, cluster=cluster)
     if dry_run:
+        _show_costs(ids or None, scale, seeds)
         return
     report(scale, seeds)
     if result["failed"]:

@@ -15,8 +15,8 @@ import pandas as pd
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.settings import Scale, scale
-from ..data.paper import WIDTHS, text_of
 from ..data.tasks import get_task
+from ..train.sources import FEATURE_WIDTHS, text_of
 from vlkd.train.terms import (
     StepSize,
     encoder_flops,
@@ -571,7 +571,7 @@ def run_cost(
     """
     if not {"contrast", "kd"} & set(params):
         return None
-    width = sum(WIDTHS[params.get("features", "video")])
+    width = sum(FEATURE_WIDTHS[params.get("features", "video")])
     changes = params.get("settings", {}) | dict(feature_dim=width)
     s = scale(scale_name, params.get("size", ""), **changes)
     tokens = min(caption_tokens, s.max_tokens)

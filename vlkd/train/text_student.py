@@ -7,7 +7,7 @@ __all__ = ['CORPORA', 'DISTILLATION_FILE', 'StudentObjective', 'crd_positions', 
            'on_disk', 'caption_row', 'stored_pool', 'pool_and_vokens', 'corpus_tokens', 'train_student',
            'trained_term_parameters', 'save_distillation', 'read_distillation', 'load_distillation']
 
-# %% ../../nbs/56_train.text_student.ipynb #1f21015f
+# %% ../../nbs/56_train.text_student.ipynb #1c6c0106
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,12 +34,20 @@ from vlkd.retrieval.vokens import (
     vokenize,
     weights_fingerprint,
 )
-from .sources import Data
-from .terms import CRD_TOKENS, Outputs, Term, TermSetup, reads_vokens, term_class, term_names
+from .sources import DataSource
+from vlkd.train.terms import (
+    CRD_TOKENS,
+    Outputs,
+    Term,
+    TermSetup,
+    reads_vokens,
+    term_class,
+    term_names,
+)
 from .trainer import Objective, fit, weighted
 from .video_teacher import examples_and_epochs, masked_batch, video_states
 
-# %% ../../nbs/56_train.text_student.ipynb #0c519b3f
+# %% ../../nbs/56_train.text_student.ipynb #c5e24747
 class StudentObjective(Objective):
     "MLM plus distillation terms. The teacher is neither trained nor saved with the module."
 
@@ -171,9 +179,9 @@ def voken_corpus(lm, tokens: Tokens, pool: torch.Tensor, batch: int = 256) -> To
     return Tokens(out, starts, pad=-100)
 
 # %% ../../nbs/56_train.text_student.ipynb #50e065ae
-def on_disk(data: Data) -> bool:
+def on_disk(data: DataSource) -> bool:
     "Whether captions are a `CaptionTable`."
-    return hasattr(data, "table")
+    return data.caption_table is not None
 
 
 def caption_row(table, clip) -> int:  # a row of `draw_pool`
@@ -186,7 +194,7 @@ def caption_row(table, clip) -> int:  # a row of `draw_pool`
 
 def stored_pool(data, teacher: Teacher, out, seed: int = 0) -> VokenPool:
     "The pool under `out`, drawn by task and encoded from the features that the teacher is shown."
-    folder, table = Path(out) / "pool", data.table
+    folder, table = Path(out) / "pool", data.caption_table
     if not (folder / "pool.json").is_file():
         videos = howto_videos(data.root / "howto100m/HowTo100M_v1.csv")
         clips = draw_pool(videos, table.times, size=data.s.vokens, seed=seed)
@@ -223,7 +231,7 @@ def pool_and_vokens(
 CORPORA = ("text", "captions", "text+captions")
 
 
-def corpus_tokens(data: Data, corpus: str) -> Tokens:
+def corpus_tokens(data: DataSource, corpus: str) -> Tokens:
     "The sentences that a student reads: `text`, `captions` (without their clips), or both."
     if corpus not in CORPORA:
         raise ValueError(f"corpus {corpus!r}: it should be text, captions or text+captions")
@@ -240,7 +248,7 @@ def corpus_tokens(data: Data, corpus: str) -> Tokens:
 
 
 def train_student(
-    data: Data,
+    data: DataSource,
     out,  # folder of checkpoints, progress and stored vokens
     *,
     teacher: Teacher | None = None,  # with the same tokeniser

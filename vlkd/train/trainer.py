@@ -8,7 +8,7 @@ __all__ = ['Objective', 'check_trainable', 'Progress', 'LossSums', 'FiniteGuard'
            'check_options', 'compile_layers', 'checkpoint_to_resume', 'history_of', 'trainer_arguments',
            'check_first_batch', 'announce', 'fit', 'build_trainer']
 
-# %% ../../nbs/53_train.trainer.ipynb #c6773bde
+# %% ../../nbs/53_train.trainer.ipynb #7a7ec4f4
 import contextlib
 import copy
 import hashlib
@@ -26,7 +26,15 @@ from safetensors.torch import save_model as save_weights
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..core.device import device, device_name, from_main, mend_torchvision, one_batch, ranks, use_bf16
+from vlkd.core.device import (
+    device,
+    device_name,
+    from_main,
+    mend_torchvision,
+    one_batch,
+    ranks,
+    use_bf16,
+)
 from ..core.files import fingerprint, save_safetensors, write_checksums, write_json
 from ..data.text import ExampleOrder
 from .checkpoints import checkpoint_problem, last_checkpoint
@@ -38,14 +46,16 @@ mend_torchvision()  # transformers imports torchvision
 # %% ../../nbs/53_train.trainer.ipynb #d4277d4a
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-# %% ../../nbs/53_train.trainer.ipynb #acbaa5a4
+# %% ../../nbs/53_train.trainer.ipynb #69f055d6
 class Objective(nn.Module):
     "What `fit` trains: `forward(**batch)` returns the losses by name, and their total under `loss`."
 
     coupled: tuple[str, ...] = ()  # losses that compare the samples of a batch with each other
 
     def counts(self, batch: dict) -> dict[str, torch.Tensor]:
-        "For each loss that is a mean over tokens, how many a batch has; the others are means over samples."
+        """For each loss that is a mean over tokens, how many a batch has; the others are means over samples.
+
+        Where there are any, `forward` takes `term_weights` and multiplies these losses by theirs."""
         return {}
 
     def frozen_models(self) -> list[nn.Module]:
@@ -277,7 +287,7 @@ def check_same_start(objective: nn.Module) -> None:
             "seed all alike before the objective is made"
         )
 
-# %% ../../nbs/53_train.trainer.ipynb #5c33c551
+# %% ../../nbs/53_train.trainer.ipynb #a19715bf
 class ObjectiveTrainer(Trainer):
     "Trainer for objectives."
 
@@ -330,7 +340,8 @@ class ObjectiveTrainer(Trainer):
         if self.args.world_size * len(batches) > 1:
             counts = [self.objective.counts(batch) for batch in batches]
             for batch, weights in zip(batches, term_weights(counts), strict=True):
-                batch["term_weights"] = weights
+                if weights:
+                    batch["term_weights"] = weights
         return batches, None
 
     def training_step(self, model, inputs, num_items_in_batch=None):

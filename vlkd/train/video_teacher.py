@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTRASTS', 'STANDARDISING_CLIPS', 'TeacherObjective', 'examples_and_epochs', 'masked_batch', 'video_text_collator',
            'sentence_states', 'video_states', 'held_out_clips', 'shuffled', 'standardise_video', 'clip_batches',
-           'validation_size', 'train_teacher']
+           'validation_size', 'train_teacher', 'load_teacher']
 
 # %% ../../nbs/55_train.video_teacher.ipynb #e0e11d94
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from ..data.text import Tokens, VideoText, mask_tokens, uniform
 from ..losses.contrastive import cyclic_negatives, info_nce, token_hinge
 from ..models.bert import hidden_states, masked_mean, mlm_loss
 from ..models.video_text import Teacher, VisualEncoder, clip_batch
-from .sources import Data
+from .sources import DataSource
 from .trainer import Objective, fit, weighted
 
 # %% ../../nbs/55_train.video_teacher.ipynb #89e5c1bd
@@ -171,8 +171,8 @@ def held_out_clips(
     keep = np.sort(first)[:n]
     return pairs.clip[pairs.valid][keep], pairs.valid[keep]
 
-# %% ../../nbs/55_train.video_teacher.ipynb #0e6f6c13
-def shuffled(pairs: VideoText, how: str, data: Data, seed: int) -> VideoText:
+# %% ../../nbs/55_train.video_teacher.ipynb #e85acc0a
+def shuffled(pairs: VideoText, how: str, data: DataSource, seed: int) -> VideoText:
     "Captions with other clips, of the same event (`within`) or any (`across`); train and valid stay apart."
     if how not in ("within", "across"):
         raise ValueError(f"shuffle {how!r}: it should be 'within' or 'across'")
@@ -191,13 +191,13 @@ def shuffled(pairs: VideoText, how: str, data: Data, seed: int) -> VideoText:
 STANDARDISING_CLIPS = 20_000
 
 
-def standardise_video(video: VisualEncoder, data: Data, seed: int) -> None:
+def standardise_video(video: VisualEncoder, data: DataSource, seed: int) -> None:
     "Set the mean and deviation of the visual encoder's input from training clips."
     pairs = data.pairs
     clips = np.unique(pairs.clip[pairs.train])
     if len(clips) > STANDARDISING_CLIPS:
         clips = np.sort(rng("standardise", seed).choice(clips, STANDARDISING_CLIPS, replace=False))
-    if hasattr(data, "table"):
+    if data.caption_table is not None:
         video.standardise_in(clip_batches(pairs, clips, 64))
     else:
         video.standardise(pairs.features[clips], pairs.mask[clips])
@@ -216,7 +216,7 @@ def validation_size(pairs: VideoText, batch: int) -> int:
 
 # %% ../../nbs/55_train.video_teacher.ipynb #130398d0
 def train_teacher(
-    data: Data,
+    data: DataSource,
     out,  # folder of checkpoints and progress
     *,
     contrast: str = "hinge",  # hinge (Eq. 3), info_nce or none
@@ -274,3 +274,16 @@ def train_teacher(
         name=name,
     )
     return teacher.eval(), history
+
+# %% ../../nbs/55_train.video_teacher.ipynb #8edb8137
+def load_teacher(folder, data: DataSource) -> Teacher:
+    "A saved teacher, in eval mode; ValueError where the data have other tokens or features."
+    teacher, tokenizer = Teacher.load(folder, data.s)
+    if tokenizer.get_vocab() != data.tokenizer.get_vocab():
+        raise ValueError(f"the teacher in {folder} was trained with another tokeniser")
+    saw, given = len(teacher.video.mean), data.pairs.features.shape[-1]
+    if saw != given:
+        raise ValueError(
+            f"the teacher in {folder} saw features {saw} wide; those of the data are {given} wide"
+        )
+    return teacher
