@@ -10,6 +10,7 @@ __all__ = ['parameter_types', 'entry_keys', 'runner_parameters', 'read_cells', '
 import ast
 import json
 import math
+import os
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -155,7 +156,7 @@ def _check_parameters(where: str, params: dict, notebook: str, declared: dict):
 
 def _check_notebook(folder: Path, entry: dict):
     name = entry["notebook"]
-    if not (folder / name).is_file():
+    if not os.path.isfile(folder / name):  # False for a name that is too long, too
         raise ValueError(f"there is no notebook {name} in {folder}")
     declared = notebook_parameters(folder / name)
     _check_parameters("params", entry.get("params", {}), name, declared)

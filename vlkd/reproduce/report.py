@@ -275,7 +275,7 @@ def _head(table: dict, result: dict, scale: str) -> str:
             f"{rest} claim{'s' if rest > 1 else ''} of this table, in the [ledger](claims.md)."
         )
     blocks.append(
-        f"Worlds: {_worlds(table)}. Notebook: `nbs/experiments/{table['notebook']}`. "
+        f"Worlds: {_worlds(table)}. Notebook: `{table['notebook']}`. "
         f"Compute: {duration(table['seconds'])} on {table['device']}."
     )
     return "\n\n".join(blocks)
@@ -397,6 +397,12 @@ def _run_rows(tables: list[FinishedTable]) -> dict[str, dict]:  # name -> row
     return rows
 
 
+def _notebook_name(file: Path) -> str:
+    "A notebook's place in the repository; its name where it lies elsewhere."
+    nbs = path("nbs")
+    return f"nbs/{file.relative_to(nbs)}" if file.is_relative_to(nbs) else file.name
+
+
 def _entry(table: FinishedTable, rows: dict, latest: bool) -> dict:
     "What report.json says about a table."
     node, receipt = table.node, table.receipt
@@ -405,7 +411,7 @@ def _entry(table: FinishedTable, rows: dict, latest: bool) -> dict:
         title=node.entry["title"],
         paper=node.entry.get("paper", ""),
         claim=node.entry.get("claim", ""),
-        notebook=node.entry["notebook"],
+        notebook=_notebook_name(node.entry["file"].resolve()),
         seeds=list(node.seeds),
         fresh=table.fresh,
         seconds=round(sum(rows[n.name]["seconds"] for n in table.runs() if n.name in rows), 1),
