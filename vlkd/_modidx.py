@@ -1758,8 +1758,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'vlkd/train/terms.py'),
                                   'vlkd.train.terms.ContrastiveRepresentation.values_stored': ( 'train.terms.html#contrastiverepresentation.values_stored',
                                                                                                 'vlkd/train/terms.py'),
-                                  'vlkd.train.terms.Direction': ('train.terms.html#direction', 'vlkd/train/terms.py'),
-                                  'vlkd.train.terms.Direction.forward': ('train.terms.html#direction.forward', 'vlkd/train/terms.py'),
                                   'vlkd.train.terms.NST': ('train.terms.html#nst', 'vlkd/train/terms.py'),
                                   'vlkd.train.terms.NST.count': ('train.terms.html#nst.count', 'vlkd/train/terms.py'),
                                   'vlkd.train.terms.NST.flops': ('train.terms.html#nst.flops', 'vlkd/train/terms.py'),

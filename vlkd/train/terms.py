@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TERMS', 'CRD_TOKENS', 'Outputs', 'TermSetup', 'StepSize', 'encoder_flops', 'mlm_flops', 'voken_flops', 'Term',
            'register_term', 'term_class', 'term_names', 'reads_masked', 'reads_vokens', 'SoftLabel', 'Regression',
-           'NST', 'NTXent', 'Direction', 'Voken', 'ContrastiveRepresentation']
+           'NST', 'NTXent', 'Voken', 'ContrastiveRepresentation']
 
 # %% ../../nbs/54_train.terms.ipynb #d7116d7d
 import importlib
@@ -327,18 +327,6 @@ class NTXent(Term):
     @classmethod
     def flops(cls, size):
         return super().flops(size) + 3 * size.tokens * 2 * (2 * size.batch) ** 2 * size.scale.hidden
-
-# %% ../../nbs/54_train.terms.ipynb #c0512e02
-@register_term
-class Direction(Term):
-    "One minus the cosine of the head's outputs and the teacher's states, mean over tokens."
-
-    name = "direction"
-
-    def forward(self, student, teacher, batch):
-        mask = batch["mask"]
-        outputs = self.head(student.states[mask])
-        return 1 - nn.functional.cosine_similarity(outputs, teacher.states[mask], dim=-1).mean()
 
 # %% ../../nbs/54_train.terms.ipynb #86d17f5f
 @register_term
