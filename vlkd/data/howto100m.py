@@ -528,7 +528,7 @@ _verbs = ("take", "wash", "cut", "turn", "press", "heat", "fix", "lift", "move",
 class _Rows:
     "An encoder whose frames are features already."
 
-    name = "stand-in"
+    name = "synthetic"
 
     def __init__(self, dim: int):
         self.dim = dim
@@ -566,8 +566,8 @@ def _write_howto(folder: Path, r, samples: int, dim: int) -> list[str]:  # the c
     "Videos, captions as JSON and csv, features."
     videos, captions, features = [], {}, {}
     for v in range(math.ceil(samples / 25)):
-        name = f"standin{v:05d}"
-        videos.append((name, "Home", "Stand-in", 1 + v % 3, 100 + v // 3))
+        name = f"video{v:05d}"
+        videos.append((name, "Home", "Synthetic", 1 + v % 3, 100 + v // 3))
         captions[name], features[name] = _synthetic_video(r, v, min(25, samples - 25 * v), dim)
     head = ("video_id", "category_1", "category_2", "rank", "task_id")
     _write_csv(folder / "HowTo100M_v1.csv", head, videos)

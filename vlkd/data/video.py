@@ -214,11 +214,20 @@ class _Clock:
             self.count += 1
 
 
-def _length(container, stream) -> float:
-    "Seconds that the file says it lasts; 0 where it does not."
+def _shown_until(frame, time: Fraction, stream) -> Fraction:
+    "When a frame shown from `time` on gives way to the next."
+    known = frame.duration and frame.time_base
+    return time + (frame.duration * frame.time_base if known else _period(stream))
+
+
+def _what_is_missing(container, stream, clock: _Clock, seconds: float, corrupt: int) -> str:
+    "Why the samples may be fewer or other than the file promises; empty where they are not."
+    length = (container.duration or 0) / 1e6
     if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    return (container.duration or 0) / 1e6
+        length = float(stream.duration * stream.time_base)
+    if clock.due() and seconds < 0.9 * length:
+        return f"the frames end at {seconds:.2f} s of {length:.2f} s"
+    return f"{corrupt} frames are damaged" if corrupt else ""
 
 
 def stream_frames(
@@ -245,8 +254,7 @@ def stream_frames(
                 yield from clock.samples(frame, time)
                 frame = following
                 corrupt += frame.is_corrupt and time >= clock.start
-                known = frame.duration and frame.time_base
-                stop = time + (frame.duration * frame.time_base if known else _period(stream))
+                stop = _shown_until(frame, time, stream)
                 if not clock.due():
                     break
             yield from clock.samples(frame, stop)
@@ -261,11 +269,8 @@ def stream_frames(
                 clock.count = 1
         if not clock.count:
             raise VideoError(f"{path}: no frame could be decoded{problem and f': {problem}'}")
-        length = _length(container, stream)
-        if not problem and clock.due() and float(stop + max(first, 0)) < 0.9 * length:
-            problem = f"the frames end at {float(stop):.2f} s of {length:.2f} s"
-        elif not problem and corrupt:
-            problem = f"{corrupt} frames are damaged"
+        seconds = float(stop + max(first, 0))
+        problem = problem or _what_is_missing(container, stream, clock, seconds, corrupt)
         if problem:
             warnings.warn(f"{path}: {problem}; {clock.count} frames were read", VideoWarning, stacklevel=2)
     finally:
@@ -499,6 +504,23 @@ def _store(out: Path, manifest: dict, encoded: dict) -> None:
     write_json(out / "manifest.json", manifest, checksum=True)
 
 
+def _encode_or_note(id, path, encoder, read, dtype, manifest: dict) -> np.ndarray | None:
+    "Features of one item; errors and warnings are printed and noted in the manifest."
+    manifest["errors"].pop(id, None)
+    manifest["warnings"].pop(id, None)
+    try:
+        x, note = _encode(id, path, encoder, read, dtype)
+    except (VideoError, FileNotFoundError) as e:
+        print(f"no features of {printable(id)}: {printable(e)}")
+        manifest["errors"][id] = str(e)
+        manifest["items"].pop(id, None)
+        return None
+    if note:
+        print(printable(note))
+        manifest["warnings"][id] = note
+    return x
+
+
 def extract(
     paths,  # paths of videos (id = name without suffix), or a dict id -> path
     encoder,  # has name, dim, encode(frames) -> (T, dim)
@@ -538,19 +560,9 @@ def extract(
         todo = [k for k, path in items.items() if k not in done or done[k]["source"] != _source(path)]
         for id in tqdm(todo, desc=f"features of {out.name}", disable=None):
             source = _source(items[id])
-            manifest["errors"].pop(id, None)
-            manifest["warnings"].pop(id, None)
-            try:
-                x, note = _encode(id, items[id], encoder, read or read_video, dtype)
-            except (VideoError, FileNotFoundError) as e:
-                print(f"no features of {printable(id)}: {printable(e)}")
-                manifest["errors"][id] = str(e)
-                done.pop(id, None)
-                continue
-            if note:
-                print(printable(note))
-                manifest["warnings"][id] = note
-            encoded[id] = x, source
+            x = _encode_or_note(id, items[id], encoder, read or read_video, dtype, manifest)
+            if x is not None:
+                encoded[id] = x, source
             if len(encoded) == shard_size:
                 _store(out, manifest, encoded)
                 encoded.clear()

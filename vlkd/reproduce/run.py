@@ -34,8 +34,9 @@ from unittest.mock import patch
 from ..core.files import open_lock, read_json, sha256_file, write_json
 from ..core.records import Run, git_state, versions
 from ..core.settings import path, read_sections, settings_file
+from ..core.settings import scale as scale_settings
 from .keys import graph, imported_modules, library_folder, notebook_code, set_key, why
-from .plan import Node, notebook_parameters, read_cells
+from .plan import Node, notebook_parameters, read_cells, run_parameters, world_seeds
 
 # %% ../../nbs/72_reproduce.run.ipynb #8d3d6537
 @contextlib.contextmanager
@@ -661,48 +662,27 @@ def duration(seconds: float) -> str:
 
 # %% ../../nbs/72_reproduce.run.ipynb #c432b7fb
 class Screen:
-    "A line for each event, and in between how far the runs are."
+    "Lines for a terminal or a log."
 
     def __init__(self):
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
 
         self.console = Console(markup=False, highlight=False, soft_wrap=True, force_jupyter=False)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-        terminal = self.console.is_terminal
-        self.bars = Progress(*columns, console=self.console, transient=True, disable=not terminal)
-        self.tasks = {}
+        self.status = self.console.status("") if self.console.is_terminal else contextlib.nullcontext()
         self.last = time.time()
 
     def say(self, text: str):
         "Print one line."
-        if self.console.is_terminal:
-            self.console.print(text)
-        else:
-            print(text, flush=True)
+        self.console.print(text)
         self.last = time.time()
 
     def show(self, jobs: dict, total: str):
         "How far the runs are: name -> Job."
+        text = f"{total} running: " + " | ".join(f"{name} {_state(job)}" for name, job in jobs.items())
         if self.console.is_terminal:
-            self._draw(jobs, total)
+            self.status.update(text)
         elif time.time() - self.last > 12:
-            states = " | ".join(f"{name} {_state(job)}" for name, job in jobs.items())
-            self.say(f"{total} running: {states}")
-
-    def _draw(self, jobs: dict, total: str):
-        for name in [name for name in self.tasks if name not in jobs]:
-            self.bars.remove_task(self.tasks.pop(name))
-        for name, job in jobs.items():
-            if name not in self.tasks:
-                self.tasks[name] = self.bars.add_task(name, total=None, note="")
-            progress = job.progress()
-            self.bars.update(
-                self.tasks[name],
-                completed=progress.get("step", 0),
-                total=progress.get("steps"),
-                note=f"{_state(job)} {total}",
-            )
+            self.say(text)
 
 
 def _state(job: Job) -> str:
@@ -732,7 +712,7 @@ class Runner:
         "Compute everything; the names that are done, failed and skipped."
         self.machine.client.subscribe_topic(self.topic, self.note_start)
         try:
-            with self.screen.bars:
+            with self.screen.status:
                 while self.waiting or self.running:
                     self.machine.refresh(self.screen.say)
                     self.start_ready()
@@ -798,6 +778,7 @@ class Runner:
     def submit(self, job: Job):
         what = job.prepare(self.nodes) | self.machine.job() | dict(topic=self.topic)
         job.workers = tuple(self.machine.workers)
+        self.running[job.node.name] = job
         job.future = self.machine.client.submit(
             run_node,
             what,
@@ -806,7 +787,6 @@ class Runner:
             resources={resource: 1},
             pure=False,
         )
-        self.running[job.node.name] = job
 
     def note_start(self, event):
         "A worker has begun with a run, perhaps because another worker is lost."
@@ -929,9 +909,15 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' if number != 1 else ''}"
 
 
-def _dry_run(nodes: dict, reasons: dict):
+def _dry_run(nodes: dict, reasons: dict, scale: str, seeds):
     for name in nodes:
         print(f"{name}: would run: {reasons[name]}" if name in reasons else f"{name}: fresh")
+    if scale_settings(scale)["data_kind"] == "paper":  # what nobody starts without knowing what it takes
+        from vlkd.tools.preflight import report_plan
+
+        runs = list(run_parameters(nodes.values()).items())
+        tables = [node.entry["id"] for node in nodes.values() if node.is_table]
+        print("\n" + report_plan(runs, scale, tables=tables, seeds=len(world_seeds(seeds))))
 
 
 @contextlib.contextmanager
@@ -967,7 +953,7 @@ def reproduce(
     reasons = {name: reason for name, node in nodes.items() if (reason := why(node))}
     fresh = [name for name in nodes if name not in reasons]
     if dry_run:
-        _dry_run(nodes, reasons)
+        _dry_run(nodes, reasons, scale, seeds)
         return dict(fresh=fresh, would_run=reasons)
     if not reasons:
         print(f"{_count(len(nodes), 'run')} at scale {scale}: all fresh, nothing to do")
