@@ -248,6 +248,15 @@ def test_commands_exist(page):
         command.make_context(command.name, words, resilient_parsing="--version" in words)
 
 
+def test_recipes_name_commits_that_exist():
+    if run("git", "rev-parse", "--is-shallow-repository", cwd=ROOT).stdout != "false\n":
+        pytest.skip("this is no checkout with its history")
+    named = re.findall(r"`git show (\w+)`", text("CONTRIBUTING.md"))
+    assert len(named) == 2
+    for commit in named:
+        assert run("git", "cat-file", "-e", commit, cwd=ROOT).returncode == 0, commit
+
+
 def test_guarantees_name_tests_that_exist():
     table = "\n".join(cells(ROOT / "nbs" / "guarantees.ipynb", "markdown"))
     named = re.findall(r"`([\w/]+\.py)::(\w+)`", table)

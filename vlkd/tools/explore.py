@@ -30,8 +30,6 @@ import numpy as np
 import pandas as pd
 import torch
 from transformers.utils.logging import disable_progress_bar
-from ..eval.probe import STATIC_ATTRIBUTES, attribute_sentence, fit_probe, noun_states
-from ..eval.retrieval import ridge
 
 from ..core.files import fingerprint, read_json, rng, write_json
 from ..core.records import open_inputs, record, versions
@@ -40,6 +38,8 @@ from ..data.public import exercise_clips
 from ..data.tasks import get_task
 from ..data.text import tokenize
 from ..data.video import read_frames, read_photos
+from ..eval.probe import STATIC_ATTRIBUTES, attribute_sentence, fit_probe, noun_states
+from ..eval.retrieval import ridge
 from ..models.bert import hidden_states, load_model, save_model
 from ..models.video_text import Teacher
 from ..plots import film_strip, markers, palette, style, table_md
