@@ -12,17 +12,17 @@ from vlkd.eval.examples import (
     chance_rates,
     clip_answers,
     constant_rates,
-    crossed,
+    cross_fitted_map,
     differing,
-    filmed,
-    fits,
-    found_by,
-    kinship,
+    is_filmed,
+    clip_matches,
+    found_clips,
+    match_level,
     nearest_clips,
     outcome_counts,
     own_and_others,
-    own_film,
-    peers,
+    training_clip,
+    same_event_clips,
     question_table,
     rate_table,
     retrieval_records,
@@ -183,30 +183,33 @@ def test_queries_are_what_they_say(world):
             and world.things[x.noun]["filmed"]
             and sum(w in world.things for w in set(x.text.split())) == 1
         )
-        assert x.stated == (world.things[x.noun]["split"] == "train") and not scene(world, x.text)["told"]
+        assert (
+            x.stated == (world.things[x.noun]["split"] == "train")
+            and not scene(world, x.text)["states_outcome"]
+        )
     assert (
-        not filmed(world, None, "drop")
-        and not filmed(world, q.noun[0], "lift")
-        and not filmed(world, q.noun[0], None)
+        not is_filmed(world, None, "drop")
+        and not is_filmed(world, q.noun[0], "lift")
+        and not is_filmed(world, q.noun[0], None)
     )
 
 
 def test_own_films_are_training_films(world):
     for n in world.splits["test"]:
-        i = own_film(world, n, "dunk")
+        i = training_clip(world, n, "dunk")
         if not world.things[n]["filmed"]:
             assert i is None
         else:
             c = world.clips.iloc[i]
-            assert (c.noun, c.event, c.held_out) == (n, "dunk", False) and kinship(
+            assert (c.noun, c.event, c.held_out) == (n, "dunk", False) and match_level(
                 world, i, n, "dunk"
-            ) == "own"
+            ) == "exact"
 
 
 def test_a_film_answers_the_question_about_its_thing(world):
     for q in world.task("piqa", "dev", 200).to_dict("records"):
         c = scene(world, q["goal"])
-        i = own_film(world, c["noun"], c["event"])
+        i = training_clip(world, c["noun"], c["event"])
         if i is not None:
             assert shown_answer(world, q, i) == q["label"]
         assert shown_answer(world, q, world.clips[world.clips.event != c["event"]].index[0]) == -1
@@ -248,7 +251,7 @@ def test_nearest_among_the_allowed_is_that_of_a_loop():
 def test_peers_are_others_in_the_event(world):
     pool = np.flatnonzero(world.clips.held_out)
     q = text_queries(world, world.sentences(), 50)
-    p = peers(world, q, pool)
+    p = same_event_clips(world, q, pool)
     c = world.clips.iloc[pool]
     for i, x in enumerate(q.itertuples()):
         assert (p[i] == ((c.event == x.event) & (c.noun != x.noun)).to_numpy()).all()
@@ -262,11 +265,11 @@ def test_chance_is_what_random_clips_reach(world):
     draws = []
     for _ in range(60):
         at = g.choice(pool, len(q))
-        draws.append(fits(world, at, q.noun, q.event).mean() * 100)
+        draws.append(clip_matches(world, at, q.noun, q.event).mean() * 100)
     m = pd.DataFrame(draws).mean()
     for k in ("noun", "event", "outcome"):
         assert abs(m[k] - luck[k]) < 1
-    best = max(fits(world, [i] * len(q), q.noun, q.event).outcome.mean() * 100 for i in pool[:400])
+    best = max(clip_matches(world, [i] * len(q), q.noun, q.event).outcome.mean() * 100 for i in pool[:400])
     assert abs(best - always["outcome"]) < 1e-9 and luck["peer"] <= always["peer"]
 
 
@@ -283,7 +286,7 @@ def test_rates_of_a_hub_are_those_of_other_sentences():
     o = own_and_others(top, np.arange(12), right).iloc[0]
     assert abs(o.own - 100 * right[:, [1, 3, 7]].mean()) < 1e-9 and abs(o.own - o.others) < 1e-9
     with pytest.raises(ValueError, match="no x, raw"):
-        found_by(top, np.arange(12), "x", "raw", 40)
+        found_clips(top, np.arange(12), "x", "raw", 40)
 
 
 def test_shared_words_are_rare_and_long():
@@ -304,14 +307,14 @@ def test_a_crossed_map_does_not_know_its_things():
     who = torch.arange(240) % 12
     x = torch.eye(12)[who]
     y = place[who]
-    plain = crossed(x, [f"m{i}" for i in who], x, y, [set()] * 240)
-    other = crossed(x, [names[i] for i in who], x, y, [{names[i]} for i in who])
+    plain = cross_fitted_map(x, [f"m{i}" for i in who], x, y, [set()] * 240)
+    other = cross_fitted_map(x, [names[i] for i in who], x, y, [{names[i]} for i in who])
     assert (plain - y).norm() < 0.2 * (other - y).norm()
 
 
 def test_records_of_retrieval_can_be_compared(world):
     q = text_queries(world, world.sentences(), 25)
-    f = fits(world, [0] * 25, q.noun, q.event)
+    f = clip_matches(world, [0] * 25, q.noun, q.event)
     r = retrieval_records("t.raw", 101, q, f, f)
     check_examples(r)
     assert set(r.kind) <= {"stated", "video-only"} and len(r) == 100

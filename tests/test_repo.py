@@ -189,9 +189,8 @@ def test_experiment_has_one_typed_parameters_cell(notebook):
         )
         kind = type(ast.literal_eval(node.value)).__name__
         assert kind == ast.unparse(node.annotation), f"{line}: the value is {kind}"
-        assert "#" in lines[node.end_lineno - 1][node.end_col_offset :], (
-            f"{line}: no comment says what it means"
-        )
+        comments = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        assert "#" in comments, f"{line}: no comment says what it means"
 
 
 def test_plan_and_notebooks_agree():
@@ -246,6 +245,15 @@ def test_commands_exist(page):
             command = command.commands[words.pop(0)]
         assert not hasattr(command, "commands") or words[0].startswith("--"), line
         command.make_context(command.name, words, resilient_parsing="--version" in words)
+
+
+def test_recipes_name_commits_that_exist():
+    if run("git", "rev-parse", "--is-shallow-repository", cwd=ROOT).stdout != "false\n":
+        pytest.skip("this is no checkout with its history")
+    named = re.findall(r"`git show (\w+)`", text("CONTRIBUTING.md"))
+    assert len(named) == 2
+    for commit in named:
+        assert run("git", "cat-file", "-e", commit, cwd=ROOT).returncode == 0, commit
 
 
 def test_guarantees_name_tests_that_exist():

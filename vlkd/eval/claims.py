@@ -10,10 +10,10 @@ import tomllib
 from pathlib import Path
 
 import pandas as pd
-from .stats import POWER_FACTOR, check_examples, equivalence, holm, mean_interval, paired_difference
 
 from ..core.settings import path, scales, unknown_name
 from ..data.tasks import TASKS
+from .stats import POWER_FACTOR, check_examples, equivalence, holm, mean_interval, paired_difference
 
 # %% ../../nbs/64_eval.claims.ipynb #c353fee3
 _TEXTS = ("id", "table", "paper", "where", "text", "kind")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUICK_DROPOUT', 'ATTENTION', 'bert_config', 'drop', 'Dropout', 'quick_dropout', 'language_model', 'rows_of',
-           'hidden_states', 'masked_mean', 'mlm_loss', 'DistillationHead', 'save_model', 'load_model']
+           'hidden_states', 'masked_mean', 'mlm_loss', 'DistillationHead', 'save_model', 'check_bert_folder',
+           'load_model']
 
 # %% ../../nbs/35_models.bert.ipynb #a69774c6
 from pathlib import Path
@@ -212,7 +213,8 @@ def save_model(folder, lm, tokenizer) -> Path:
     return folder
 
 
-def _check_is_bert(folder):
+def check_bert_folder(folder: Path) -> None:
+    "An error unless a folder holds a BERT."
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
     config = read_json(folder / "config.json")
@@ -226,7 +228,7 @@ def load_model(folder, **options) -> tuple[BertForMaskedLM, object]:  # model, t
 
     `ValueError` where it is no BERT, its tokeniser does not fit, or its files were changed."""
     folder = Path(folder)
-    _check_is_bert(folder)
+    check_bert_folder(folder)
     problem = checksum_problem(folder)
     note = f" ({problem})" if problem else ""
     try:

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from ..core.device import mend_torchvision
 from ..core.files import atomic, checksum_problem, fingerprint, locked, rng, write_checksums
 from ..core.settings import path
 from .nouns import CLIP_EVENTS, COLOURS, EVENTS, ROUND, SHAPES, SIZES
@@ -188,6 +189,7 @@ def clip_tokens(sentences) -> torch.Tensor:  # int64 (N, 20)
 
 # %% ../../nbs/25_tabletop.clip.ipynb #2d71dd80
 def _open_clip():
+    mend_torchvision()  # open_clip imports torchvision
     try:
         return importlib.import_module("open_clip")
     except ImportError as e:

@@ -71,7 +71,7 @@ def save(model: Teacher | StudentObjective, history: list, tokenizer, out: Path)
             save_distillation(model, out / "student")
     write_json(out / "history.json", history)
 
-# %% ../../nbs/59_train.distributed.ipynb #85053d5d
+# %% ../../nbs/59_train.distributed.ipynb #82a0e744
 OPTIONS = dict(scale="micro", seed=1, kd="", teacher="", contrast="hinge", preset="paper", features="video")
 
 

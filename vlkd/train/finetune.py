@@ -6,7 +6,7 @@
 __all__ = ['ALSO_ANSWERS', 'SPAN_TASKS', 'encode', 'segments', 'TaskObjective', 'task_batch', 'classifier', 'predict', 'answers',
            'finetune', 'tasks_to_run', 'test_sets', 'finetune_all']
 
-# %% ../../nbs/58_train.finetune.ipynb #76e8157d
+# %% ../../nbs/58_train.finetune.ipynb #5aa1ad05
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..data.tasks import TASKS, Task, get_task
 from ..data.text import Tokens
 from ..models.bert import hidden_states
 from .sources import DataSource
-from .squad import bert_with_head, finetune_squad, squad_recipe
+from .squad import bert_with_head, finetune_squad, record_columns, squad_recipe
 from .trainer import Objective, fit
 
 # %% ../../nbs/58_train.finetune.ipynb #9e81d93d
@@ -123,7 +123,7 @@ def predict(
         out.append(logits.float().softmax(-1).cpu().numpy())
     return np.concatenate(out)
 
-# %% ../../nbs/58_train.finetune.ipynb #0051072b
+# %% ../../nbs/58_train.finetune.ipynb #d83e62aa
 def answers(
     objective: TaskObjective,
     tokenizer,
@@ -147,12 +147,7 @@ def answers(
     extra = {column: test[column].astype(str).to_numpy() for column in task.extra if column in test}
     return pd.DataFrame(
         dict(
-            run=run,
-            seed=seed,
-            task=task.name,
-            id=test.id.astype(str).to_numpy(),
-            group=test.group.astype(str).to_numpy(),
-            kind=test.kind.to_numpy(),
+            **record_columns(test, task.name, seed, run),
             label=label,
             prediction=prediction,
             right=prediction == label,
@@ -203,7 +198,7 @@ def finetune(
     records = [answers(objective, tokenizer, t, x, s, seed=seed, run=run) for t, x in tests.items()]
     return pd.concat(records, ignore_index=True)
 
-# %% ../../nbs/58_train.finetune.ipynb #5af17071
+# %% ../../nbs/58_train.finetune.ipynb #e42b4ae3
 ALSO_ANSWERS = dict(mnli=("mnli_mm", "diagnostics", "axb"))  # task -> test sets that its classifier answers
 SPAN_TASKS = ("squad1", "squad2")
 

@@ -7,7 +7,7 @@ __all__ = ['CORPORA', 'DISTILLATION_FILE', 'StudentObjective', 'crd_positions', 
            'on_disk', 'caption_row', 'stored_pool', 'pool_and_vokens', 'corpus_tokens', 'train_student',
            'trained_term_parameters', 'save_distillation', 'read_distillation', 'load_distillation']
 
-# %% ../../nbs/56_train.text_student.ipynb #1f21015f
+# %% ../../nbs/56_train.text_student.ipynb #1c6c0106
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,11 +35,19 @@ from vlkd.retrieval.vokens import (
     weights_fingerprint,
 )
 from .sources import DataSource
-from .terms import CRD_TOKENS, Outputs, Term, TermSetup, reads_vokens, term_class, term_names
+from vlkd.train.terms import (
+    CRD_TOKENS,
+    Outputs,
+    Term,
+    TermSetup,
+    reads_vokens,
+    term_class,
+    term_names,
+)
 from .trainer import Objective, fit, weighted
 from .video_teacher import examples_and_epochs, masked_batch, video_states
 
-# %% ../../nbs/56_train.text_student.ipynb #0c519b3f
+# %% ../../nbs/56_train.text_student.ipynb #c5e24747
 class StudentObjective(Objective):
     "MLM plus distillation terms. The teacher is neither trained nor saved with the module."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTRASTS', 'STANDARDISING_CLIPS', 'TeacherObjective', 'examples_and_epochs', 'masked_batch', 'video_text_collator',
            'sentence_states', 'video_states', 'held_out_clips', 'shuffled', 'standardise_video', 'clip_batches',
-           'validation_size', 'train_teacher']
+           'validation_size', 'train_teacher', 'load_teacher']
 
 # %% ../../nbs/55_train.video_teacher.ipynb #e0e11d94
 from collections.abc import Callable, Iterator
@@ -171,7 +171,7 @@ def held_out_clips(
     keep = np.sort(first)[:n]
     return pairs.clip[pairs.valid][keep], pairs.valid[keep]
 
-# %% ../../nbs/55_train.video_teacher.ipynb #0e6f6c13
+# %% ../../nbs/55_train.video_teacher.ipynb #e85acc0a
 def shuffled(pairs: VideoText, how: str, data: DataSource, seed: int) -> VideoText:
     "Captions with other clips, of the same event (`within`) or any (`across`); train and valid stay apart."
     if how not in ("within", "across"):
@@ -274,3 +274,16 @@ def train_teacher(
         name=name,
     )
     return teacher.eval(), history
+
+# %% ../../nbs/55_train.video_teacher.ipynb #8edb8137
+def load_teacher(folder, data: DataSource) -> Teacher:
+    "A saved teacher, in eval mode; ValueError where the data have other tokens or features."
+    teacher, tokenizer = Teacher.load(folder, data.s)
+    if tokenizer.get_vocab() != data.tokenizer.get_vocab():
+        raise ValueError(f"the teacher in {folder} was trained with another tokeniser")
+    saw, given = len(teacher.video.mean), data.pairs.features.shape[-1]
+    if saw != given:
+        raise ValueError(
+            f"the teacher in {folder} saw features {saw} wide; those of the data are {given} wide"
+        )
+    return teacher
