@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from test_bad_inputs import Evil, content, extract, films, forked, unix, vlkd
+from test_bad_inputs import Evil, content, extract, videos, forked, unix, vlkd
 from toys import end, params, plan, start, tree, wait_for
 
 from vlkd.core.files import CHECKSUMS, read_json, rng, sha256_file, write_json
@@ -338,19 +338,19 @@ def test_killed_at_random_moments(name, whole, tmp_path):
 
 
 @unix
-def test_extraction_killed_at_random_moments(films, tmp_path, kills=KILLS):
+def test_extraction_killed_at_random_moments(videos, tmp_path, kills=KILLS):
     "Of videos, with files that cannot be read among them."
-    want = content(films.parent / "whole")
+    want = content(videos.parent / "whole")
     e = tmp_path / "events"
-    assert crash(lambda: extract(films, tmp_path / "counted"), tmp_path, count=e) == 0
+    assert crash(lambda: extract(videos, tmp_path / "counted"), tmp_path, count=e) == 0
     n, r, out = int(e.read_text()), rng("extraction", kills), tmp_path / "out"
     for k in range(kills):
-        assert crash(lambda: extract(films, out), tmp_path, event=int(r.integers(n // 2))) in (
+        assert crash(lambda: extract(videos, out), tmp_path, event=int(r.integers(n // 2))) in (
             0,
             -signal.SIGKILL,
         )
         if k % 4 == 3:
-            extract(films, out)
+            extract(videos, out)
             assert content(out) == want
             shutil.rmtree(out)
 
@@ -494,15 +494,15 @@ def test_damaged_shards_are_made_again(name, rebuilt, whole, tmp_path):
         )
 
 
-def test_damaged_shards_of_videos_are_made_again(films, tmp_path):
-    want = content(films.parent / "whole")
+def test_damaged_shards_of_videos_are_made_again(videos, tmp_path):
+    want = content(videos.parent / "whole")
     r = rng("videos")
     for n, b in want.items():
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        shutil.copytree(films.parent / "whole", tmp_path / "out")
+        shutil.copytree(videos.parent / "whole", tmp_path / "out")
         (tmp_path / "out" / n).write_bytes(flip(b, r))
         try:
-            extract(films, tmp_path / "out")
+            extract(videos, tmp_path / "out")
         except ValueError as e:
             assert n == "plan.json" and n in str(e)
         else:
@@ -650,7 +650,7 @@ def test_modes_bind_here(tmp_path):
 
 
 @linux
-def test_a_data_folder_that_can_only_be_read(films, whole, tmp_path):
+def test_a_data_folder_that_can_only_be_read(videos, whole, tmp_path):
     "Data sets are read, and features of videos extracted, without a byte written beside them."
     from test_squad import made
     from test_tasks import GOOD
@@ -660,7 +660,7 @@ def test_a_data_folder_that_can_only_be_read(films, whole, tmp_path):
     (d / "qnli" / "dev.tsv").write_bytes(GOOD["qnli"])
     write_json(d / "dev-v1.1.json", made())
     (d / "text.txt").write_text("\n".join(texts()))
-    shutil.copytree(films, d / "v")
+    shutil.copytree(videos, d / "v")
     shutil.copytree(whole("features").folder, d / "features")
     shutil.copytree(whole("teacher").folder, d / "teacher")
     shutil.copytree(whole("captions").folder, d / "captions")
@@ -686,7 +686,7 @@ def test_a_data_folder_that_can_only_be_read(films, whole, tmp_path):
     with modes(d):
         assert without_rights(use) == 0
     shards = lambda p: {k: v for k, v in content(p).items() if k.endswith(".safetensors")}
-    assert shards(tmp_path / "out") == shards(films.parent / "whole") and sorted(d.rglob("*")) == before
+    assert shards(tmp_path / "out") == shards(videos.parent / "whole") and sorted(d.rglob("*")) == before
 
 
 def said_by(f, out):  # what a command says to standard error goes into a file
