@@ -170,7 +170,7 @@ def test_answers_of_other_questions_are_refused(x, copies):
     e = run.examples
     e["label"] = 1 - e["label"].clip(upper=1)
     record(folder / f"student-text@{x.seed}", metrics={}, examples=e)
-    with pytest.raises(ValueError, match="recorded label of .* was run on other data"):
+    with pytest.raises(ValueError, match="the label is . in the data"):
         ex.recorded_answers(
             ex.Explorer("smoke", x.seed, inputs(), s=x.s), "student-text", "student-nst-crd-micro"
         )

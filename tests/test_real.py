@@ -178,7 +178,7 @@ def flickr(root, gz=False):
         (
             "captions.jsonl",
             b'{"image": "1.jpg"}\n',
-            "captions.jsonl, line 1: no list of texts under .captions.",
+            "captions.jsonl, line 1: no list of texts under 'captions'",
         ),
         ("captions.jsonl", b"[1]\n", "captions.jsonl, line 1: expected an object"),
         ("captions.jsonl", b"", "captions.jsonl: no rows"),
@@ -193,7 +193,7 @@ def flickr(root, gz=False):
             "itm_dev.tsv, line 2: 2 fields, expected 3",
         ),
         ("itm_test.tsv", None, "itm_test.tsv: this file is missing"),
-        ("esnlive_dev_flickr8k.jsonl", b"{}\n", "esnlive_dev_flickr8k.jsonl, line 1: no text under .image."),
+        ("esnlive_dev_flickr8k.jsonl", b"{}\n", "esnlive_dev_flickr8k.jsonl, line 1: no text under 'image'"),
         ("mbv2_pool1280_u8.npz", b"PK\x03\x04 not a zip", "mbv2_pool1280_u8.npz: not an npz file"),
         ("mbv2_pool1280_u8.npz", None, "mbv2_pool1280_u8.npz: this file is missing"),
     ],

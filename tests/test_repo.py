@@ -189,9 +189,8 @@ def test_experiment_has_one_typed_parameters_cell(notebook):
         )
         kind = type(ast.literal_eval(node.value)).__name__
         assert kind == ast.unparse(node.annotation), f"{line}: the value is {kind}"
-        assert "#" in lines[node.end_lineno - 1][node.end_col_offset :], (
-            f"{line}: no comment says what it means"
-        )
+        comments = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        assert "#" in comments, f"{line}: no comment says what it means"
 
 
 def test_plan_and_notebooks_agree():

@@ -5,6 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from vlkd.core.settings import scale
+from vlkd.data.tasks import Task
+from vlkd.eval.stats import accuracy_table
+from vlkd.models.bert import language_model, save_model
+from vlkd.train.finetune import finetune_all
+from vlkd.train.sources import load_data
+
 PAGE = Path(__file__).resolve().parent.parent / "CONTRIBUTING.md"
 
 
@@ -80,3 +87,22 @@ def test_own_objective(tmp_path, monkeypatch):
     assert cost["distance"] == known["regression"] > 0
     added = sum(p.numel() for p in student.terms.parameters())
     assert sum(distillation_parameters(s, kd).values()) == added
+
+
+def test_own_task(tmp_path):
+    "A task with files of its own is fine-tuned, scored and recorded under its name, at every source."
+    folder = tmp_path / "mood"
+    folder.mkdir()
+    rows = ["the man is lovely\tcalm", "the man is awful\tangry"]
+    for split, n in (("train", 100), ("dev", 5)):
+        (folder / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows * n]) + "\n")
+    mood = Task("mood", "single", ("calm", "angry"), ("sentence",), folder=str(folder))
+    data = load_data(scale("smoke", ft_steps=40), 101)
+    model = save_model(tmp_path / "model", language_model(data.s, data.tokenizer, 0), data.tokenizer)
+    records = finetune_all(model, data, tmp_path / "out", tasks=[mood], run="own")
+    assert set(records.task) == {"mood"} and len(records) == 10 and records.right.mean() == 1
+    table = accuracy_table(records)
+    assert len(table) == 1 and "mood" in table.to_string()
+    (folder / "dev.tsv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"dev\.tsv"):
+        finetune_all(model, data, tmp_path / "again", tasks=[mood])

@@ -44,7 +44,7 @@ def chunks(sentence: str, max_tokens: int = 64) -> list[str]:
 
 # %% ../../nbs/15_data.public.ipynb #76270d65
 def tidy_wikitext(s: str) -> str:
-    "Undo WikiText's tokenisation: numbers and hyphens joined, marks beside their words, quotes around theirs."
+    "Undo WikiText's tokenisation: numbers and hyphens joined, marks beside their words."
     s = re.sub(r" @([-,.])@ ", r"\1", s)
     s = re.sub(r" ([,.;:!?%)\]}]|'s\b|n't\b|'(?:re|ve|ll|d|m)\b)", r"\1", s)
     s = re.sub(r"([(\[{$£€]) ", r"\1", s)
@@ -169,7 +169,7 @@ def photo_splits(
 
 # %% ../../nbs/15_data.public.ipynb #3af16242
 def flickr8k_features(names, root=None) -> np.ndarray:  # float32 (n, 1280)
-    "The published pooled MobileNetV2 features of Flickr8k photos (224 pixels): bytes times their column's scale."
+    "The published MobileNetV2 features of Flickr8k photos (224 pixels): bytes times their column's scale."
     f = Path(root or data_dir()) / "flickr8k/mbv2_pool1280_u8.npz"
     if not f.is_file():
         raise FileNotFoundError(f"{f}: this file is missing")
@@ -275,8 +275,8 @@ def calibrations(
     published, ours = flickr8k_features(names, root), np.concatenate([features[name] for name in names])
     if published.shape != ours.shape:
         raise ValueError(
-            f"the published features are {published.shape}, this encoder's are {ours.shape}: only the network "
-            "that made the published ones fits them"
+            f"the published features are {published.shape}, this encoder's are {ours.shape}: only the "
+            "network that made the published ones fits them"
         )
     return Calibration(published), Calibration(ours)
 

@@ -28,11 +28,11 @@ from .keys import graph, library_code
 from .plan import run_parameters
 from vlkd.reproduce.run import (
     available_cores,
-    device_name,
     given_environment,
     is_locked,
     longest_chains,
     resource,
+    run_device,
     visible_gpus,
 )
 
@@ -134,7 +134,7 @@ def worker_facts(worker, question: dict) -> dict:
         slots=int(slots),
         cores=available_cores(),
         gpus=visible_gpus(),
-        device=device_name(),
+        device=run_device(),
         library=library_code(),
         versions=versions(),
         files={file: _hash(file) for file in question["files"]},

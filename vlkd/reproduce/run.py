@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_command', 'preloaded', 'resource', 'quick_imports', 'execute', 'end_with', 'execute_job', 'ForkedProcess',
            'can_fork', 'start_fork_server', 'start_process', 'stop_process', 'given_environment', 'run_environment',
-           'available_cores', 'visible_gpus', 'device_name', 'other_code', 'run_node', 'LocalMachine', 'is_locked',
+           'available_cores', 'visible_gpus', 'run_device', 'other_code', 'run_node', 'LocalMachine', 'is_locked',
            'run_lock', 'acquire', 'Job', 'finish', 'put_in_place', 'is_complete', 'estimated_seconds', 'longest_chains',
            'remaining_seconds', 'duration', 'Screen', 'Runner', 'failure_text', 'reproduce']
 
@@ -34,9 +34,8 @@ from unittest.mock import patch
 from ..core.files import open_lock, read_json, sha256_file, write_json
 from ..core.records import Run, git_state, versions
 from ..core.settings import path, read_sections, settings_file
-from ..core.settings import scale as scale_settings
 from .keys import graph, imported_modules, library_folder, notebook_code, set_key, why
-from .plan import Node, notebook_parameters, read_cells, run_parameters, world_seeds
+from .plan import Node, notebook_parameters, read_cells
 
 # %% ../../nbs/72_reproduce.run.ipynb #8d3d6537
 @contextlib.contextmanager
@@ -178,7 +177,7 @@ class ForkedProcess(_fork_server.Process):
 
 def can_fork() -> bool:
     "Whether runs are forked here."
-    return os.environ.get("VLKD_FORK") != "0" and sys.platform == "linux" and device_name().startswith("CPU")
+    return os.environ.get("VLKD_FORK") != "0" and sys.platform == "linux" and run_device().startswith("CPU")
 
 
 def start_fork_server(environment: dict):
@@ -340,7 +339,7 @@ def visible_gpus() -> list[str]:
 
 
 @functools.cache
-def device_name() -> str:
+def run_device() -> str:
     "Name of the GPU that runs would use, or the number of cores."
     gpus = _nvidia_smi("name")
     return gpus[0] if gpus else f"CPU, {available_cores()} cores"
@@ -411,7 +410,7 @@ def run_node(job: dict) -> dict:  # code, cell, error, files, device
         if outcome.poll():
             failure = outcome.recv()
     files = _files(Path(job["output"]).parent)
-    return dict(failure, code=process.returncode, files=files, device=device_name())
+    return dict(failure, code=process.returncode, files=files, device=run_device())
 
 # %% ../../nbs/72_reproduce.run.ipynb #62815ccd
 resource = "vlkd"  # the Dask resource that is a slot for a run
@@ -909,15 +908,9 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' if number != 1 else ''}"
 
 
-def _dry_run(nodes: dict, reasons: dict, scale: str, seeds):
+def _dry_run(nodes: dict, reasons: dict):
     for name in nodes:
         print(f"{name}: would run: {reasons[name]}" if name in reasons else f"{name}: fresh")
-    if scale_settings(scale)["data_kind"] == "paper":  # what nobody starts without knowing what it takes
-        from vlkd.tools.preflight import report_plan
-
-        runs = list(run_parameters(nodes.values()).items())
-        tables = [node.entry["id"] for node in nodes.values() if node.is_table]
-        print("\n" + report_plan(runs, scale, tables=tables, seeds=len(world_seeds(seeds))))
 
 
 @contextlib.contextmanager
@@ -953,7 +946,7 @@ def reproduce(
     reasons = {name: reason for name, node in nodes.items() if (reason := why(node))}
     fresh = [name for name in nodes if name not in reasons]
     if dry_run:
-        _dry_run(nodes, reasons, scale, seeds)
+        _dry_run(nodes, reasons)
         return dict(fresh=fresh, would_run=reasons)
     if not reasons:
         print(f"{_count(len(nodes), 'run')} at scale {scale}: all fresh, nothing to do")
