@@ -1,4 +1,4 @@
-"One training over several processes has the gradients, the weights and the files of one; what is not finite stops it, and leaves its batch."
+"Training over several processes: the gradients, weights and files of one; what is not finite stops it."
 
 import json
 import os
@@ -125,7 +125,8 @@ def run(case, stop=0):
     stop_at = stop
     name, *more = case.split("/")
     options = dict(x.split("=") for x in more)
-    given = {x: options.pop(x, 0) for x in ("stop", "again", "drop", "uneven", "eval", "save", "steps", "batch")}
+    settings_of_case = ("stop", "again", "drop", "uneven", "eval", "save", "steps", "batch")
+    given = {name: options.pop(name, 0) for name in settings_of_case}
     settings = dict(
         steps=int(given["steps"] or 3), save_every=int(given["save"]), batch=int(given["batch"] or 8)
     )
@@ -181,149 +182,146 @@ CASES = [
     "info_nce",
     "token_nce",
 ]
-APART = ["mlm", "nst", "regression", "soft_label", "voken"]  # whose loss is a mean
+MEANS = ["mlm", "nst", "regression", "soft_label", "voken"]  # whose loss is a mean over tokens or sentences
+COMPLETE = "nst+crd/steps=6"
+STOPPED = "nst+crd/steps=6/save=2/stop=5"
+DROPOUT = "nst+crd/steps=6/drop=.1"
+RESUMED = "nst+crd/steps=6/drop=.1/save=2/stop=5/again=1"
+BEST = ("info_nce/steps=6/eval=2", "hinge/steps=6/eval=2")
+SHARDED = {  # case -> the same without sharding
+    "nst+crd/steps=6/save=2/stop=5/again=1/fsdp=true": COMPLETE,
+    "mlm/accumulate=2/fsdp=true": "mlm",
+    "info_nce/steps=6/eval=2/fsdp=true": BEST[0],
+}
 
 
-def launch(n, *args, script=DRIVER, env=None, check=True):
-    "Run a script in `n` processes of torchrun, which meet at this address whatever the machine is called; one process is started as usual."
-    cmd = (
-        [sys.executable, "-c", script]
-        if n == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--local-addr=127.0.0.1",
-            f"--nproc_per_node={n}",
-            "--no-python",
-            sys.executable,
-            "-c",
-            script,
-        ]
-    )
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("VLKD_") or k in ("VLKD_CACHE",)}
-    r = subprocess.run(
-        [*cmd, *map(str, args)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**clean, "PYTHONPATH": str(ROOT), "VLKD_DEVICE": "cpu", "OMP_NUM_THREADS": "1", **(env or {})},
+def launch(processes, *args, check=True):
+    "Run the driver in so many processes of torchrun, which meet at this address; one is started as usual."
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        f"--nproc_per_node={processes}",
+        "--no-python",
+        sys.executable,
+    ]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "-c", DRIVER, *map(str, args)]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("VLKD_") or k == "VLKD_CACHE"}
+    settings = dict(PYTHONPATH=str(ROOT), VLKD_DEVICE="cpu", OMP_NUM_THREADS="1")
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=kept | settings
     )
     if check:
-        assert r.returncode == 0, (r.stdout + r.stderr)[-4000:]
-    return r
-
-
-WHOLE, ONCE, DROP, AGAIN = (
-    "nst+crd/steps=6",
-    "nst+crd/steps=6/save=2/stop=5",
-    "nst+crd/steps=6/drop=.1",
-    "nst+crd/steps=6/drop=.1/save=2/stop=5/again=1",
-)
-BEST, SHARDED = (
-    ("info_nce/steps=6/eval=2", "hinge/steps=6/eval=2"),
-    (
-        "nst+crd/steps=6/save=2/stop=5/again=1/fsdp=true",
-        "mlm/accumulate=2/fsdp=true",
-        "info_nce/steps=6/eval=2/fsdp=true",
-    ),
-)
+        assert ended.returncode == 0, (ended.stdout + ended.stderr)[-4000:]
+    return ended
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    d = tmp_path_factory.mktemp("alone")
-    launch(1, d, " ".join([*CASES, WHOLE, *BEST]))
-    return d
+    folder = tmp_path_factory.mktemp("alone")
+    launch(1, folder, " ".join([*CASES, COMPLETE, *BEST]))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    d = tmp_path_factory.mktemp("together")
-    r = launch(
-        2, d, " ".join([*CASES, *(f"{c}/accumulate=2" for c in APART), ONCE, DROP, AGAIN, *BEST, *SHARDED])
-    )
-    (d / "said").write_text(r.stdout)
-    return d
+    folder = tmp_path_factory.mktemp("together")
+    accumulated = [f"{case}/accumulate=2" for case in MEANS]
+    cases = [*CASES, *accumulated, STOPPED, DROPOUT, RESUMED, *BEST, *SHARDED]
+    (folder / "printed").write_text(launch(2, folder, " ".join(cases)).stdout)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def in_parts(tmp_path_factory):
-    d = tmp_path_factory.mktemp("parts")
-    launch(1, d, " ".join(f"{c}/accumulate=4" for c in APART))
-    return d
+def micro_batches(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("micro-batches")
+    launch(1, folder, " ".join(f"{case}/accumulate=4" for case in MEANS))
+    return folder
 
 
-def name(case):  # of its files
+def stem(case):  # of its files
     return case.replace("/", ",")
 
 
-def same(a, b, tol=1e-9, only=""):
-    with np.load(a) as x, np.load(b) as y:
-        keys = [k for k in x if k.startswith(only)]
-        assert (
-            keys == [k for k in y if k.startswith(only)]
-            and len(keys) > 9
-            and (only or sum(k.startswith("g2.") for k in x) > 5)
-        )
-        for k in keys:
-            if k.endswith("_extra_state"):
-                assert np.array_equal(x[k], y[k]), k
-                continue
-            scale = max(abs(x[k]).max(), 1e-3)
-            assert np.allclose(x[k], y[k], rtol=0, atol=tol * scale), (k, abs(x[k] - y[k]).max(), scale)
+def weights(folder, case, rank=0):
+    "Final weights and the gradients of all steps that a process has kept."
+    with np.load(folder / f"{stem(case)}.{rank}.npz") as file:
+        return dict(file)
+
+
+def report(folder, case, rank=0):
+    return json.loads((folder / f"{stem(case)}.{rank}.json").read_text())
+
+
+def assert_same(a, b, only=""):
+    names = [name for name in a if name.startswith(only)]
+    assert names == [name for name in b if name.startswith(only)] and len(names) > 9
+    if not only:
+        assert sum(name.startswith("g2.") for name in names) > 5, "the third step has no gradients"
+    for name in names:
+        if name.endswith("_extra_state"):
+            assert np.array_equal(a[name], b[name]), name
+        else:
+            largest = max(abs(a[name]).max(), 1e-3)
+            difference = abs(a[name] - b[name]).max()
+            assert difference <= 1e-9 * largest, (name, difference, largest)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_have_the_gradients_of_one(alone, together, case):
     for rank in (0, 1):
-        same(alone / f"{case}.0.npz", together / f"{case}.{rank}.npz")
-    a, b = (json.loads((d / f"{case}.0.json").read_text())["history"] for d in (alone, together))
-    assert len(a) == 3
-    for x, y in zip(a, b):
-        assert x.keys() == y.keys() and all(np.isclose(x[k], y[k], rtol=1e-5, atol=1e-7) for k in x), (x, y)
+        assert_same(weights(alone, case), weights(together, case, rank))
+    one, two = (report(folder, case)["history"] for folder in (alone, together))
+    assert len(one) == 3
+    for entry, other in zip(one, two, strict=True):
+        assert entry == pytest.approx(other, rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("case", APART)
-def test_parts_of_a_batch_have_its_gradient(alone, together, in_parts, case):
-    same(alone / f"{case}.0.npz", in_parts / f"{case},accumulate=4.0.npz")
-    same(alone / f"{case}.0.npz", together / f"{case},accumulate=2.1.npz")
+@pytest.mark.parametrize("case", MEANS)
+def test_micro_batches_have_the_gradient_of_the_batch(alone, together, micro_batches, case):
+    assert_same(weights(alone, case), weights(micro_batches, f"{case}/accumulate=4"))
+    assert_same(weights(alone, case), weights(together, f"{case}/accumulate=2", rank=1))
 
 
-def test_processes_share_the_draws_in_order(alone, together):
-    for case in ("mlm", "hinge"):
-        a, *parts = [
-            json.loads(f.read_text())["seen"]
-            for f in (alone / f"{case}.0.json", together / f"{case}.0.json", together / f"{case}.1.json")
+@pytest.mark.parametrize("case", ["mlm", "hinge"])
+def test_processes_divide_the_draws_in_order(alone, together, case):
+    seen = report(alone, case)["seen"]
+    first, second = (report(together, case, rank)["seen"] for rank in (0, 1))
+    assert seen == [a + b for a, b in zip(first, second, strict=True)] and len(seen) == 3
+
+
+@pytest.mark.parametrize("case", BEST)
+def test_validation_chooses_the_same_weights(alone, together, case):
+    one, two = (
+        [
+            (entry["step"], entry["eval_loss"])
+            for entry in report(folder, case)["history"]
+            if "eval_loss" in entry
         ]
-        assert a == [x + y for x, y in zip(*parts)] and len(a) == 3
+        for folder in (alone, together)
+    )
+    assert len(one) == 3 and np.allclose(one, two, rtol=1e-6)
+    assert_same(weights(alone, case), weights(together, case, rank=1))
 
 
-def test_validation_chooses_the_same_weights(alone, together):
-    for case in BEST:
-        a, b = (json.loads((d / f"{name(case)}.0.json").read_text())["history"] for d in (alone, together))
-        a, b = ([(h["step"], h["eval_loss"]) for h in x if "eval_loss" in h] for x in (a, b))
-        assert len(a) == 3 and np.allclose(a, b, rtol=1e-6)
-        same(alone / f"{name(case)}.0.npz", together / f"{name(case)}.1.npz")
-
-
-@pytest.mark.parametrize("case, as_one", list(zip(SHARDED, (WHOLE, "mlm", BEST[0]))))
-def test_sharded_weights_train_alike(alone, together, case, as_one):
+@pytest.mark.parametrize("case", SHARDED)
+def test_sharded_weights_train_alike(alone, together, case):
+    only = ""
     if "again" in case:
-        assert f"{case}: resumes from checkpoint-4" in (together / "said").read_text()
-    same(alone / f"{name(as_one)}.0.npz", together / f"{name(case)}.1.npz", only="w." * ("again" in case))
+        assert f"{case}: resumes from checkpoint-4" in (together / "printed").read_text()
+        only = "w."
+    assert_same(weights(alone, SHARDED[case]), weights(together, case, rank=1), only)
 
 
 def test_one_process_writes_and_another_number_goes_on(alone, together, tmp_path):
-    "What rank 1 may not write, it refuses in the script. Two processes stop after step 5; one goes on from step 4, and ends where one alone would have."
-    run = together / name(ONCE)
-    c = sorted((run / "checkpoints").iterdir())
-    assert [p.name for p in c] == ["checkpoint-2", "checkpoint-4"] and not any(
-        checkpoint_problem(p) for p in c
-    )
-    assert {p.name for p in c[1].iterdir()} == {
+    """What rank 1 may not write, it refuses in the driver. Two processes stop after step 5; one goes on from
+    step 4, and ends where one alone would have."""
+    run = together / stem(STOPPED)
+    folders = sorted((run / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["checkpoint-2", "checkpoint-4"]
+    assert not any(checkpoint_problem(folder) for folder in folders)
+    assert {file.name for file in folders[1].iterdir()} == {
         "model.safetensors",
         "optimizer.pt",
         "scheduler.pt",
@@ -331,173 +329,153 @@ def test_one_process_writes_and_another_number_goes_on(alone, together, tmp_path
         "loss_sums.safetensors",
         CHECKSUMS,
     }
-    shutil.copytree(run, tmp_path / name(WHOLE), dirs_exist_ok=True)
-    said = launch(1, tmp_path, WHOLE).stdout
-    assert f"{WHOLE}: resumes from checkpoint-4" in said
-    same(alone / f"{name(WHOLE)}.0.npz", tmp_path / f"{name(WHOLE)}.0.npz", only="w.")
-    assert (
-        json.loads((tmp_path / f"{name(WHOLE)}.0.json").read_text())["seen"]
-        == json.loads((alone / f"{name(WHOLE)}.0.json").read_text())["seen"][4:]
-    )
+    shutil.copytree(run, tmp_path / stem(COMPLETE))
+    assert f"{COMPLETE}: resumes from checkpoint-4" in launch(1, tmp_path, COMPLETE).stdout
+    assert_same(weights(alone, COMPLETE), weights(tmp_path, COMPLETE), only="w.")
+    assert report(tmp_path, COMPLETE)["seen"] == report(alone, COMPLETE)["seen"][4:]
 
 
 def test_dropout_goes_on_as_it_was(together):
-    assert f"{AGAIN}: resumes from checkpoint-4" in (together / "said").read_text()
-    with (
-        np.load(together / f"{name(DROP)}.0.npz") as a,
-        np.load(together / f"{name(AGAIN)}.0.npz") as b,
-        np.load(together / f"{name(AGAIN)}.1.npz") as c,
-    ):
-        keys = [k for k in a if k.startswith("w.")]
-        assert len(keys) > 9 and all(np.array_equal(a[k], b[k]) and np.array_equal(a[k], c[k]) for k in keys)
+    assert f"{RESUMED}: resumes from checkpoint-4" in (together / "printed").read_text()
+    whole = weights(together, DROPOUT)
+    names = [name for name in whole if name.startswith("w.")]
+    assert len(names) > 9
+    for rank in (0, 1):
+        resumed = weights(together, RESUMED, rank)
+        assert all(np.array_equal(whole[name], resumed[name]) for name in names)
 
 
-def test_what_cannot_be_shared_is_refused(tmp_path):
-    r = launch(2, tmp_path, "mlm/batch=7", check=False)
-    assert (
-        r.returncode
-        and "mlm/batch=7: a batch of 7 cannot be divided equally among 2 processes with 1 micro-batches each; make it a multiple of 2, such as 6 or 8"
-        in r.stderr
-    )
-    r = launch(1, tmp_path, "mlm/fsdp=true", check=False)
-    assert (
-        r.returncode
-        and "mlm/fsdp=true: fsdp shards a model over several processes: start them with torchrun" in r.stderr
-    )
-    r = launch(2, tmp_path, "nst+crd/uneven=1", check=False)
-    assert r.returncode and "the process of rank 1 starts with other weights than that of rank 0" in r.stderr
+@pytest.mark.parametrize(
+    "processes, case, message",
+    [
+        (
+            2,
+            "mlm/batch=7",
+            "mlm/batch=7: a batch of 7 cannot be divided equally among 2 processes with 1 micro-batches "
+            "each; make it a multiple of 2, such as 6 or 8",
+        ),
+        (1, "mlm/fsdp=true", "mlm/fsdp=true: fsdp shards a model over several processes"),
+        (2, "nst+crd/uneven=1", "the process of rank 1 starts with other weights than that of rank 0"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(tmp_path, processes, case, message):
+    ended = launch(processes, tmp_path, case, check=False)
+    assert ended.returncode and message in ended.stderr
 
 
 class Bad(Objective):
     "A line whose loss, or only its gradient, is no number at the batch that holds example 5."
 
-    def __init__(self, what, coupled=()):
+    def __init__(self, kind, coupled=()):
         super().__init__()
-        self.w, self.what, self.coupled = nn.Parameter(torch.ones(1)), what, coupled
+        self.weight, self.kind, self.coupled = nn.Parameter(torch.ones(1)), kind, coupled
 
     def forward(self, x):
-        loss = (self.w * x - 3 * x).square().mean()
-        if self.what and (x == 5).any():
-            loss = loss * float("inf") if self.what == "loss" else loss + torch.sqrt(self.w * 0).sum()
+        loss = (self.weight * x - 3 * x).square().mean()
+        if (x == 5).any():
+            if self.kind == "loss":
+                loss = loss * float("inf")
+            if self.kind == "gradient":
+                loss = loss + torch.sqrt(self.weight * 0).sum()
         return dict(loss=loss, line=loss)
 
 
-def line(out, what, **kw):
-    return fit(
-        Bad(what, kw.pop("coupled", ())),
-        lambda items: dict(x=torch.tensor([[float(i)] for i, _ in items])),
-        40,
-        out,
-        **dict(steps=10, batch=4, lr=1e-3, name="line") | kw,
-    )
+def line_batch(items):
+    return dict(x=torch.tensor([[float(example)] for example, _ in items]))
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+def train_line(out, kind="", coupled=(), **changes):
+    settings = dict(steps=10, batch=4, lr=1e-3, name="line")
+    return fit(Bad(kind, coupled), line_batch, 40, out, **settings | changes)
+
+
+def finite_checkpoints(folder):
+    files = (folder / "checkpoints").rglob("model.safetensors")
+    return all(torch.isfinite(load_file(file)["weight"]).all() for file in files)
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
 @pytest.mark.parametrize("at_once", [True, False])
-def test_what_is_not_finite_stops_and_leaves_its_batch(tmp_path, monkeypatch, what, at_once):
-    "`at_once` is what the CPU does; a GPU looks only before something is logged or saved, and makes the batch again."
+def test_what_is_not_finite_stops_and_leaves_its_batch(tmp_path, monkeypatch, kind, at_once):
+    "The CPU looks `at_once`; a GPU only before something is logged or saved, and makes the batch again."
     monkeypatch.setattr(trainer.FiniteGuard, "at_once", at_once)
     draws = ExampleOrder(40, 40, 0)
-    k = next(k for k in range(40) if draws[k][0] == 5)
-    step = k // 4 + 1
-    with pytest.raises(
-        FloatingPointError,
-        match=rf"line: the {what} is not a finite number at step {step}; its batch is saved in .*nonfinite\.safetensors",
-    ):
-        line(tmp_path, what, save_every=1 if at_once else 10, options=dict(accumulate=2))
-    said = read_json(tmp_path / "nonfinite.json")
-    assert (
-        said["what"] == what
-        and said["step"] == step
-        and said["examples"] == [[list(draws[(step - 1) * 4 + 2 * i + j]) for j in (0, 1)] for i in (0, 1)]
-    )
-    kept = load_file(tmp_path / "nonfinite.safetensors")
-    assert [kept[f"{i}.x"].flatten().tolist() for i in (0, 1)] == [
-        [e for e, _ in part] for part in said["examples"]
-    ]
-    assert all(
-        torch.isfinite(load_file(f)["w"]).all() for f in (tmp_path / "checkpoints").rglob("model.safetensors")
-    )
+    step = next(k for k in range(40) if draws[k][0] == 5) // 4 + 1
+    message = rf"line: the {kind} is not a finite number at step {step}; .*nonfinite\.safetensors"
+    with pytest.raises(FloatingPointError, match=message):
+        train_line(tmp_path, kind, save_every=1 if at_once else 10, options=dict(accumulate=2))
+    left = read_json(tmp_path / "nonfinite.json")
+    first = 4 * (step - 1)
+    examples = [[list(draws[k]) for k in (first + i, first + i + 1)] for i in (0, 2)]
+    assert (left["what"], left["step"], left["examples"]) == (kind, step, examples)
+    batch = load_file(tmp_path / "nonfinite.safetensors")
+    for k, items in enumerate(examples):
+        assert batch[f"{k}.x"].flatten().tolist() == [example for example, _ in items]
+    assert finite_checkpoints(tmp_path)
 
 
 def test_what_is_not_finite_is_never_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.FiniteGuard, "at_once", False)
     with pytest.raises(FloatingPointError):
-        line(tmp_path, "loss", save_every=1, steps=200)
-    assert all(
-        torch.isfinite(load_file(f)["w"]).all() for f in (tmp_path / "checkpoints").rglob("model.safetensors")
-    )
+        train_line(tmp_path, "loss", save_every=1, steps=200)
+    assert finite_checkpoints(tmp_path)
 
 
 def test_options_are_checked(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="accumulate = 2 would change crd, which compare"):
-        line(tmp_path, "", coupled=("crd",), options=dict(accumulate=2))
-    with pytest.raises(
-        ValueError, match="a batch of 4 cannot be divided equally among 1 processes with 3 micro-batches"
-    ):
-        line(tmp_path, "", options=dict(accumulate=3))
-    for k, v in dict(PRECISION="fp8", COMPILE="maybe", ACCUMULATE="0", WORKERS="-1").items():
-        monkeypatch.setenv(f"VLKD_{k}", v)
-        with pytest.raises(ValueError, match=f"VLKD_{k}"):
-            line(tmp_path, "")
-        monkeypatch.delenv(f"VLKD_{k}")
+        train_line(tmp_path, coupled=("crd",), options=dict(accumulate=2))
+    with pytest.raises(ValueError, match="divided equally among 1 processes with 3 micro-batches"):
+        train_line(tmp_path, options=dict(accumulate=3))
+    with pytest.raises(ValueError, match="a batch of 0 is empty"):
+        train_line(tmp_path, batch=0)
+    for name, value in dict(PRECISION="fp8", COMPILE="maybe", ACCUMULATE="0", WORKERS="-1").items():
+        monkeypatch.setenv(f"VLKD_{name}", value)
+        with pytest.raises(ValueError, match=f"VLKD_{name}"):
+            train_line(tmp_path)
+        monkeypatch.delenv(f"VLKD_{name}")
 
 
 def test_workers_make_the_same_batches(tmp_path):
-    x = lambda **kw: torch.tensor(
-        [
-            h["loss"]
-            for h in fit(
-                Bad(""),
-                lambda items: dict(x=torch.tensor([[float(i)] for i, _ in items])),
-                40,
-                tmp_path,
-                steps=10,
-                batch=4,
-                lr=1e-3,
-                **kw,
-            )
-        ]
+    alone, workers = (
+        [entry["loss"] for entry in train_line(tmp_path, options=dict(workers=n))] for n in (0, 2)
     )
-    assert torch.equal(x(), x(options=dict(workers=2)))
+    assert alone == workers
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_training_has_the_same_losses(tmp_path):
-    "Sentences of several lengths, of a batch and of the teacher; `graphs` makes CUDA graphs on a GPU only."
+@pytest.fixture
+def compiled_losses(tmp_path):
+    "A function that trains with options, and gives the losses and the number of compiled graphs."
     from torch._dynamo.utils import counters
 
     from vlkd.core.settings import scale
     from vlkd.models.bert import language_model
-    from vlkd.train.sources import TabletopSource
+    from vlkd.train.sources import TabletopData
     from vlkd.train.text_student import StudentObjective, text_collator
 
     s = scale("smoke", dropout=0.0, batch=8, crd_bank=64, crd_negatives=40)
-    d = TabletopSource(s, 101)
-    seen = {}
+    data = TabletopData(s, 101)
 
-    def losses(**options):
-        o = StudentObjective(
-            language_model(s, d.tokenizer, 1), language_model(s, d.tokenizer, 2).eval(), "nst+crd", s=s
-        )
+    def train(**options):
+        lm, teacher = (language_model(s, data.tokenizer, seed) for seed in (1, 2))
+        objective = StudentObjective(lm, teacher.eval(), "nst+crd", s=s)
+        collate = text_collator(data.tokens, data.tokenizer, s, 0)
         counters.clear()
         torch.compiler.reset()
-        h = fit(
-            o,
-            text_collator(d.tokens, d.tokenizer, s, 0),
-            len(d.tokens.lengths),
-            tmp_path / str(options),
-            steps=4,
-            batch=8,
-            lr=1e-3,
-            options=options,
-        )
-        seen[str(options)] = counters["stats"]["unique_graphs"]
-        return [[x[k] for k in ("loss", "mlm", "nst", "crd", "grad_norm")] for x in h]
+        settings = dict(steps=4, batch=8, lr=1e-3, options=options)
+        history = fit(objective, collate, len(data.tokens), tmp_path / str(options), **settings)
+        names = ("loss", "mlm", "nst", "crd", "grad_norm")
+        return [[entry[name] for name in names] for entry in history], counters["stats"]["unique_graphs"]
 
-    want = losses()
-    assert len(want) == 4 and seen["{}"] == 0
-    for lever in ("compile", "graphs"):
-        assert np.allclose(losses(**{lever: True}), want, rtol=1e-4) and seen[str({lever: True})] >= 2, seen
+    return train
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_training_has_the_same_losses(compiled_losses):
+    "Sentences of several lengths, of a batch and of the teacher; `graphs` makes CUDA graphs on a GPU only."
+    losses, graphs = compiled_losses()
+    assert len(losses) == 4 and graphs == 0
+    for option in ("compile", "graphs"):
+        compiled, graphs = compiled_losses(**{option: True})
+        assert np.allclose(compiled, losses, rtol=1e-4) and graphs >= 2
     with pytest.raises(ValueError, match="graphs and compile cannot be had together"):
-        losses(graphs=True, compile=True)
+        compiled_losses(graphs=True, compile=True)

@@ -1,4 +1,4 @@
-"Fine-tuning on every task through one function: one frame of records, clear errors, and nothing trained before all data are there."
+"Fine-tuning on every task through one function: one frame of records, clear errors, all data read first."
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ from vlkd.data.squad import evaluate_squad
 from vlkd.data.tasks import CATEGORIES
 from vlkd.eval.stats import accuracy_table, check_examples, paired_difference
 from vlkd.models.bert import language_model, save_model
-from vlkd.train import finetune as language
+from vlkd.train import finetune
 from vlkd.train.finetune import answers, classifier, finetune_all
 from vlkd.train.sources import PublicSource, load_data
 from vlkd.train.squad import squad_summary
@@ -20,137 +20,158 @@ EVERY = ["sst2", "qnli", "qqp", "mnli", "piqa", "tracie", "squad1", "squad2", "s
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    data = load_data(scale("smoke"), 101)
-    d = tmp_path_factory.mktemp("small")
-    return data, save_model(d / "m", language_model(data.s, data.tokenizer, 0), data.tokenizer), d
+def data():
+    return load_data(scale("smoke"), 101)
 
 
 @pytest.fixture(scope="module")
-def every(small):
-    data, m, d = small
-    return finetune_all(m, data, d / "out", seed=3, run="text", tasks=EVERY)
+def folder(data, tmp_path_factory):
+    "An untrained student."
+    lm = language_model(data.s, data.tokenizer, 0)
+    return save_model(tmp_path_factory.mktemp("student") / "student", lm, data.tokenizer)
 
 
-def test_one_frame(small, every, tmp_path):
-    data, m, d = small
-    check_examples(every)
-    counts = every.task.value_counts(sort=False).to_dict()
-    assert counts == dict.fromkeys(
-        ["sst2", "qnli", "qqp", "mnli", "diagnostics", "piqa", "tracie", "squad1", "squad2", "swag"], 100
-    ) and list(counts) == list(every.task.unique())
-    assert every.right.dtype == bool and every.label.dtype.kind == every.prediction.dtype.kind == "i"
-    record(tmp_path, {}, examples=every)
-    back = Run(tmp_path).examples
-    check_examples(back)
-    pd.testing.assert_frame_equal(back, every, check_dtype=False)
-    assert len(accuracy_table(back)) == 10 and paired_difference(back, back.assign(run="again"))["diff"] == 0
-    spans = every.task.isin(["squad1", "squad2"])
-    assert (
-        every[spans].sure.isna().all()
-        and every[~spans].said.isna().all()
-        and every.sure[~spans].between(0, 1).all()
-    )
+@pytest.fixture(scope="module")
+def records(data, folder, tmp_path_factory):
+    return finetune_all(folder, data, tmp_path_factory.mktemp("every"), seed=3, run="text", tasks=EVERY)
 
 
-def test_span_records(small, every):
-    data = small[0]
-    for t in ("squad1", "squad2"):
-        r, q = every[every.task == t].reset_index(drop=True), data.task(t, "test")
-        e = squad_summary(q, r)
-        assert r.id.tolist() == q.id.tolist() and r.answer.tolist() == [
-            a[0] if len(a) else "" for a in q.answers
-        ]
-        assert np.isclose(
-            [e["exact"], e["f1"]], [100 * r.right.mean(), 100 * r.f1.mean()]
-        ).all() and np.isclose(e.get("best_exact", e["exact"]), 100 * r.best_exact.mean())
-        assert e == evaluate_squad(
-            q, r.span.tolist(), None if t == "squad1" else r.no_answer.tolist(), 1.0 if t == "squad1" else 0.5
-        )
-        assert (r.said[r.no_answer > 0.5] == "").all() or t == "squad1"
+def of_task(records, task):
+    return records[records.task == task].reset_index(drop=True)
 
 
-def test_diagnostics_are_answered_by_mnli_alone(small, every, monkeypatch):
-    data, m, d = small
-    x = every[every.task == "diagnostics"].reset_index(drop=True)
-    q = data.task("diagnostics", "test")
-    assert x.category.tolist() == q.category.tolist() and set(x.category) == set(CATEGORIES)
-    assert (
-        category_scores(x, x.prediction).accuracy["all"] == 100 * x.right.mean()
-        and every.category[every.task != "diagnostics"].isna().all()
-    )
-    trained = []
-    fit = language.fit
-    monkeypatch.setattr(language, "fit", lambda o, *a, **k: (trained.append(k["name"]), fit(o, *a, **k))[1])
-    only = finetune_all(m, data, d / "only", seed=3, run="text", tasks=["diagnostics"])
+def test_one_frame(records, tmp_path):
+    check_examples(records)
+    expected = [*EVERY[:4], "diagnostics", *EVERY[4:]]
+    assert list(records.task.unique()) == expected
+    assert (records.task.value_counts() == 100).all()
+    assert records.right.dtype == bool and records.label.dtype.kind == records.prediction.dtype.kind == "i"
+    record(tmp_path, {}, examples=records)
+    read = Run(tmp_path).examples
+    check_examples(read)
+    pd.testing.assert_frame_equal(read, records, check_dtype=False)
+    assert len(accuracy_table(read)) == 10
+    assert paired_difference(read, read.assign(run="again"))["diff"] == 0
+    spans = records.task.isin(["squad1", "squad2"])
+    assert records[spans].sure.isna().all() and records[~spans].said.isna().all()
+    assert records.sure[~spans].between(0, 1).all()
+
+
+@pytest.mark.parametrize("task", ["squad1", "squad2"])
+def test_span_records(data, records, task):
+    rows, questions = of_task(records, task), data.task(task, "test")
+    scores = squad_summary(questions, rows)
+    assert rows.id.tolist() == questions.id.tolist()
+    assert rows.answer.tolist() == [texts[0] if len(texts) else "" for texts in questions.answers]
+    assert scores["exact"] == pytest.approx(100 * rows.right.mean())
+    assert scores["f1"] == pytest.approx(100 * rows.f1.mean())
+    assert scores.get("best_exact", scores["exact"]) == pytest.approx(100 * rows.best_exact.mean())
+    spans, no_answer = rows.span.tolist(), rows.no_answer.tolist()
+    if task == "squad1":
+        assert scores == evaluate_squad(questions, spans)
+    else:
+        assert scores == evaluate_squad(questions, spans, no_answer, 0.5)
+        assert (rows.said[rows.no_answer > 0.5] == "").all()
+
+
+def test_diagnostics_are_answered_by_mnli_alone(data, folder, records, monkeypatch, tmp_path):
+    rows, questions = of_task(records, "diagnostics"), data.task("diagnostics", "test")
+    assert rows.category.tolist() == questions.category.tolist() and set(rows.category) == set(CATEGORIES)
+    assert category_scores(rows, rows.prediction).accuracy["all"] == 100 * rows.right.mean()
+    assert records.category[records.task != "diagnostics"].isna().all()
+    trained, fit = [], finetune.fit
+
+    def noted_fit(*args, **settings):
+        trained.append(settings["name"])
+        return fit(*args, **settings)
+
+    monkeypatch.setattr(finetune, "fit", noted_fit)
+    only = finetune_all(folder, data, tmp_path, seed=3, run="text", tasks=["diagnostics"])
     assert trained == ["text mnli"]
-    pd.testing.assert_frame_equal(only, x[only.columns], check_dtype=False)  # without mnli's own rows
-    assert set(finetune_all(m, data, d / "default", seed=3, run="text").task) == set(
-        data.tasks
-    )  # nothing more than before where nothing is asked for
+    pd.testing.assert_frame_equal(only, rows[only.columns], check_dtype=False)  # without mnli's own rows
 
 
-def test_two_classes_of_three(small):
-    data, m, d = small
-    o = classifier(m, "mnli", 0)
-    q = data.task("diagnostics", "test")
-    two = q.assign(label=(q.label != 0).astype(int))
-    a, b = (answers(o, data.tokenizer, t, x, data.s) for t, x in (("diagnostics", q), ("axb", two)))
-    assert (
-        (b.prediction == (a.prediction != 0)).all()
-        and np.allclose(b.sure[q.label == 0], a.sure[q.label == 0])
-        and set(b.label) == {0, 1}
+def test_without_names_the_tasks_of_the_data_are_run(data, folder, tmp_path):
+    assert set(finetune_all(folder, data, tmp_path, seed=3, run="text").task) == set(data.tasks)
+
+
+def test_two_classes_of_three(data, folder):
+    objective, questions = classifier(folder, "mnli", 0), data.task("diagnostics", "test")
+    two = questions.assign(label=(questions.label != 0).astype(int))
+    a, b = (
+        answers(objective, data.tokenizer, task, test, data.s)
+        for task, test in (("diagnostics", questions), ("axb", two))
     )
+    entailed = questions.label == 0
+    assert (b.prediction == (a.prediction != 0)).all() and set(b.label) == {0, 1}
+    assert np.allclose(b.sure[entailed], a.sure[entailed])
 
 
-def test_mistakes(small, monkeypatch, tmp_path):
-    data, m, d = small
-    monkeypatch.setattr(language, "fit", lambda *a, **k: pytest.fail("trained before all data were there"))
-    for tasks, error, says in (
+@pytest.mark.parametrize(
+    "tasks, error, message",
+    [
         (["sst2", "swga"], ValueError, "unknown task 'swga'; did you mean 'swag'"),
         (["squad"], ValueError, "did you mean 'squad[12]'"),
         ([], ValueError, "no tasks"),
         (["sst2", "axb"], FileNotFoundError, "Tabletop has no questions of 'axb'"),
-    ):
-        with pytest.raises(error, match=says):
-            finetune_all(m, data, tmp_path, tasks=tasks)
+        (["sst2", "swag"], FileNotFoundError, "no train.csv"),
+    ],
+)
+def test_mistakes(data, folder, monkeypatch, tmp_path, tasks, error, message):
+    "Nothing is trained before all data are there."
 
     class Lacking(type(data)):
-        def task(self, name, split):
-            if (name, split) == ("swag", "train"):
+        def task(self, task, split="test"):
+            if (task, split) == ("swag", "train"):
                 raise FileNotFoundError("no train.csv")
-            return super().task(name, split)
+            return super().task(task, split)
 
-    with pytest.raises(FileNotFoundError, match="no train.csv"):
-        finetune_all(m, Lacking(data.s, 101), tmp_path, tasks=["sst2", "swag"])
+    def no_fit(*args, **settings):
+        pytest.fail("trained before all data were there")
+
+    monkeypatch.setattr(finetune, "fit", no_fit)
+    with pytest.raises(error, match=message):
+        finetune_all(folder, Lacking(data.s, 101), tmp_path, tasks=tasks)
 
 
-def test_what_tabletop_gives(small):
-    data = small[0]
-    w = data.world
-    for t in EVERY + ["diagnostics"]:
-        pd.testing.assert_frame_equal(data.task(t, "dev"), w.task(t, "dev", 60))
-        assert len(data.task(t, "train")) == 200
-    big = load_data(scale("micro"), 101)
-    assert [len(big.task(t, "train")) for t in ("swag", "squad1")] == [4000, 8000] and len(
-        big.task("squad2", "test")
-    ) == 800
+def test_what_tabletop_gives(data):
+    for task in [*EVERY, "diagnostics"]:
+        pd.testing.assert_frame_equal(data.task(task, "dev"), data.world.task(task, "dev", 60))
+        assert len(data.task(task, "train")) == 200
+    micro = load_data(scale("micro"), 101)
+    sizes = dict(swag=4000, squad1=8000)
+    assert {task: len(micro.task(task, "train")) for task in sizes} == sizes
+    assert len(micro.task("squad2", "test")) == 800
     with pytest.raises(ValueError, match="train, dev or test"):
         data.task("swag", "deb")
 
 
-def test_what_real_folders_give(data):
-    d = PublicSource(scale("real"), 1)
-    for t, n in dict(mnli=1000, mnli_mm=1000, swag=11, axb=1104).items():
-        assert len(d.task(t, "test")) == n
-    for t, split, says in (
+@pytest.fixture
+def public():
+    from vlkd.core.settings import data_dir
+
+    if data_dir(need=False) is None:
+        pytest.skip("VLKD_DATA is not set")
+    return PublicSource(scale("real"), 1)
+
+
+def test_what_real_folders_give(public):
+    for task, n in dict(mnli=1000, mnli_mm=1000, swag=11, axb=1104).items():
+        assert len(public.task(task, "test")) == n
+    with pytest.raises(ValueError, match="unknown task 'mnil'; did you mean"):
+        public.task("mnil", "test")
+    assert public.tasks == ("sst2", "qnli", "piqa", "tracie")
+
+
+@pytest.mark.parametrize(
+    "task, split, message",
+    [
         ("swag", "train", "train.csv"),
         ("squad2", "train", "train-v2.0.json"),
         ("mnli", "train", "no train data for 'mnli'.*train.tsv"),
         ("qqp", "test", "no dev data for 'qqp'.*glue_qqp is not a folder"),
-    ):
-        with pytest.raises(FileNotFoundError, match=says):
-            d.task(t, split)
-    with pytest.raises(ValueError, match="unknown task 'mnil'; did you mean"):
-        d.task("mnil", "test")
-    assert d.tasks == ("sst2", "qnli", "piqa", "tracie")
+    ],
+)
+def test_missing_files_are_named(public, task, split, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        public.task(task, split)

@@ -1,9 +1,10 @@
-"Trainings that are killed and started again, checkpoints that are not whole, and what a world may say."
+"Trainings that are killed and started again, checkpoints that are incomplete, and what a world states."
 
 import os
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,17 +16,24 @@ from torch import nn
 
 from vlkd.core.files import CHECKSUMS, write_checksums
 from vlkd.core.settings import scale
-from vlkd.data.text import train_tokenizer
-from vlkd.models.bert import language_model
+from vlkd.data.text import VideoText, tokenize, train_tokenizer
+from vlkd.models.bert import hidden_states, language_model, load_model
 from vlkd.models.video_text import Teacher
 from vlkd.tabletop.language import OUTCOME_PHRASES, PLACE
 from vlkd.tabletop.nouns import CLASSES, EVENTS, SHAPES
 from vlkd.tabletop.world import World
 from vlkd.train.sources import TabletopSource
-from vlkd.train.text_student import StudentObjective, text_collator
+from vlkd.train.text_student import (
+    DISTILLATION_FILE,
+    StudentObjective,
+    load_distillation,
+    save_distillation,
+    text_collator,
+)
 from vlkd.train.trainer import Objective, check_trainable, fit
 from vlkd.train.video_teacher import TeacherObjective, video_text_collator
 
+SETTINGS = scale("smoke", dropout=0.1)
 ROOT = Path(__file__).resolve().parent.parent
 
 # Teacher, then student, in one process. "teacher:23" kills it after step 23 of the teacher,
@@ -44,7 +52,7 @@ from vlkd.models.bert import save_model
 from vlkd.models.video_text import Teacher
 from vlkd.train import trainer
 from vlkd.train.sources import TabletopSource
-from vlkd.train.text_student import train_student
+from vlkd.train.text_student import save_distillation, train_student
 from vlkd.train.video_teacher import train_teacher
 
 
@@ -94,6 +102,7 @@ else:
     teacher.save(done, data.tokenizer)
 student, _ = train_student(data, out / "student", teacher=teacher, kd="nst+crd", preset="micro")
 save_model(out / "bert", student.lm, data.tokenizer)
+save_distillation(student, out / "bert")
 models = dict(teacher=teacher, student=student)
 np.savez(
     out / "end.npz",
@@ -114,77 +123,111 @@ def drive(out, kill=":"):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    "Where a run that nobody stopped has left its results."
-    d = tmp_path_factory.mktemp("whole")
-    r = drive(d)
-    assert r.returncode == 0, r.stderr[-2000:]
-    return d, r.stdout
+def undisturbed(tmp_path_factory):
+    "The results of a run that nothing stopped, and what it printed."
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ended = drive(folder)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return folder, ended.stdout
 
 
-def test_killed_training_ends_as_if_nothing_had_happened(whole, tmp_path):
-    ref, said = whole
-    early = int(re.search(r"teacher ends at (\d+)", said)[1])
-    t, s = random.choice(range(11, early)), random.choice(range(11, 40))
-    kills = [f"teacher:{t}", f"student:{s}", "student:checksums", ":"]
-    for kill, at in zip(
-        kills, ([], [(t - 1) // 10 * 10], [(s - 1) // 10 * 10], [30])
-    ):  # a step ends before its checkpoint is written
-        r = drive(tmp_path, kill)
-        assert r.returncode == (0 if kill == ":" else -9), f"{kills}, {kill}: {r.stderr[-2000:]}"
-        assert [int(n) for n in re.findall(r"resumes from checkpoint-(\d+)", r.stdout)] == at, (
-            f"{kills}, {kill}: {r.stdout}"
-        )
-    assert "checkpoint-40 is left out: it was not finished" in r.stdout
-    with np.load(ref / "end.npz") as a, np.load(tmp_path / "end.npz") as b:
-        assert set(a) == set(b) and {
-            "student.terms.crd.loss.memory_v1",
-            "student.terms.crd.loss.seen",
-            "student.terms.crd.loss._extra_state",
-        } <= set(a)
-        assert int(a["student.terms.crd.loss.seen"]) > 64, "the queue was never full"
-        assert [k for k in a if not np.array_equal(a[k], b[k])] == [], f"killed at {kills}"
+def test_killed_training_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
+    reference, printed = undisturbed
+    last = int(re.search(r"teacher ends at (\d+)", printed)[1])
+    teacher_step, student_step = random.choice(range(11, last)), random.choice(range(11, 40))
+    kills = {  # when -> the checkpoints from which it resumes; a step ends before its checkpoint is written
+        f"teacher:{teacher_step}": [],
+        f"student:{student_step}": [(teacher_step - 1) // 10 * 10],
+        "student:checksums": [(student_step - 1) // 10 * 10],
+        ":": [30],
+    }
+    for kill, resumed in kills.items():
+        ended = drive(tmp_path, kill)
+        assert ended.returncode == (0 if kill == ":" else -9), f"{kills}, {kill}: {ended.stderr[-2000:]}"
+        found = [int(step) for step in re.findall(r"resumes from checkpoint-(\d+)", ended.stdout)]
+        assert found == resumed, f"{kills}, {kill}: {ended.stdout}"
+    assert "checkpoint-40 is left out: it was not finished" in ended.stdout
+    with np.load(reference / "end.npz") as whole, np.load(tmp_path / "end.npz") as resumed:
+        crd = "student.terms.crd.loss"
+        assert set(whole) == set(resumed)
+        assert {f"{crd}.memory_v1", f"{crd}.seen", f"{crd}._extra_state"} <= set(whole)
+        assert int(whole[f"{crd}.seen"]) > 64, "the queue was never full"
+        different = [name for name in whole if not np.array_equal(whole[name], resumed[name])]
+        assert different == [], f"killed at {kills}"
+
+
+def test_files_of_a_student_have_normal_permissions(undisturbed):
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [file for file in (undisturbed[0] / "bert").iterdir() if file.is_file()]
+    assert {"model.safetensors", "distillation.safetensors"} <= {file.name for file in files}
+    assert {file.name: file.stat().st_mode & 0o777 for file in files} == {
+        file.name: 0o666 & ~umask for file in files
+    }
+
+
+def test_equal_students_have_equal_files(undisturbed, tmp_path):
+    "Metadata have no order of their own: what two processes write differs in nothing."
+    folder = undisturbed[0] / "bert"
+    written = {(folder / DISTILLATION_FILE).read_bytes()}
+    for k in range(5):
+        shutil.copytree(folder, tmp_path / str(k))
+        student, _ = load_distillation(folder, load_model(folder)[0], SETTINGS)
+        written.add(save_distillation(student, tmp_path / str(k)).read_bytes())
+    assert len(written) == 1
 
 
 WITHOUT = """
 import sys
-class Hide: # torchvision's CUDA wheel does not import beside a CPU torch, and nothing here needs it
-    def __init__(self, f): self.f = f
-    def __getattr__(self, k): return getattr(self.f, k)
-    def find_spec(self, name, *a, **k): return None if name.split('.')[0] in ("torchvision", "vlkd") else self.f.find_spec(name, *a, **k)
-sys.meta_path = [Hide(f) for f in sys.meta_path]
-import numpy as np, torch
+
+
+class Hide:  # torchvision's CUDA wheel does not import beside a CPU torch, and nothing here needs it
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *args, **kw):
+        hidden = name.split(".")[0] in ("torchvision", "vlkd")
+        return None if hidden else self.finder.find_spec(name, *args, **kw)
+
+
+sys.meta_path = [Hide(finder) for finder in sys.meta_path]
+import numpy as np
+import torch
 from transformers import AutoTokenizer, BertModel
-m, tok = BertModel.from_pretrained(sys.argv[1]).eval(), AutoTokenizer.from_pretrained(sys.argv[1])
-x = tok(["the girl dropped the kettle", "where is it ?"], padding=True, return_tensors="pt")
-with torch.no_grad(): np.savez(sys.argv[2], ids=x["input_ids"], mask=x["attention_mask"], states=m(**x).last_hidden_state)
-assert not any(k.split(".")[0] == "vlkd" for k in sys.modules)
+
+model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (BertModel, AutoTokenizer))
+batch = tokenizer(["the girl dropped the kettle", "where is it ?"], padding=True, return_tensors="pt")
+with torch.no_grad():
+    states = model.eval()(**batch).last_hidden_state
+np.savez(sys.argv[2], ids=batch["input_ids"], mask=batch["attention_mask"], states=states)
+assert not any(name.split(".")[0] == "vlkd" for name in sys.modules)
 """
 
 
-def test_student_loads_with_transformers_alone(whole, tmp_path):
-    r = subprocess.run(
-        [sys.executable, "-c", WITHOUT, str(whole[0] / "bert"), str(tmp_path / "x.npz")],
+def test_student_loads_with_transformers_alone(undisturbed, tmp_path):
+    folder, _ = undisturbed
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT, str(folder / "bert"), str(tmp_path / "states.npz")],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert r.returncode == 0, r.stderr[-2000:]
-    from vlkd.models.bert import hidden_states, load_model
-
-    lm, tok = load_model(whole[0] / "bert")
-    x = np.load(tmp_path / "x.npz")
-    ids, mask = torch.from_numpy(x["ids"]), torch.from_numpy(x["mask"]).bool()
-    assert tok.decode(ids[0]) == "[CLS] the girl dropped the kettle [SEP]"
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    lm, tokenizer = load_model(folder / "bert")
+    with np.load(tmp_path / "states.npz") as file:
+        ids, mask, wanted = (torch.from_numpy(file[name]) for name in ("ids", "mask", "states"))
+    mask = mask.bool()
+    assert tokenizer.decode(ids[0]) == "[CLS] the girl dropped the kettle [SEP]"
     with torch.no_grad():
         states = hidden_states(lm.eval(), ids, mask)
-    assert torch.allclose(states[mask], torch.from_numpy(x["states"])[mask], atol=1e-5)
-    with np.load(whole[0] / "end.npz") as end:
-        assert np.array_equal(
-            end["student.lm.bert.embeddings.word_embeddings.weight"],
-            lm.bert.embeddings.word_embeddings.weight.detach(),
-        )
+    assert torch.allclose(states[mask], wanted[mask], atol=1e-5)
+    with np.load(folder / "end.npz") as end:
+        words = end["student.lm.bert.embeddings.word_embeddings.weight"]
+    assert np.array_equal(words, lm.bert.embeddings.word_embeddings.weight.detach())
 
 
 class Line(Objective):
@@ -192,101 +235,102 @@ class Line(Objective):
 
     def __init__(self):
         super().__init__()
-        self.w, self.drop = nn.Parameter(torch.zeros(4)), nn.Dropout(0.5)
+        self.weight, self.drop = nn.Parameter(torch.zeros(4)), nn.Dropout(0.5)
 
     def forward(self, x, y):
-        return dict(loss=((self.drop(x) * self.w).sum(1) - y).square().mean())
+        return dict(loss=((self.drop(x) * self.weight).sum(1) - y).square().mean())
 
 
 class Stop(Exception):
     pass
 
 
-def line(out, stop=None, steps=30, **kw):
+def train_line(out, stop=None, steps=30, **settings):
     "Train a line for 30 steps of 4; `stop` breaks off at that batch, which is made a step ahead."
-    made = [0]
+    batches = 0
 
     def collate(items):
-        made[0] += 1
-        if made[0] == stop:
+        nonlocal batches
+        batches += 1
+        if batches == stop:
             raise Stop
-        i = torch.tensor([k for k, _ in items])
-        x = torch.stack([torch.sin(i * (j + 1.0)) for j in range(4)], 1)
+        examples = torch.tensor([example for example, _ in items])
+        x = torch.stack([torch.sin(examples * (k + 1.0)) for k in range(4)], 1)
         return dict(x=x, y=x.sum(1))
 
     torch.manual_seed(0)
-    o = Line()
-    history = fit(o, collate, 20, out, steps=steps, batch=4, lr=0.05, save_every=10, name="line", **kw)
-    return o.w.detach().clone(), history
+    line = Line()
+    settings = dict(steps=steps, batch=4, lr=0.05, save_every=10, name="line") | settings
+    history = fit(line, collate, 20, out, **settings)
+    return line.weight.detach().clone(), history
 
 
 @pytest.fixture
 def broken_off(tmp_path):
     "A training that ended between step 20 and step 30, its checkpoints, and what it should have come to."
-    want, _ = line(tmp_path / "whole")
+    wanted, _ = train_line(tmp_path / "whole")
     with pytest.raises(Stop):
-        line(tmp_path / "run", stop=27)
-    c = tmp_path / "run" / "checkpoints"
-    assert sorted(p.name for p in c.iterdir()) == ["checkpoint-10", "checkpoint-20"]
-    return tmp_path / "run", c, want
+        train_line(tmp_path / "run", stop=27)
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-10", "checkpoint-20"]
+    return tmp_path / "run", folder, wanted
 
 
 @pytest.mark.parametrize(
-    "file, what, says",
+    "file, change, message",
     [
-        ("optimizer.pt", "cut", r"optimizer.pt was changed after it was saved"),
+        ("optimizer.pt", "cut", "optimizer.pt was changed after it was saved"),
         ("model.safetensors", "cut", "model.safetensors was changed after it was saved"),
-        ("model.safetensors", "gone", "model.safetensors is missing"),
-        ("optimizer.pt", "gone", "optimizer.pt is missing"),
-        (CHECKSUMS, "gone", "it was not finished"),
+        ("model.safetensors", "removed", "model.safetensors is missing"),
+        ("optimizer.pt", "removed", "optimizer.pt is missing"),
+        (CHECKSUMS, "removed", "it was not finished"),
         (CHECKSUMS, "cut", "checksums.json is not valid JSON"),
     ],
 )
-def test_damaged_checkpoint_is_left_out_by_name(broken_off, capsys, file, what, says):
-    run, c, want = broken_off
-    f = c / "checkpoint-20" / file
-    whole = f.read_bytes()
-    f.unlink() if what == "gone" else f.write_bytes(whole[: len(whole) // 2])
-    got, _ = line(run)
-    said = capsys.readouterr().out
-    left_out = re.search("checkpoint checkpoint-20 is left out: (.*)", said)[1]
-    assert says in left_out and "resumes from checkpoint-10" in said
-    assert torch.equal(got, want)
+def test_damaged_checkpoint_is_left_out_by_name(broken_off, capsys, file, change, message):
+    run, folder, wanted = broken_off
+    path = folder / "checkpoint-20" / file
+    content = path.read_bytes()
+    path.unlink()
+    if change == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    weight, _ = train_line(run)
+    printed = capsys.readouterr().out
+    assert message in re.search("checkpoint checkpoint-20 is left out: (.*)", printed)[1]
+    assert "resumes from checkpoint-10" in printed and torch.equal(weight, wanted)
 
 
-def test_whole_checkpoint_is_used(broken_off, capsys):
-    run, _, want = broken_off
-    got, _ = line(run)
-    assert "resumes from checkpoint-20" in capsys.readouterr().out and torch.equal(got, want)
+def test_complete_checkpoint_is_used(broken_off, capsys):
+    run, _, wanted = broken_off
+    weight, _ = train_line(run)
+    assert "resumes from checkpoint-20" in capsys.readouterr().out and torch.equal(weight, wanted)
 
 
 class Payload:
-    def __init__(self, f):
-        self.f = f
+    def __init__(self, mark):
+        self.mark = mark
 
     def __reduce__(self):
-        return os.mkdir, (str(self.f),)
+        return os.mkdir, (str(self.mark),)
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_no_pickle_is_run(broken_off, tmp_path, file):
     "The checksums are right, so that nothing but `weights_only` stands between the file and its code."
-    run, c, _ = broken_off
-    folder, f = c / "checkpoint-20", tmp_path / "ran"
+    run, checkpoints, _ = broken_off
+    folder, mark = checkpoints / "checkpoint-20", tmp_path / "ran"
     assert (folder / file).is_file()
-    torch.save(Payload(f), folder / file)
+    torch.save(Payload(mark), folder / file)
     write_checksums(folder)
     with pytest.raises(pickle.UnpicklingError):
-        line(run)
-    assert not f.exists()
+        train_line(run)
+    assert not mark.exists()
     torch.load(folder / file, weights_only=False)
-    assert f.is_dir(), "the payload is harmless, and the test says nothing"
+    assert mark.is_dir(), "the payload is harmless, and the test shows nothing"
 
 
 def test_checkpoints_hold_no_other_pickles(broken_off):
-    _, c, _ = broken_off
-    names = {p.name for p in (c / "checkpoint-20").iterdir()}
-    assert names <= {
+    assert {file.name for file in (broken_off[1] / "checkpoint-20").iterdir()} <= {
         "model.safetensors",
         "optimizer.pt",
         "scheduler.pt",
@@ -298,20 +342,19 @@ def test_checkpoints_hold_no_other_pickles(broken_off):
 
 
 def test_patience_is_not_forgotten(tmp_path, capsys):
-    "Validation gets worse from the first step on: a run that is stopped in the middle of its patience ends where the other ends."
+    "Validation gets worse from the first step: stopped in the middle of its patience, a run ends as another."
 
     def worse(items):
         return dict(x=torch.ones(len(items), 4), y=torch.full((len(items),), -9.0))
 
-    kw = dict(steps=60, valid=(worse, 8), eval_every=5, patience=3)
-    want, h = line(tmp_path / "whole", **kw)
-    end = max(x["step"] for x in h)
-    assert end == 20
+    settings = dict(steps=60, valid=(worse, 8), eval_every=5, patience=3)
+    wanted, history = train_line(tmp_path / "whole", **settings)
+    assert max(entry["step"] for entry in history) == 20
     with pytest.raises(Stop):
-        line(tmp_path / "run", stop=19, **kw)
-    got, h = line(tmp_path / "run", **kw)
+        train_line(tmp_path / "run", stop=19, **settings)
+    weight, history = train_line(tmp_path / "run", **settings)
     assert "resumes from checkpoint-15" in capsys.readouterr().out
-    assert max(x["step"] for x in h) == end and torch.equal(got, want)
+    assert max(entry["step"] for entry in history) == 20 and torch.equal(weight, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -320,81 +363,66 @@ def small():
 
 
 def teacher_batch(data, n=6):
-    from vlkd.data.text import VideoText, tokenize
-
     captions = data.captions[0][:n]
-    p = VideoText(
-        captions,
-        np.arange(n),
-        np.random.default_rng(0).normal(size=(n, 4, 8)),
-        np.ones((n, 4), bool),
-        np.arange(n),
-        np.arange(0),
-    )
-    return video_text_collator(
-        tokenize(data.tokenizer, captions, data.s.max_tokens), p, np.arange(n), data.tokenizer, data.s, 0
-    )([(k, 0) for k in range(n)])
+    features = np.random.default_rng(0).normal(size=(n, 4, 8))
+    rows = np.arange(n)
+    pairs = VideoText(captions, rows, features, np.ones((n, 4), bool), rows, np.arange(0))
+    tokens = tokenize(data.tokenizer, captions, data.s.max_tokens)
+    collate = video_text_collator(tokens, pairs, rows, data.tokenizer, data.s, 0)
+    return collate([(k, 0) for k in range(n)])
 
 
 def test_video_encoder_off_the_path_is_found(small):
     batch = teacher_batch(small)
-    make = lambda: Teacher(small.s, small.tokenizer, 8, 0)
+
+    def new_teacher():
+        return Teacher(small.s, small.tokenizer, 8, 0)
+
     for contrast in ("hinge", "info_nce"):
-        assert check_trainable(TeacherObjective(make(), contrast), batch)["frozen"] == 0
-    t = make()
-    o = TeacherObjective(t, "none")
-    t.video.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"get no gradient: teacher\.video\."):
-        check_trainable(o, batch)
-    t = make()
-    t.video.forward = torch.no_grad()(t.video.forward)
-    with pytest.raises(ValueError, match=r"get no gradient: teacher\.video\."):
-        check_trainable(TeacherObjective(t, "info_nce"), batch)
-    o = TeacherObjective(make(), "info_nce", freeze_video=True)
-    n = check_trainable(o, batch)
-    assert n["frozen"] == sum(p.numel() for p in o.teacher.video.parameters())
+        assert check_trainable(TeacherObjective(new_teacher(), contrast), batch)["frozen"] == 0
+    unused = TeacherObjective(new_teacher(), "none")
+    unused.teacher.video.requires_grad_(True)
+    detached = TeacherObjective(new_teacher(), "info_nce")
+    detached.teacher.video.forward = torch.no_grad()(detached.teacher.video.forward)
+    for objective in (unused, detached):
+        with pytest.raises(ValueError, match=r"get no gradient: teacher\.video\."):
+            check_trainable(objective, batch)
+    frozen = TeacherObjective(new_teacher(), "info_nce", freeze_video=True)
+    parameters = sum(p.numel() for p in frozen.teacher.video.parameters())
+    assert check_trainable(frozen, batch)["frozen"] == parameters
 
 
 def test_padding_does_not_matter(small):
     torch.manual_seed(0)
-    s = small.s
-    lm, t = (language_model(s, small.tokenizer, k).double().eval() for k in (1, 2))
-    o = (
-        StudentObjective(
-            lm, t, "soft_label+regression+voken+nst+crd+nt_xent", s=s, pool=torch.randn(9, s.hidden).double()
-        )
-        .double()
-        .eval()
-    )
-    tokens = small.tokens
-    rows = [int(k) for k in np.argsort(tokens.lengths, kind="stable")[[0, 5, -9, -1]]]
-    b = text_collator(tokens, small.tokenizer, s, 0)([(k, 0) for k in rows])
-    assert not b["mask"].all() and b["mask"].shape[1] + 3 <= s.max_tokens
+    s, tokens = small.s, small.tokens
+    lm, teacher = (language_model(s, small.tokenizer, seed).double().eval() for seed in (1, 2))
+    pool = torch.randn(9, s.hidden).double()
+    kd = "soft_label+regression+voken+nst+crd+nt_xent"
+    objective = StudentObjective(lm, teacher, kd, s=s, pool=pool).double().eval()
+    by_length = np.argsort(tokens.lengths, kind="stable")
+    rows = [(int(row), 0) for row in by_length[[0, 5, -9, -1]]]
+    batch = text_collator(tokens, small.tokenizer, s, 0)(rows)
+    mask = batch["mask"]
+    assert not mask.all() and mask.shape[1] + 3 <= s.max_tokens
 
-    def garbage(x):
-        return torch.where(b["mask"], x, torch.randint(5, len(small.tokenizer), x.shape))
+    def garbage(*shape):
+        return torch.randint(5, len(small.tokenizer), shape)
 
-    wide = lambda x, fill: torch.cat([x, fill], 1)
-    more = lambda: torch.randint(5, len(small.tokenizer), (len(rows), 3))
-    no = torch.zeros(len(rows), 3, dtype=torch.bool)
-    other = dict(
-        ids=wide(garbage(b["ids"]), more()),
-        masked=wide(garbage(b["masked"]), more()),
-        mask=wide(b["mask"], no),
-        where=wide(b["where"], no),
-        position=b["position"],
-    )
+    padding = torch.zeros(len(rows), 3, dtype=torch.bool)
+    padded = dict(position=batch["position"])
+    for name in ("ids", "masked"):
+        inside = torch.where(mask, batch[name], garbage(*mask.shape))
+        padded[name] = torch.cat([inside, garbage(len(rows), 3)], 1)
+    for name in ("mask", "where"):
+        padded[name] = torch.cat([batch[name], padding], 1)
+    first_word = torch.arange(mask.shape[1]) == 1
+    changed = batch | dict(masked=torch.where(first_word, 7, batch["masked"]))
     with torch.no_grad():
-        want, got, changed = (
-            o(**b),
-            o(**other),
-            o(**b | dict(masked=torch.where(torch.arange(b["masked"].shape[1]) == 1, 7, b["masked"]))),
-        )
-    assert set(want) == {"loss", "mlm", "soft_label", "regression", "voken", "nst", "crd", "nt_xent"}
-    for k in want:
-        assert torch.allclose(want[k], got[k], rtol=1e-6, atol=1e-9) and not torch.allclose(
-            want[k], changed[k], rtol=1e-6, atol=1e-9
-        ), k
+        wanted, same, other = (objective(**x) for x in (batch, padded, changed))
+    assert set(wanted) == {"loss", "mlm", *kd.split("+")}
+    for name in wanted:
+        assert torch.allclose(wanted[name], same[name], rtol=1e-6, atol=1e-9), name
+        assert not torch.allclose(wanted[name], other[name], rtol=1e-6, atol=1e-9), name
 
 
 TASKS = dict(
