@@ -638,6 +638,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'vlkd/features/encoders.py'),
                                         'vlkd.features.encoders.MobileNetV2.train': ( 'features.encoders.html#mobilenetv2.train',
                                                                                       'vlkd/features/encoders.py'),
+                                        'vlkd.features.encoders._convolution': ( 'features.encoders.html#_convolution',
+                                                                                 'vlkd/features/encoders.py'),
                                         'vlkd.features.encoders.load_mobilenet': ( 'features.encoders.html#load_mobilenet',
                                                                                    'vlkd/features/encoders.py'),
                                         'vlkd.features.encoders.same_pad': ( 'features.encoders.html#same_pad',
