@@ -1,4 +1,4 @@
-"What the notebooks of corpora, HowTo100M and vokens do not show: processes that are killed, full disks, files cut anywhere."
+"Corpora and captions of any size: processes that are killed, full disks, files cut anywhere."
 
 import gzip
 import json
@@ -65,7 +65,7 @@ def test_rows_are_the_text_whatever_the_shards_and_batches(tok, tmp_path):
     for n, (rows, length) in enumerate([(200, 3), (7, 9), (1000, 128)]):
         t = tokenize_corpus(text_list(texts), tok, tmp_path / str(n), max_tokens=length, shard_rows=rows)
         ids, m = t[np.arange(len(t))]
-        got = [x for i, k in zip(ids.tolist(), m.sum(1).tolist()) for x in i[1 : k - 1]]
+        got = [x for i, k in zip(ids.tolist(), m.sum(1).tolist(), strict=True) for x in i[1 : k - 1]]
         assert got == flat and (t.lengths[:-1] == length).all() and (ids[:, 0] == tok.cls_token_id).all()
 
 
@@ -96,7 +96,9 @@ def test_killed_while_tokenizing(tok, tmp_path):
     code = f"""
 from transformers import AutoTokenizer
 from vlkd.data.corpus import *
-tokenize_corpus(text_files({str(tmp_path / "text.txt")!r}), AutoTokenizer.from_pretrained({str(tmp_path / "tok")!r}), {str(tmp_path / "a")!r}, max_tokens=32, shard_rows=50)"""
+tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "tok")!r})
+texts = text_files({str(tmp_path / "text.txt")!r})
+tokenize_corpus(texts, tokenizer, {str(tmp_path / "a")!r}, max_tokens=32, shard_rows=50)"""
     p = subprocess.Popen([sys.executable, "-c", code])
     f = tmp_path / "a/corpus.json"
     end = time.monotonic() + 300
@@ -134,7 +136,7 @@ def test_captions_cut_anywhere_are_an_error(tmp_path, gz):
     assert dict(json_entries(f, 5)) == captions()
     for k in rng("cut", gz).integers(0, len(whole) - 1, 60):
         f.write_bytes(whole[:k])
-        with pytest.raises(ValueError, match="c.json"):
+        with pytest.raises(ValueError, match=r"c\.json"):
             list(json_entries(f, 13))
 
 
@@ -206,14 +208,14 @@ def test_a_clip_at_the_end_of_its_video_has_a_frame(tmp_path):
 
 def test_wikitext_keeps_its_words(data):
     "Nothing but headings and tokenisation is lost from real text."
-    f = data / "wikitext/wikitext-2.test.raw.gz"
-    raw = [
-        l
-        for l in gzip.open(f, "rt", encoding="utf-8")
-        if l.strip() and not (l.strip().startswith("= ") and l.strip().endswith(" ="))
-    ]
-    got = list(open_text(f, clean="wikitext"))
-    assert len(got) == len(raw)
-    letters = lambda s: "".join(ch for ch in s if ch.isalnum())
-    for a, b in zip(raw[::20], got[::20]):
+    file = data / "wikitext/wikitext-2.test.raw.gz"
+    with gzip.open(file, "rt", encoding="utf-8") as text:
+        lines = [line.strip() for line in text]
+    raw = [line for line in lines if line and not (line.startswith("= ") and line.endswith(" ="))]
+    got = list(open_text(file, clean="wikitext"))
+
+    def letters(text):
+        return "".join(character for character in text if character.isalnum())
+
+    for a, b in zip(raw[::20], got[::20], strict=True):
         assert letters(a) == letters(b) and "@-@" not in b and " ," not in b

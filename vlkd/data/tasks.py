@@ -96,7 +96,7 @@ class Table(Format):
 # %% ../../nbs/13_data.tasks.ipynb #a74e5b7c
 @dataclass(frozen=True)
 class Task:
-    "A downstream task. `labels[i]` names label `i`; for a choice, label `i` means that solution `i` is right."
+    "A downstream task. `labels[i]` names label `i`; of a choice, label `i` means that solution `i` is right."
 
     name: str  # what records call it
     kind: str  # "single" sentence, sentence "pair", or "choice" between solutions
@@ -302,7 +302,7 @@ class SwagTable(Format):
         for i, row in enumerate(zip(*cells.values(), strict=True)):
             if any(re.search("[\r\0]", str(cell)) for cell in row):
                 raise ValueError(
-                    f"{p.name}, row {i}: a carriage return or a NUL in the text, which the format cannot carry"
+                    f"{p.name}, row {i}: a carriage return or a NUL, which the format cannot carry"
                 )
             writer.writerow(row)
         return {p.name: out.getvalue()}

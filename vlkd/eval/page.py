@@ -657,9 +657,9 @@ class Page(ComparisonPage):
             for r in self.runs[run]:
                 losses = [step["mlm"] for step in r.result.get("history") or [] if "mlm" in step]
                 assert not losses or losses[-1] < losses[0], f"{r}: the loss of masked words never fell"
-        hidden = column_examples(self.records[self.baseline], "piqa:video-only")
-        if len(hidden) and self.baseline.endswith("text"):
-            assert hidden.right.mean() < 0.7, "text alone answers video-only questions"
+        video_only = column_examples(self.records[self.baseline], "piqa:video-only")
+        if len(video_only) and self.baseline.endswith("text"):
+            assert video_only.right.mean() < 0.7, "text alone answers video-only questions"
 
     def finish(self, headline: str, metrics: dict | None = None, **more) -> None:
         "Write the record, with the accuracy of every row and column."

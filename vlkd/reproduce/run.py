@@ -666,8 +666,10 @@ class Screen:
     def __init__(self):
         from rich.console import Console
 
-        self.console = Console(markup=False, highlight=False, soft_wrap=True, force_jupyter=False)
-        self.status = self.console.status("") if self.console.is_terminal else contextlib.nullcontext()
+        looks = dict(markup=False, highlight=False, soft_wrap=True, force_jupyter=False)
+        self.is_terminal = sys.stdout.isatty()
+        self.console = Console(force_terminal=self.is_terminal, **looks)
+        self.status = self.console.status("") if self.is_terminal else contextlib.nullcontext()
         self.last = time.time()
 
     def say(self, text: str):
@@ -678,7 +680,7 @@ class Screen:
     def show(self, jobs: dict, total: str):
         "How far the runs are: name -> Job."
         text = f"{total} running: " + " | ".join(f"{name} {_state(job)}" for name, job in jobs.items())
-        if self.console.is_terminal:
+        if self.is_terminal:
             self.status.update(text)
         elif time.time() - self.last > 12:
             self.say(text)

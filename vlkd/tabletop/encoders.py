@@ -170,7 +170,7 @@ class TabletopFrames:
 
 
 class TabletopWindows:
-    "The 3-D part for `vlkd extract`: uint8 (N, 5, 32, 32, 3), clips that end at their row -> float32 (N, dim)."
+    "The 3-D part for `vlkd extract`: uint8 (N, 5, 32, 32, 3) clips up to a row -> float32 (N, dim)."
 
     frames, rate, size, trailing = 5, 1, SIDE, True
 

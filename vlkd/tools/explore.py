@@ -151,7 +151,7 @@ class Explorer:
 
     @cached_property
     def default_models(self) -> list:
-        "Teacher, text-only student and distilled student: those that are compared where nobody is named."
+        "Teacher, text-only student and distilled student: those compared where none are named."
         plain = [n for n in self.students if not self.params[n].get("kd")]
         distilled = [n for n in self.students if self.params[n].get("kd")]
         preferred = [n for n in ("student-nst-crd-micro", "student-nst-crd") if n in distilled]
@@ -887,11 +887,11 @@ def _outcome_words(explorer: Explorer, sentence: str) -> dict:  # word -> true o
     noun, event = noun_in(explorer, sentence), event_in(sentence)
     if not (explorer.world and noun and event in (*EVENTS, "push")):
         return {}
-    true, told = explorer.world.nouns.loc[noun, event], {}
+    true, outcomes = explorer.world.nouns.loc[noun, event], {}
     for outcome in EVENTS.get(event, ("roll", "slide")):
         for word in {phrase.split()[0] for phrase in OUTCOME_PHRASES[outcome]}:
-            told.setdefault(word, []).append(outcome)
-    return {w: "true" if found[0] == true else "false" for w, found in told.items() if len(found) == 1}
+            outcomes.setdefault(word, []).append(outcome)
+    return {w: "true" if found[0] == true else "false" for w, found in outcomes.items() if len(found) == 1}
 
 
 @torch.no_grad()
