@@ -1,4 +1,4 @@
-"Examples drawn by rule: records that do not fit, sentences of every form, retrieval against its definition, heads on disk."
+"Examples drawn by rule: records that do not align, sentences of every form, retrieval, heads on disk."
 
 import numpy as np
 import pandas as pd
@@ -11,26 +11,26 @@ from vlkd.data.text import train_tokenizer
 from vlkd.eval.examples import (
     chance_rates,
     clip_answers,
+    clip_matches,
     constant_rates,
     cross_fitted_map,
     differing,
-    is_filmed,
-    clip_matches,
     found_clips,
+    is_filmed,
     match_level,
     nearest_clips,
     outcome_counts,
     own_and_others,
-    training_clip,
-    same_event_clips,
     question_table,
     rate_table,
     retrieval_records,
+    same_event_clips,
     scene,
     sentences_of,
     shared_words,
     shown_answer,
     text_queries,
+    training_clip,
     with_texts,
 )
 from vlkd.eval.stats import check_examples
@@ -72,7 +72,7 @@ def test_counts_are_those_of_a_loop():
     a["kind"] = b["kind"] = kind
     t = outcome_counts(a, b).set_index("kind")
     for k, at in (("all", np.ones(200, bool)), ("x", kind == "x"), ("y", kind == "y")):
-        pairs = list(zip(a.right[at], b.right[at]))
+        pairs = list(zip(a.right[at], b.right[at], strict=True))
         assert [t.loc[k, c] for c in ("both", "only_a", "only_b", "none")] == [
             pairs.count(p) for p in ((True, True), (True, False), (False, True), (False, False))
         ]
@@ -111,7 +111,7 @@ def test_examples_are_the_largest_leads_one_a_group():
     )
     b["group"] = a["group"]
     best = {}
-    for x, y in zip(a.to_dict("records"), b.to_dict("records")):
+    for x, y in zip(a.to_dict("records"), b.to_dict("records"), strict=True):
         key = (-(y["sure"] - x["sure"]), x["id"])
         if y["right"] and not x["right"] and key < best.get(x["group"], (9, "")):
             best[x["group"]] = key
@@ -300,7 +300,7 @@ def test_shared_words_are_rare_and_long():
 
 
 def test_a_crossed_map_does_not_know_its_things():
-    "States that hold nothing but the thing's name: a plain map finds the teacher's place of each thing, a crossed one does not."
+    "States that hold only a noun's name: a plain map finds its teacher state, a crossed one does not."
     g = torch.Generator().manual_seed(0)
     names = [f"n{i}" for i in range(12)]
     place = torch.randn(12, 6, generator=g)
@@ -393,13 +393,13 @@ def test_heads_that_do_not_fit(tmp_path, small):
     f = save_distillation(o, tmp_path)
     state = {k: v.clone() for k, v in load_file(f).items()}
     f.write_bytes(f.read_bytes()[:100])
-    with pytest.raises(ValueError, match="distillation.safetensors was changed"):
+    with pytest.raises(ValueError, match=r"distillation.safetensors was changed"):
         load_distillation(tmp_path, teacher, s)
     (tmp_path / CHECKSUMS).unlink()
     save_file(state, f)  # a folder from elsewhere, without checksums
     with pytest.raises(ValueError, match="no 'kd' in its metadata"):
         load_distillation(tmp_path, teacher, s)
-    save_file({k: v for k, v in list(state.items())[1:]}, f, metadata=dict(kd="nst", head="1"))
+    save_file(dict(list(state.items())[1:]), f, metadata=dict(kd="nst", head="1"))
     with pytest.raises(ValueError, match="missing or not expected"):
         load_distillation(tmp_path, teacher, s)
     save_file(state, f, metadata=dict(kd="nst", head="1"))
@@ -410,5 +410,5 @@ def test_heads_that_do_not_fit(tmp_path, small):
         load_distillation(tmp_path, teacher, s)
     f.unlink()
     assert load_distillation(tmp_path, teacher, s)[0].kd == ()
-    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"config.json is missing"):
         load_distillation(tmp_path / "none", teacher, s)

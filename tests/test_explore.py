@@ -1,4 +1,4 @@
-"The explorer: its page runs without widgets, its box and lists are wired where there are some, and input that does not fit is answered with a sentence."
+"The explorer: its page runs without widgets, its box and lists work, and wrong input is answered in words."
 
 import json
 import re
@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-import vlkd.core.device
 from vlkd.core.files import CHECKSUMS, read_json, write_json
 from vlkd.tools import explore as ex
 
@@ -128,7 +127,7 @@ def test_unknown_names(x):
         lambda: ex.recorded_answers(x, "student-tex", "student-text"),
     ):
         with pytest.raises(
-            ValueError, match="unknown run .*'student-tex'; did you mean 'student-text'.*teacher-micro"
+            ValueError, match=r"unknown run .*'student-tex'; did you mean 'student-text'.*teacher-micro"
         ):
             f()
     with pytest.raises(ValueError, match="unknown noun 'ketle'; did you mean 'kettle'"):
@@ -170,7 +169,7 @@ def test_answers_of_other_questions_are_refused(x, copies):
     e = run.examples
     e["label"] = 1 - e["label"].clip(upper=1)
     record(folder / f"student-text@{x.seed}", metrics={}, examples=e)
-    with pytest.raises(ValueError, match="the label is . in the data"):
+    with pytest.raises(ValueError, match=r"the label is . in the data"):
         ex.recorded_answers(
             ex.Explorer("smoke", x.seed, inputs(), s=x.s), "student-text", "student-nst-crd-micro"
         )
@@ -179,7 +178,7 @@ def test_answers_of_other_questions_are_refused(x, copies):
 def test_broken_model_is_named(x, copies):
     folder, inputs = copies
     (folder / f"student-text@{x.seed}" / "student" / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="student holds no model: config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"student holds no model: config.json is missing"):
         ex.Explorer("smoke", x.seed, inputs(), s=x.s).model("student-text")
 
 
@@ -205,7 +204,7 @@ def test_a_teacher_alone_is_enough(x, copies):
 
 
 def test_probes_never_see_the_noun_they_are_asked_for(x):
-    "A train noun whose states are unlike all others would be known by heart if it were among those fitted on."
+    "A train noun whose states are unlike all others would be known if it were among those fitted on."
     noun = x.world.splits["train"][0]
     name = "student-text"
     ex.noun_attributes(x, noun, [name])

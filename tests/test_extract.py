@@ -1,4 +1,4 @@
-"""Features of folders of videos: killed and resumed, by several processes, from files of every kind of damage."""
+"Features of folders of videos: killed and resumed, by several processes, from damaged files."
 
 import contextlib
 import io
@@ -195,7 +195,7 @@ def test_an_encoder_that_refuses_or_overflows_leaves_no_row(tmp_path):
 def sound(path):
     with av.open(str(path), "w") as c:
         s = c.add_stream("aac", rate=8000, layout="mono")
-        for i in range(8):
+        for _i in range(8):
             f = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
             f.sample_rate = 8000
             c.mux(s.encode(f))
@@ -323,7 +323,7 @@ def test_a_stream_that_changes_size_is_read_at_its_first_size(tmp_path):
             s = c.add_stream("h264", rate=4)
             s.height, s.width = side
             s.pix_fmt = "yuv420p"
-            for k in range(8):
+            for _k in range(8):
                 c.mux(
                     s.encode(
                         av.VideoFrame.from_ndarray(
@@ -476,3 +476,57 @@ def test_raw_files_through_both_encoders(tmp_path, tiny3d):
             and feats[k][:, :1280].any(1).all()
             and feats[k][:, 1280:].any(1).all()
         ), k
+
+
+def test_a_named_pipe_is_an_error_of_its_video(tmp_path, capsys):
+    film(tmp_path / "a.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    feats = extract_videos(tmp_path, tmp_path / "out", GridPixels(2), workers=1)
+    assert list(feats) == ["a"] and "pipe.mp4: not a regular file" in feats.errors["pipe"]
+    assert "no features of pipe" in capsys.readouterr().out
+
+
+def test_kept_features_of_a_deleted_video_are_named(tmp_path, capsys):
+    for name in ("a", "b"):
+        film(tmp_path / f"{name}.mp4")
+    extract_videos(tmp_path, tmp_path / "out", GridPixels(2), workers=1)
+    (tmp_path / "b.mp4").unlink()
+    capsys.readouterr()
+    feats = extract_videos(tmp_path, tmp_path / "out", GridPixels(2), workers=1)
+    assert set(feats) == {"a", "b"}
+    assert "out: 1 videos are no longer there, their features are kept: b" in capsys.readouterr().out
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(tmp_path, capsys):
+    (tmp_path / "red\x1b[31m\r.mp4").write_bytes(b"")
+    film(tmp_path / "a.mp4")
+    extract_videos(tmp_path, tmp_path / "out\x1b[2J", GridPixels(2), workers=1)
+    (tmp_path / "red\x1b[31m\r.mp4").unlink()
+    extract_videos(tmp_path, tmp_path / "out\x1b[2J", GridPixels(2), workers=1)
+    printed = capsys.readouterr()
+    assert "red" in printed.out
+    assert not set(printed.out + printed.err) & set("\x1b\r")
+
+
+OWN = """
+class Brightness:
+    name, dim = "brightness", 1
+
+    def encode(self, frames):
+        return frames.mean((1, 2, 3))[:, None] / 255
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_own_encoder_by_file_or_module(tmp_path, workers, monkeypatch):
+    film(tmp_path / "a.mp4")
+    (tmp_path / "own_features.py").write_text(OWN)
+    by_file = extract_videos(
+        tmp_path, tmp_path / "file", f"{tmp_path}/own_features.py:Brightness", workers=workers
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    by_module = extract_videos(tmp_path, tmp_path / "module", "own_features:Brightness", workers=1)
+    assert by_file.manifest["encoder"] == "brightness"
+    assert by_file["a"].shape == (2, 1) and np.array_equal(by_file["a"], by_module["a"])
+    with pytest.raises(ValueError, match="lacks dim, encode"):
+        extract_videos(tmp_path, tmp_path / "out", SimpleNamespace(name="x"), workers=1)

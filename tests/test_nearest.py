@@ -14,7 +14,7 @@ def by_sorting(queries, keys, k):
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 1000, 9001])
 @pytest.mark.parametrize("tile", [1000, 4096])
 def test_the_best_are_those_of_a_full_sort_ties_included(n, tile):
-    "Scores are small integers, exact in any order of summation; they tie in blocks, at edges, across tiles."
+    "Scores are small integers, exact in any order of summation; they tie in many places."
     generator = torch.Generator().manual_seed(n)
     keys, queries = (torch.randint(-1, 2, (m, 6), generator=generator).float() for m in (n, 17))
     ready = KeyIndex(keys, normalize=False)
@@ -28,11 +28,29 @@ def test_the_best_are_those_of_a_full_sort_ties_included(n, tile):
         assert torch.equal(found, again[1])
 
 
-def test_a_block_whose_maximum_ties_with_the_last_place_comes_after_it():
+def test_what_ties_for_the_last_place_comes_in_order():
     keys = torch.zeros(64 * 64, 1)
     keys[[70, 1000, 3000, 4000]] = torch.tensor([[1.0], [2.0], [1.0], [1.0]])
     assert nearest(torch.ones(1, 1), keys, 3, normalize=False)[1].tolist() == [[1000, 70, 3000]]
     assert nearest(torch.ones(1, 1), keys, 6, normalize=False)[1].tolist() == [[1000, 70, 3000, 4000, 0, 1]]
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 40])
+@pytest.mark.parametrize("kind", ["random", "half copies", "all ties"])
+def test_faiss_and_torch_give_equal_answers(k, kind, monkeypatch):
+    pytest.importorskip("faiss", reason="faiss is not installed: torch alone searches")
+    generator = torch.Generator().manual_seed(7)
+    keys, queries = torch.randn(700, 16, generator=generator), torch.randn(300, 16, generator=generator)
+    if kind == "half copies":
+        keys[1::2] = keys[::2]
+    if kind == "all ties":
+        keys, queries = (torch.randint(-1, 2, x.shape, generator=generator).float() for x in (keys, queries))
+    options = dict(normalize=kind == "random")
+    by_faiss = nearest(queries, keys, k, **options)
+    monkeypatch.setattr("vlkd.retrieval.nearest._flat_index", lambda rows: None)
+    by_torch = nearest(queries, keys, k, **options)
+    torch.testing.assert_close(by_faiss[0], by_torch[0], atol=1e-5, rtol=0)
+    assert torch.equal(by_faiss[1], by_torch[1])
 
 
 def test_what_is_refused():

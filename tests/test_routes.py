@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vlkd.core.settings import scale
 from vlkd.data.tasks import Task
+from vlkd.data.video import load_features, write_mp4
 from vlkd.eval.stats import accuracy_table
 from vlkd.models.bert import language_model, save_model
 from vlkd.train.finetune import finetune_all
@@ -106,3 +108,21 @@ def test_own_task(tmp_path):
     (folder / "dev.tsv").unlink()
     with pytest.raises(FileNotFoundError, match=r"dev\.tsv"):
         finetune_all(model, data, tmp_path / "again", tasks=[mood])
+
+
+def test_own_encoder(tmp_path, capsys):
+    "An encoder in a file of its own is named on the command line; its features carry its name."
+    from vlkd.tools.cli import main
+
+    example = next(p.values[0] for p in examples() if p.id == "Your own frozen encoder")
+    (tmp_path / "videos").mkdir()
+    write_mp4(tmp_path / "videos/white.mp4", np.full((16, 32, 32, 3), 255, np.uint8), fps=8)
+    own = tmp_path / "brightness.py"
+    own.write_text(example.split('"""')[1])
+    arguments = ["extract", tmp_path / "videos", "--out", tmp_path / "out", "--frames", f"{own}:Brightness"]
+    with pytest.raises(SystemExit) as end:
+        main([str(x) for x in arguments])
+    assert not end.value.code
+    features = load_features(tmp_path / "out")
+    assert features.manifest["encoder"] == "brightness"
+    assert np.allclose(features["white"], 1, atol=0.02)

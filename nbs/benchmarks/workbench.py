@@ -14,6 +14,7 @@ from vlkd.core.settings import Scale, preset
 from vlkd.models import bert
 from vlkd.models.bert import BertForMaskedLM, bert_config, quick_dropout
 from vlkd.tools.bench import peak_memory
+from vlkd.train.options import ALLOCATOR_CACHING
 from vlkd.train.terms import CRD_TOKENS
 from vlkd.train.text_student import StudentObjective
 
@@ -217,8 +218,6 @@ class Compiled:
 
 # ---- a step in a process with other environment variables
 
-# The C library keeps freed memory, and torch asks for huge pages: no page is fetched anew at every step.
-ALLOCATOR_CACHING = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**40), THP_MEM_ALLOC_ENABLE="1")
 _step = None  # of the process that serves steps
 
 

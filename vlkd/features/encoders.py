@@ -21,12 +21,15 @@ from ..core.settings import data_dir
 
 # %% ../../nbs/30_features.encoders.ipynb #b65a39c9
 class GridPixels:
-    "Mean RGB over a grid x grid division of each frame, in [-1, 1]: (..., H, W, 3) uint8 -> (..., 3 grid^2) float32, in row, column, colour order."
+    """Mean RGB over a grid x grid division of each frame, in [-1, 1], in row, column, colour order.
+
+    (..., H, W, 3) uint8 -> (..., 3 grid^2) float32."""
 
     def __init__(self, grid: int = 8):
         if grid < 1:
             raise ValueError(f"grid should be at least 1, got {grid}")
-        self.grid, self.name, self.dim = grid, f"grid-pixels-{grid}", 3 * grid * grid
+        self.grid = grid
+        self.name, self.dim = f"grid-pixels-{grid}", 3 * grid * grid
 
     def encode(self, frames) -> np.ndarray:
         x, g = np.asarray(frames), self.grid
@@ -35,32 +38,30 @@ class GridPixels:
                 f"frames should be uint8 (..., H, W, 3) with H, W >= {g}, got {x.dtype} {x.shape}"
             )
         lead, (h, w) = x.shape[:-3], x.shape[-3:-1]
-        rows, cols = (np.arange(g + 1) * n // g for n in (h, w))  # field i covers rows[i]:rows[i+1]
+        rows, columns = (np.arange(g + 1) * n // g for n in (h, w))  # field i covers rows[i]:rows[i+1]
         if h % g == 0 and w % g == 0:  # equal fields: add the pixels of each, one offset at a time
             x = x.reshape(-1, g, h // g, g, w // g, 3)
-            s = np.zeros((len(x), g, g, 3), np.uint32)
+            sums = np.zeros((len(x), g, g, 3), np.uint32)
             for i in range(h // g):
                 for j in range(w // g):
-                    s += x[:, :, i, :, j]
+                    sums += x[:, :, i, :, j]
         else:
-            s = np.add.reduceat(
-                np.add.reduceat(x.reshape(-1, h, w, 3), rows[:-1], 1, np.uint32), cols[:-1], 2
-            )
-        area = (np.diff(rows)[:, None] * np.diff(cols))[..., None]
-        return ((s / area.astype(np.float32)).astype(np.float32) / 127.5 - 1).reshape(*lead, self.dim)
+            sums = np.add.reduceat(x.reshape(-1, h, w, 3), rows[:-1], 1, np.uint32)
+            sums = np.add.reduceat(sums, columns[:-1], 2)
+        area = (np.diff(rows)[:, None] * np.diff(columns))[..., None]
+        means = (sums / area.astype(np.float32)).astype(np.float32)
+        return (means / 127.5 - 1).reshape(*lead, self.dim)
 
 # %% ../../nbs/30_features.encoders.ipynb #63a9b89c
 class GridVideo:
-    "2-D and 3-D features of clips on a grid: (..., T, H, W, 3) uint8 -> (..., T, 9 grid^2) float32; the first `dim_2d` columns are the 2-D ones."
+    """2-D and 3-D features of clips on a grid; the first `dim_2d` columns are the 2-D ones.
+
+    (..., T, H, W, 3) uint8 -> (..., T, 9 grid^2) float32."""
 
     def __init__(self, grid: int = 8):
         self.pixels = GridPixels(grid)
-        self.grid, self.name, self.dim_2d, self.dim = (
-            grid,
-            f"grid-video-{grid}",
-            6 * grid * grid,
-            9 * grid * grid,
-        )
+        self.grid, self.name = grid, f"grid-video-{grid}"
+        self.dim_2d, self.dim = 6 * grid * grid, 9 * grid * grid
 
     def encode(self, frames) -> np.ndarray:
         x, g = np.asarray(frames), self.grid
@@ -69,10 +70,8 @@ class GridVideo:
                 f"frames should be (..., T, H, W, 3) with H and W multiples of {g}, got {x.shape}"
             )
         mean = self.pixels.encode(x)
-        field = (
-            x.reshape(*x.shape[:-3], g, x.shape[-3] // g, g, x.shape[-2] // g, 3).astype(np.float32) / 127.5
-            - 1
-        )
+        field = x.reshape(*x.shape[:-3], g, x.shape[-3] // g, g, x.shape[-2] // g, 3)
+        field = field.astype(np.float32) / 127.5 - 1
         edges = np.sqrt(np.maximum((field * field).mean((-4, -2)).reshape(mean.shape) - mean**2, 0))
         motion = np.zeros_like(mean)
         motion[..., 1:, :] = np.abs(np.diff(mean, axis=-2))
@@ -80,77 +79,80 @@ class GridVideo:
 
 # %% ../../nbs/30_features.encoders.ipynb #7bb02954
 def same_pad(x: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:
-    "Pad (B, C, H, W) with zeros so that a convolution gives ceil(H/stride) rows; an odd row or column goes to the bottom and right."
+    """Pad (B, C, H, W) with zeros so that a convolution gives ceil(H/stride) rows.
 
-    def two(n):
-        p = max((math.ceil(n / stride) - 1) * stride + kernel - n, 0)
-        return p // 2, p - p // 2
+    An odd row or column goes to the bottom and right."""
 
-    return F.pad(x, (*two(x.shape[-1]), *two(x.shape[-2])))
+    def both_sides(n):
+        padding = max((math.ceil(n / stride) - 1) * stride + kernel - n, 0)
+        return padding // 2, padding - padding // 2
+
+    return F.pad(x, (*both_sides(x.shape[-1]), *both_sides(x.shape[-2])))
 
 # %% ../../nbs/30_features.encoders.ipynb #28121698
+def _convolution(op: dict, number: int, arrays) -> nn.Conv2d:
+    "The layer of a CONV_2D or DEPTHWISE_CONV_2D; `six` tells whether ReLU6 follows."
+    if op["act"] not in (0, 3) or op["pad"] != 0:
+        raise ValueError(
+            f"operation {number}: act {op['act']} and pad {op['pad']}; "
+            "known are act 0 or 3 (ReLU6) and pad 0 (same)"
+        )
+    w, b = (torch.as_tensor(np.asarray(arrays[op[k]]), dtype=torch.float32) for k in "wb")
+    groups = len(w) if op["op"] == "DEPTHWISE_CONV_2D" else 1
+    layer = nn.Conv2d(w.shape[1] * groups, len(w), w.shape[-1], op["stride"], groups=groups)
+    if layer.weight.shape != w.shape or layer.bias.shape != b.shape:
+        raise ValueError(
+            f"{op['w']} is {tuple(w.shape)} and {op['b']} {tuple(b.shape)}, "
+            f"not {tuple(layer.weight.shape)} and {tuple(layer.bias.shape)}"
+        )
+    layer.weight.data, layer.bias.data, layer.six = w, b, op["act"] == 3
+    return layer
+
+
 class MobileNetV2(nn.Module):
-    "MobileNetV2 as its list of operations says; frozen. `forward` (B, 3, 224, 224) in [-1, 1] -> pooled (B, dim)."
+    "MobileNetV2 from its operations; frozen. `forward`: (B, 3, 224, 224) in [-1, 1] -> pooled (B, dim)."
 
     def __init__(self, spec: list, arrays, name: str = "mobilenet_v2", size: int = 224):
         super().__init__()
-        self.ops, self.name, self.size, self.pooled_at = [], name, size, None
-        for n, o in enumerate(spec):
-            kind = o["op"]
+        self.name, self.size, self.labels = name, size, None
+        self.ops, self.pooled_at = [], None  # (layer or kind, inputs, output); place of MEAN
+        for number, op in enumerate(spec):
+            kind, inputs, output = op["op"], op.get("in"), op.get("out")
             if kind in ("QUANTIZE", "RESHAPE", "SOFTMAX"):
-                self.ops.append(("SAME", o["in"][:1], o["out"][0]))
-                continue
-            if kind in ("ADD", "MEAN"):
-                self.ops.append((kind, o["in"], o["out"][0]))
-                self.pooled_at = n if kind == "MEAN" else self.pooled_at
-                continue
-            if kind not in ("CONV_2D", "DEPTHWISE_CONV_2D"):
-                raise ValueError(f"operation {n} of the network is {kind}, which is not known here")
-            if o["act"] not in (0, 3) or o["pad"] != 0:
-                raise ValueError(
-                    f"operation {n}: act {o['act']} and pad {o['pad']}; known are act 0 or 3 (ReLU6) and pad 0 (same)"
-                )
-            w, b = (torch.as_tensor(np.asarray(arrays[o[k]]), dtype=torch.float32) for k in "wb")
-            c = nn.Conv2d(
-                w.shape[1] * (len(w) if kind[0] == "D" else 1),
-                len(w),
-                w.shape[-1],
-                o["stride"],
-                groups=len(w) if kind[0] == "D" else 1,
-            )
-            if c.weight.shape != w.shape or c.bias.shape != b.shape:
-                raise ValueError(
-                    f"{o['w']} is {tuple(w.shape)} and {o['b']} {tuple(b.shape)}, not {tuple(c.weight.shape)} and {tuple(c.bias.shape)}"
-                )
-            c.weight.data, c.bias.data, c.six = w, b, o["act"] == 3
-            self.add_module(o["w"].split(".")[0], c)
-            self.ops.append((o["w"].split(".")[0], o["in"][:1], o["out"][0]))
+                self.ops.append(("SAME", inputs[:1], output[0]))
+            elif kind in ("ADD", "MEAN"):
+                self.ops.append((kind, inputs, output[0]))
+            elif kind in ("CONV_2D", "DEPTHWISE_CONV_2D"):
+                layer = op["w"].split(".")[0]
+                self.add_module(layer, _convolution(op, number, arrays))
+                self.ops.append((layer, inputs[:1], output[0]))
+            else:
+                raise ValueError(f"operation {number} of the network is {kind}, which is not known here")
+            if kind == "MEAN":
+                self.pooled_at = number
         if self.pooled_at is None:
             raise ValueError("the network has no MEAN operation: nothing says what its pooled features are")
-        self.dim = next(
-            len(self.get_submodule(m).bias)
-            for m, _, _ in reversed(self.ops[: self.pooled_at])
-            if m not in ("SAME", "ADD", "MEAN")
-        )
+        layers = [op for op, _, _ in self.ops[: self.pooled_at] if op not in ("SAME", "ADD", "MEAN")]
+        self.dim = len(self.get_submodule(layers[-1]).bias)
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
         return super().train(False)  # frozen, whatever the model around it does
 
     def _run(self, x, ops):
-        seen = {ops[0][1][0]: x}
-        for m, ins, out in ops:
-            a = seen[ins[0]]
-            if m == "ADD":
-                a = a + seen[ins[1]]
-            elif m == "MEAN":
-                a = a.mean((-2, -1), keepdim=True)
-            elif m != "SAME":
-                c = self.get_submodule(m)
-                a = c(same_pad(a, c.kernel_size[0], c.stride[0]))
-                a = a.clamp(0, 6) if c.six else a
-            seen[out] = a
-        return a
+        values = {ops[0][1][0]: x}
+        for op, inputs, output in ops:
+            x = values[inputs[0]]
+            if op == "ADD":
+                x = x + values[inputs[1]]
+            elif op == "MEAN":
+                x = x.mean((-2, -1), keepdim=True)
+            elif op != "SAME":
+                layer = self.get_submodule(op)
+                x = layer(same_pad(x, layer.kernel_size[0], layer.stride[0]))
+                x = x.clamp(0, 6) if layer.six else x
+            values[output] = x
+        return x
 
     def grid(self, x):  # (B, 3, 224, 224) -> (B, dim, 7, 7)
         "The map of features before pooling."
@@ -164,7 +166,7 @@ class MobileNetV2(nn.Module):
         return self._run(pooled[..., None, None], self.ops[self.pooled_at + 1 :]).flatten(1)
 
     def pixels(self, frames) -> torch.Tensor:  # float32 (T, 3, size, size)
-        "uint8 (T, H, W, 3) -> the network's input: resized to a square (bilinear, antialiased) and scaled to [-1, 1]."
+        "uint8 (T, H, W, 3) -> the network's input: a square (bilinear, antialiased), scaled to [-1, 1]."
         a = np.asarray(frames)
         if a.dtype != np.uint8 or a.ndim != 4 or a.shape[-1] != 3 or 0 in a.shape:
             raise ValueError(f"frames should be uint8 (T, H, W, 3), got {a.dtype} {a.shape}")
@@ -177,12 +179,8 @@ class MobileNetV2(nn.Module):
     def encode(self, frames, batch: int = 8) -> np.ndarray:  # float32 (T, dim)
         "Pooled features of uint8 frames (T, H, W, 3), `batch` frames at a time."
         with no_autocast(next(self.parameters())):
-            return np.concatenate(
-                [
-                    self(self.pixels(frames[i : i + batch])).cpu().numpy()
-                    for i in range(0, max(len(frames), 1), batch)
-                ]
-            )
+            starts = range(0, max(len(frames), 1), batch)
+            return np.concatenate([self(self.pixels(frames[i : i + batch])).cpu().numpy() for i in starts])
 
 # %% ../../nbs/30_features.encoders.ipynb #c173978f
 def load_mobilenet(
@@ -201,11 +199,10 @@ def load_mobilenet(
             f"{f}: not the npz file with arrays and spec_json that it should be ({type(e).__name__}: {e})"
         ) from None
     try:
-        net = MobileNetV2(spec, arrays, name=f"mobilenet_v2-{sha256_file(f)[:8]}").to(
-            device(), memory_format=torch.channels_last
-        )
+        net = MobileNetV2(spec, arrays, name=f"mobilenet_v2-{sha256_file(f)[:8]}")
     except KeyError as e:
         raise ValueError(f"{f}: array or key {e} is missing") from None
     labels = f.parent / "imagenet_labels.txt"
-    net.labels = labels.read_text(encoding="utf-8").splitlines() if labels.is_file() else None
-    return net
+    if labels.is_file():
+        net.labels = labels.read_text(encoding="utf-8").splitlines()
+    return net.to(device(), memory_format=torch.channels_last)

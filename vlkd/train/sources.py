@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OFFICIAL_TASKS', 'FEATURES', 'TEXTS', 'FEATURE_FOLDERS', 'FEATURE_WIDTHS', 'REQUIRED', 'TIMES', 'DataSource',
            'official_files', 'read_official', 'tabletop_features', 'TabletopSource', 'middle_frame', 'PublicSource',
-           'text_of', 'columns_2d', 'MiddleFrames', 'PaperSource', 'read_captions', 'clip_videos', 'padded_features',
-           'OwnSource', 'load_data']
+           'text_of', 'columns_2d', 'MiddleFrames', 'PaperSource', 'read_clip_captions', 'clip_videos',
+           'padded_features', 'OwnSource', 'load_data']
 
 # %% ../../nbs/50_train.sources.ipynb #b4d9c188
 from functools import cached_property
@@ -432,7 +432,7 @@ def _clip_name(path: str, start: float, end: float) -> str:
     return f"{path} ({0 if np.isnan(start) else start:g}-{'end' if np.isnan(end) else f'{end:g}'} s)"
 
 
-def read_captions(file) -> pd.DataFrame:  # clip, path, caption, start, end: a row a caption
+def read_clip_captions(file) -> pd.DataFrame:  # clip, path, caption, start, end: a row a caption
     """Read a csv of clips and captions; relative paths are those from the csv's folder.
 
     A missing column, an empty path or caption, or a time that is none is a ValueError that names the line.
@@ -494,7 +494,7 @@ class OwnSource(_RealSource):
     def __init__(
         self,
         s: Scale,
-        captions,  # csv of clips and captions, see `read_captions`
+        captions,  # csv of clips and captions, see `read_clip_captions`
         features,  # folder of the clips' features
         text,  # file with a sentence a line, or a list of sentences
         tasks=(),  # `Task` objects, whose `folder` holds train and dev files, or names of known tasks
@@ -507,7 +507,7 @@ class OwnSource(_RealSource):
         self.held_out, self.text = held_out, text
         self.tasks, self.root = tuple(tasks), Path(root)
         self.features = Features(features)
-        self.captions = self._with_features(read_captions(captions))
+        self.captions = self._with_features(read_clip_captions(captions))
 
     def _with_features(self, captions: pd.DataFrame) -> pd.DataFrame:
         "The captions of clips that could be read; the others are named."
