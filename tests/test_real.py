@@ -57,7 +57,7 @@ def test_pairs_and_retrieval_do_not_share_photos_and_limits_nest():
 
 @real
 def test_captions_belong_to_their_photos():
-    "Ridge regression from words to features finds far more photos than chance; it would not if captions and features were out of step."
+    "Ridge regression from words to features finds photos; it would not if the two were out of step."
     v, t = real_pairs(sources=["flickr8k"]), real_retrieval()
     words = {}
     for i in v.train:

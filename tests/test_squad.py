@@ -78,7 +78,7 @@ def test_reads_plain_gz_and_folder(tmp_path):
     [
         (
             made(answers=[]),
-            r"line 11, data\[0\].paragraphs\[0\].qas\[0\]: 'is_impossible' is false, but there are no answers",
+            r"line 11, data\[0\].paragraphs\[0\].qas\[0\]: 'is_impossible' is false, but there are no",
         ),
         (made(answers=None), r"line 11, .*list under 'answers'"),
         (made(answers="Cork"), "list under 'answers'"),
@@ -88,7 +88,7 @@ def test_reads_plain_gz_and_folder(tmp_path):
         (made(answers=[dict(text="Cork", answer_start=True)]), "'answer_start' should be a number"),
         (
             made(answers=[dict(text="Cork", answer_start=5)]),
-            "'Cork' is not at character 5 of its context, where 'float' stands|'Cork' is not at character 5 of its context, where 'floa' stands",
+            "'Cork' is not at character 5 of its context, where 'floa(t)?' stands",
         ),
         (made(answers=[dict(text="Cork", answer_start=-1)]), "not at character -1"),
         (made(answers=[dict(text="Cork", answer_start=9999)]), "not at character 9999"),
@@ -280,7 +280,7 @@ def official():
 
 
 def guesses(df, seed, ties=False):
-    "Predictions as models make them: right ones, longer and shorter spans, other spans, nothing; and no-answer probabilities."
+    "Predictions as models make them (right, longer, shorter, other spans, nothing), and no-answer chances."
     r = random.Random(seed)
     said, sure = {}, {}
     for q in df.itertuples():
@@ -333,7 +333,7 @@ def test_real_dev_equals_official(official, version, rows, none):
 
 @real
 def test_real_normalisation(official):
-    "Every question, answer and paragraph of the real development sets normalises as the official scorer has it."
+    "Every text of the real development sets normalises as the official scorer has it."
     for v in ("1.1", "2.0"):
         df = read_squad(data_dir() / "squad", "dev", v)
         for s in {*df.question, *df.context, *(a for x in df.answers for a in x)}:
@@ -354,7 +354,7 @@ def test_scores_promise(a, b):
 
 
 def test_best_threshold_is_best():
-    "Without equal probabilities, no threshold does better than the one found, and it does as well as promised."
+    "Without equal probabilities, no threshold does better than the one found."
     df = pd.DataFrame([dict(id=str(i), answers=["x"] if i % 3 else []) for i in range(60)])
     r = np.random.default_rng(0)
     said = {i: r.choice(["x", "y", ""]) for i in df.id}
@@ -499,7 +499,7 @@ def test_real_windows():
 
 # ---- fine-tuning
 def test_decoding_over_windows(tok):
-    "The best span over all windows equals the best over all pairs of tokens in all windows, and its text is cut from the context."
+    "The best span over all windows equals the best over all pairs of tokens in all windows."
     from vlkd.train.squad import SquadRecipe, decode_spans
 
     g = np.random.default_rng(0)

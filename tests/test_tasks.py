@@ -165,9 +165,12 @@ def test_fuzz_round_trip(tmp_path, name, rows):
 
 # ---- mistakes
 GOOD = {n: f"{HEADS[n]}\n{ROWS[n]}\n".encode() for n in HEADS} | dict(
-    swag=b'video-id,fold-ind,startphrase,gold-source,ending0,ending1,ending2,ending3,label\nv,7,"He nods, she",gold,"says ""no"".",b,c,d,2\n',
-    diagnostics=b"Lexical Semantics\tPredicate-Argument Structure\tLogic\tKnowledge\tDomain\tPremise\tHypothesis\tLabel\n\t\tNegation\tWorld\tNews\tIt is.\tIt was.\tneutral\n",
-    axb=b'{"idx": 7, "label": "entailment", "sentence1": "It is.", "sentence2": "It was.", "logic": "Negation"}\n',
+    swag=b"video-id,fold-ind,startphrase,gold-source,ending0,ending1,ending2,ending3,label\n"
+    b'v,7,"He nods, she",gold,"says ""no"".",b,c,d,2\n',
+    diagnostics=b"Lexical Semantics\tPredicate-Argument Structure\tLogic\tKnowledge\tDomain\t"
+    b"Premise\tHypothesis\tLabel\n\t\tNegation\tWorld\tNews\tIt is.\tIt was.\tneutral\n",
+    axb=b'{"idx": 7, "label": "entailment", '
+    b'"sentence1": "It is.", "sentence2": "It was.", "logic": "Negation"}\n',
     piqa=b'{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}\n',
     tracie=b"event: e starts after f story: s.\tanswer: positive\n",
     mnli=b"entailment\tone .\ttwo .\n",
@@ -425,7 +428,8 @@ def test_mistakes_of_a_multiline_csv_count_from_its_line(tmp_path):
 
 def test_swag_without_startphrase(tmp_path):
     (tmp_path / "val.jsonl").write_text(
-        '{"sent1": "He nods.", "sent2": "She", "ending0": "a", "ending1": "b", "ending2": "c", "ending3": "d", "label": 3}\n'
+        '{"sent1": "He nods.", "sent2": "She", '
+        '"ending0": "a", "ending1": "b", "ending2": "c", "ending3": "d", "label": 3}\n'
     )
     df = read_task("swag", tmp_path, "dev")
     assert df.startphrase[0] == "He nods. She" and df.label[0] == 3
