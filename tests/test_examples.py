@@ -300,7 +300,7 @@ def test_shared_words_are_rare_and_long():
 
 
 def test_a_crossed_map_does_not_know_its_things():
-    "States that hold only a noun's name: a plain map finds the teacher's state of it, a cross-fitted one does not."
+    "States that hold only a noun's name: a plain map finds its teacher state, a crossed one does not."
     g = torch.Generator().manual_seed(0)
     names = [f"n{i}" for i in range(12)]
     place = torch.randn(12, 6, generator=g)

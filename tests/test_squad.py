@@ -1,4 +1,4 @@
-"SQuAD: corrupt and unseen files, scores beside the official scorer, windows beside a brute-force reading, and the real files where VLKD_DATA is set."
+"SQuAD: corrupt and unseen files, scores beside the official scorer, windows beside a brute-force reading."
 
 import gzip
 import importlib.machinery
@@ -61,13 +61,13 @@ def test_reads_plain_gz_and_folder(tmp_path):
         pd.testing.assert_frame_equal(read_squad(where), df)
     p.write_bytes(b"\xef\xbb\xbf" + p.read_bytes().replace(b"\n", b"\r\n"))
     pd.testing.assert_frame_equal(read_squad(p), df)  # as Windows writes it
-    with pytest.raises(FileNotFoundError, match="train-v1.1.json"):
+    with pytest.raises(FileNotFoundError, match=r"train-v1.1.json"):
         read_squad(tmp_path, "train")
-    with pytest.raises(FileNotFoundError, match="dev-v2.0.json"):
+    with pytest.raises(FileNotFoundError, match=r"dev-v2.0.json"):
         read_squad(tmp_path, "dev", "2.0")
     with pytest.raises(FileNotFoundError, match="not a folder"):
         read_squad(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="did you mean '2.0'"):
+    with pytest.raises(ValueError, match=r"did you mean '2.0'"):
         read_squad(tmp_path, "dev", "2.00")
     with pytest.raises(ValueError, match="unknown split"):
         read_squad(tmp_path, "test")
@@ -143,7 +143,7 @@ def test_mistakes_of_files(tmp_path):
             read_squad(write(tmp_path / "cut.json", whole[:cut]))
     g = tmp_path / "dev-v1.1.json.gz"
     g.write_bytes(gzip.compress(whole.encode())[:-9])
-    with pytest.raises(ValueError, match="gz, line .*broken or cut short"):
+    with pytest.raises(ValueError, match=r"gz, line .*broken or cut short"):
         read_squad(tmp_path)
     for v, says in (("1.1", "every question of version 1.1"), ("2.0", None)):
         q = write(
@@ -176,8 +176,8 @@ def test_fuzz_bytes(tmp_path, data):
     else:
         assert all(
             c[k : k + len(a)] == a
-            for c, ts, ks in zip(df.context, df.answers, df.starts)
-            for a, k in zip(ts, ks)
+            for c, ts, ks in zip(df.context, df.answers, df.starts, strict=False)
+            for a, k in zip(ts, ks, strict=False)
         )
 
 
@@ -358,7 +358,7 @@ def test_best_threshold_is_best():
     df = pd.DataFrame([dict(id=str(i), answers=["x"] if i % 3 else []) for i in range(60)])
     r = np.random.default_rng(0)
     said = {i: r.choice(["x", "y", ""]) for i in df.id}
-    sure = dict(zip(df.id, r.permutation(60) / 60))
+    sure = dict(zip(df.id, r.permutation(60) / 60, strict=False))
     e = evaluate_squad(df, said, sure)
 
     def at(t):
@@ -421,7 +421,10 @@ def test_windows_against_brute_force(tok, n, size, stride, start, length):
     T = len(e["input_ids"])
     owner = np.full(T, -1)
     for t in range(T):  # where is each token seen best?
-        score = [min(t - f, f + m - 1 - t) + 0.01 * m if f <= t < f + m else -1 for f, m in zip(w.first, w.n)]
+        score = [
+            min(t - f, f + m - 1 - t) + 0.01 * m if f <= t < f + m else -1
+            for f, m in zip(w.first, w.n, strict=False)
+        ]
         owner[t] = int(np.argmax(score))
         assert max(score) >= 0
     for k in range(len(w)):
@@ -551,7 +554,7 @@ def test_folders_that_do_not_fit(tok, tmp_path):
         tok.save_pretrained(tmp_path / name)
         return tmp_path / name
 
-    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"config.json is missing"):
         span_classifier(tmp_path / "none", 0)
     m = save("fits")
     r = SquadRecipe(steps=1, batch=2)
@@ -566,11 +569,11 @@ def test_folders_that_do_not_fit(tok, tmp_path):
     pd.testing.assert_frame_equal(out, again)  # the head is drawn from the seed
     with pytest.raises(ValueError, match="which has 32 positions; set max_tokens"):
         finetune_squad(m, df, df, tmp_path / "out", SquadRecipe(max_tokens=64))
-    with pytest.raises(ValueError, match="vocabulary entries.*do not belong together"):
+    with pytest.raises(ValueError, match=r"vocabulary entries.*do not belong together"):
         finetune_squad(save("vocabulary", vocab_size=len(tok) + 3), df, df, tmp_path / "out", r)
     c = json.loads((m / "config.json").read_text())
     (m / "config.json").write_text(json.dumps(c | dict(num_hidden_layers=2)))
-    with pytest.raises(ValueError, match="lacks 16 weights.*another architecture"):
+    with pytest.raises(ValueError, match=r"lacks 16 weights.*another architecture"):
         span_classifier(m, 0)
     (m / "config.json").write_text(json.dumps(c | dict(model_type="gpt2")))
     with pytest.raises(ValueError, match="holds a 'gpt2' model"):

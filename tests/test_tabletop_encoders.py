@@ -1,4 +1,4 @@
-"""Tabletop's own encoders: captions that say what can be seen, a CLIP that is trained once, and the same features from files."""
+"Tabletop's encoders: captions of what can be seen, a CLIP that is trained once, features from files."
 
 import contextlib
 import io
@@ -38,16 +38,18 @@ TINY = dict(clips=30, steps=6, batch=16)
 
 
 def test_frames_that_look_alike_have_the_same_facts():
-    "A caption must not tell what its one frame does not show: the future, or an event whose props are not yet there."
+    "A caption must not say what its one frame does not show, such as the future."
     what = [(e, o) for e, v in {**EVENTS, **STATIC}.items() for o in v if e != "push"]
     for shape in SHAPES:
         looks = pd.DataFrame(dict(shape=[shape] * (len(what) + 1), size=["large"] * (len(what) + 1)))
         happens = [*what, ("push", "roll" if shape in ROUND else "slide")]
-        e, o = zip(*happens)
+        e, o = zip(*happens, strict=False)
         x = render(looks, e, o, [7] * len(looks), noise=0.0).reshape(-1, SIDE, SIDE, 3)
         d = frame_facts(looks, e, o, [7] * len(looks))
         facts = {}
-        for a, f in zip(x, d.replace(dict(state=dict(narrow="whole", wide="whole"))).itertuples(index=False)):
+        for a, f in zip(
+            x, d.replace(dict(state=dict(narrow="whole", wide="whole"))).itertuples(index=False), strict=False
+        ):
             facts.setdefault(a.tobytes(), set()).add(tuple(f))  # widths between pixels look alike
         assert max(map(len, facts.values())) == 1 and len(facts) < len(x)
 
@@ -109,12 +111,14 @@ def test_of_several_that_ask_one_trains(tmp_path, monkeypatch):
     got = []
     with contextlib.redirect_stderr(io.StringIO()):
         ts = [threading.Thread(target=lambda: got.append(load_tabletop_clip(tmp_path))) for _ in range(3)]
-        [t.start() for t in ts]
-        [t.join() for t in ts]
+        for t in ts:
+            t.start()
+        for t in ts:
+            t.join()
     assert len(made) == 1 and len(got) == 3
     f = next((tmp_path / "encoders").glob("*.safetensors"))
     f.write_bytes(f.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="tabletop-clip.*damaged.*delete the file"):
+    with pytest.raises(ValueError, match=r"tabletop-clip.*damaged.*delete the file"):
         load_tabletop_clip(tmp_path)
 
 
@@ -131,7 +135,10 @@ class Ends:
 def test_clips_that_look_back_end_at_their_row(tmp_path):
     x = (np.arange(22) * 10)[:, None, None, None] + np.zeros((1, 32, 32, 3))
     f = write_mp4(tmp_path / "a.mp4", x.astype(np.uint8), 4)
-    levels = lambda y: (y + 1) * 127.5
+
+    def levels(y):
+        return (y + 1) * 127.5
+
     for fps, every in ((1, 4), (2, 2), (4, 1)):
         y, cut = encode_video(VideoItem(f), None, Ends(), fps)
         rows = range(0, 22, every)
@@ -195,7 +202,7 @@ def test_films_of_a_world_through_the_command(tmp_path, kind):
 def test_a_folder_of_other_features_is_refused(tmp_path):
     write_mp4(tmp_path / "v/a.mp4", World(6).frames([0])[0], 1)
     extract_videos(tmp_path / "v", tmp_path / "out", "tabletop-resnet", "tabletop-3d", workers=1)
-    with pytest.raises(ValueError, match="other features .encoder"):
+    with pytest.raises(ValueError, match=r"other features .encoder"):
         extract_videos(tmp_path / "v", tmp_path / "out", None, "tabletop-3d", workers=1)
     with pytest.raises(ValueError, match="fps 2 should divide the 1 frames a second of tabletop-3000-0-3d"):
         extract_videos(tmp_path / "v", tmp_path / "x", None, "tabletop-3d", fps=2, workers=1)

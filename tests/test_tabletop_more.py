@@ -1,4 +1,4 @@
-"More questions about the embedded world: what every one of them promises, in other worlds than the notebook's."
+"What every question about the embedded world guarantees, in other worlds than the notebook's."
 
 import pandas as pd
 import pytest

@@ -1,4 +1,4 @@
-"Readers and writers of the downstream tasks: round trips, every mistake, fuzz, and the real files where VLKD_DATA is set."
+"Readers and writers of the downstream tasks: round trips, every mistake, fuzz, and the real files."
 
 import csv
 import gzip
@@ -26,7 +26,6 @@ from vlkd.data.scores import (
 )
 from vlkd.data.squad import qnli_from_squad
 from vlkd.data.tasks import TASKS, canonical, hub_task, read_task, write_task
-from vlkd.tabletop.clip import _words
 
 fuzz = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 HEADS = dict(
@@ -143,7 +142,7 @@ def test_writer_refuses_and_leaves_folder(tmp_path):
             assert {f.name: f.read_bytes() for f in d.iterdir()} == before
     df = frame("tracie")
     df.loc[1, "event"] = "a story: b"
-    with pytest.raises(ValueError, match="row 1.*cannot carry"):
+    with pytest.raises(ValueError, match=r"row 1.*cannot carry"):
         write_task("tracie", df, tmp_path, "dev")
 
 
@@ -155,7 +154,7 @@ def test_writer_refuses_and_leaves_folder(tmp_path):
 def test_fuzz_round_trip(tmp_path, name, rows):
     "Any text is written and comes back equal, or is refused as ValueError."
     t = TASKS[name]
-    df = pd.DataFrame([dict(zip(t.columns, r[:5])) | dict(label=r[5]) for r in rows])
+    df = pd.DataFrame([dict(zip(t.columns, r[:5], strict=False)) | dict(label=r[5]) for r in rows])
     try:
         df = canonical(t, df)
         write_task(name, df, tmp_path / "f", "dev")
@@ -221,9 +220,9 @@ def test_common_mistakes(name, tmp_path):
     long = good + (good.split(b"\n")[-2] + b"\n") * 500
     packed = gzip.compress(long)
     for cut in (len(packed) - 4, len(packed) // 2, 12):
-        with pytest.raises(ValueError, match="gz, line .*broken or cut short"):
+        with pytest.raises(ValueError, match=r"gz, line .*broken or cut short"):
             read_bytes(tmp_path, name, packed[:cut], gz=True)
-    with pytest.raises(ValueError, match="gz, line 1.*broken or cut short"):
+    with pytest.raises(ValueError, match=r"gz, line 1.*broken or cut short"):
         read_bytes(tmp_path, name, good, gz=True)  # not gzip at all
     with pytest.raises(ValueError, match="both"):
         read_bytes(tmp_path, name, good)  # plain and gz side by side
@@ -369,7 +368,7 @@ def test_groups_file_must_align(tmp_path):
     with pytest.raises(ValueError, match="5 rows for 6"):
         read_task("qnli", tmp_path, "dev")
     g.write_text("\n".join([rows[0], rows[2], rows[1], *rows[3:]]))
-    with pytest.raises(ValueError, match="line 2: id '1', but dev.tsv has '0'"):
+    with pytest.raises(ValueError, match=r"line 2: id '1', but dev.tsv has '0'"):
         read_task("qnli", tmp_path, "dev")
 
 
@@ -430,7 +429,7 @@ def test_swag_without_startphrase(tmp_path):
     )
     df = read_task("swag", tmp_path, "dev")
     assert df.startphrase[0] == "He nods. She" and df.label[0] == 3
-    with pytest.raises(ValueError, match="both val.csv and val.jsonl"):
+    with pytest.raises(ValueError, match=r"both val.csv and val.jsonl"):
         (tmp_path / "val.csv").write_bytes(GOOD["swag"])
         read_task("swag", tmp_path, "dev")
 
@@ -490,7 +489,7 @@ def test_matthews(pairs):
 
     from sklearn.metrics import matthews_corrcoef
 
-    y, p = map(np.array, zip(*pairs))
+    y, p = map(np.array, zip(*pairs, strict=False))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         want = matthews_corrcoef(y, p)
@@ -547,7 +546,7 @@ def test_hub_task(tmp_path):
         "train.parquet",
     )
     assert df.group[0] == "v" and df.kind[0] == "gen"
-    with pytest.raises(ValueError, match="row 0: label should be 0..1.*got -1"):
+    with pytest.raises(ValueError, match=r"row 0: label should be 0..1.*got -1"):
         load("sst2", "dev", [dict(sentence="s", label=-1, idx=0)], "validation.parquet")
     with pytest.raises(ValueError, match="no column 'question2'; expected question1, question2, label"):
         load("qqp", "train", [dict(question1="s", label=0)], "train.parquet")
@@ -669,7 +668,7 @@ def test_real_qnli():
         return np.mean(
             [
                 len(content_words(q) & content_words(s)) / max(1, len(content_words(q)))
-                for q, s in zip(df.question[df.label == y], df.sentence[df.label == y])
+                for q, s in zip(df.question[df.label == y], df.sentence[df.label == y], strict=False)
             ]
         )
 
@@ -691,7 +690,9 @@ def test_real_tracie_scores():
     said = np.where(g.random(len(df)) < 0.9, df.label, 1 - df.label)
     with gzip.open(d / "uniform_prior_test.txt.gz", "rt", encoding="utf-8") as f:
         lines = [l.rstrip("\n") for l in f]
-    want = evaluator([(l, l.split("answer: ")[1], TASKS["tracie"].labels[y]) for l, y in zip(lines, said)])
+    want = evaluator(
+        [(l, l.split("answer: ")[1], TASKS["tracie"].labels[y]) for l, y in zip(lines, said, strict=False)]
+    )
     got = tracie_scores(df, pd.Series(said, df.id))
     assert (
         set(got) == set(want)

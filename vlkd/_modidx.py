@@ -798,6 +798,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'vlkd/features/video3d.py'),
                                        'vlkd.features.video3d.ResNeXt3D.pixels': ( 'features.video3d.html#resnext3d.pixels',
                                                                                    'vlkd/features/video3d.py'),
+                                       'vlkd.features.video3d._read_safetensors': ( 'features.video3d.html#_read_safetensors',
+                                                                                    'vlkd/features/video3d.py'),
                                        'vlkd.features.video3d.check_state': ( 'features.video3d.html#check_state',
                                                                               'vlkd/features/video3d.py'),
                                        'vlkd.features.video3d.checkpoint_state': ( 'features.video3d.html#checkpoint_state',

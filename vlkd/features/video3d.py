@@ -13,29 +13,30 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 
 from ..core.device import device, no_autocast
-from ..core.files import atomic, sha256_file
+from ..core.files import save_safetensors, sha256_file
 
 # %% ../../nbs/32_features.video3d.ipynb #18fb7f4c
 class Bottleneck3D(nn.Module):
-    "1x1x1, grouped 3x3x3 and 1x1x1 convolutions with batch normalisation, plus a shortcut: (B, C, T, H, W) -> (B, 2 mid, T/stride, H/stride, W/stride)."
+    """1x1x1, grouped 3x3x3 and 1x1x1 convolutions with batch normalisation, plus a shortcut.
+
+    (B, C, T, H, W) -> (B, 2 mid, T/stride, H/stride, W/stride)."""
 
     def __init__(self, c: int, mid: int, cardinality: int, stride: int = 1):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv3d(c, mid, 1, bias=False), nn.BatchNorm3d(mid)
-        self.conv2, self.bn2 = (
-            nn.Conv3d(mid, mid, 3, stride, 1, groups=cardinality, bias=False),
-            nn.BatchNorm3d(mid),
-        )
-        self.conv3, self.bn3 = nn.Conv3d(mid, 2 * mid, 1, bias=False), nn.BatchNorm3d(2 * mid)
-        same = stride == 1 and c == 2 * mid
-        self.downsample = (
-            None
-            if same
-            else nn.Sequential(nn.Conv3d(c, 2 * mid, 1, stride, bias=False), nn.BatchNorm3d(2 * mid))
-        )
+        out = 2 * mid
+        self.conv1 = nn.Conv3d(c, mid, 1, bias=False)
+        self.bn1 = nn.BatchNorm3d(mid)
+        self.conv2 = nn.Conv3d(mid, mid, 3, stride, 1, groups=cardinality, bias=False)
+        self.bn2 = nn.BatchNorm3d(mid)
+        self.conv3 = nn.Conv3d(mid, out, 1, bias=False)
+        self.bn3 = nn.BatchNorm3d(out)
+        self.downsample = None
+        if stride != 1 or c != out:
+            self.downsample = nn.Sequential(nn.Conv3d(c, out, 1, stride, bias=False), nn.BatchNorm3d(out))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -47,7 +48,9 @@ BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
 class ResNeXt3D(nn.Module):
-    "3D-ResNeXt: (B, 3, T, H, W) -> pooled (B, dim). `config` says everything that its shapes and its input depend on."
+    """3D-ResNeXt: (B, 3, T, H, W) -> pooled (B, dim).
+
+    `config` holds everything that its shapes and its input depend on."""
 
     def __init__(
         self,
@@ -56,11 +59,11 @@ class ResNeXt3D(nn.Module):
         cardinality: int = 32,  # groups of the middle convolution
         stem: int = 64,  # channels of the first convolution
         classes: int = 400,  # classes that it was trained on
-        frames: int = 16,
-        rate: int = 24,
-        size: int = 112,  # a clip: frames, frames a second, pixels a side
-        mean=(110.6, 103.2, 96.3),
-        std=(1.0, 1.0, 1.0),  # of RGB in 0 to 255: (x-mean)/std is the network's input
+        frames: int = 16,  # in a clip
+        rate: int = 24,  # frames a second
+        size: int = 112,  # pixels a side
+        mean=(110.6, 103.2, 96.3),  # of RGB in 0 to 255: (x-mean)/std is the network's input
+        std=(1.0, 1.0, 1.0),
         name: str = "resnext3d",
     ):
         super().__init__()
@@ -80,19 +83,22 @@ class ResNeXt3D(nn.Module):
             mean=list(mean),
             std=list(std),
         )
-        self.name, self.frames, self.rate, self.size, self.dim = name, frames, rate, size, 16 * base
-        self.conv1, self.bn1 = nn.Conv3d(3, stem, 7, (1, 2, 2), 3, bias=False), nn.BatchNorm3d(stem)
-        c = stem
-        for i, n in enumerate(blocks):
-            mid, layers = base * 2**i, []
-            for j in range(n):
-                layers.append(Bottleneck3D(c, mid, cardinality, 2 if i and not j else 1))
-                c = 2 * mid
-            setattr(self, f"layer{i + 1}", nn.Sequential(*layers))
+        self.name, self.dim = name, 16 * base
+        self.frames, self.rate, self.size = frames, rate, size
+        self.conv1 = nn.Conv3d(3, stem, 7, (1, 2, 2), 3, bias=False)
+        self.bn1 = nn.BatchNorm3d(stem)
+        channels = stem
+        for stage, number in enumerate(blocks):
+            mid, layers = base * 2**stage, []
+            for block in range(number):
+                stride = 2 if stage and not block else 1
+                layers.append(Bottleneck3D(channels, mid, cardinality, stride))
+                channels = 2 * mid
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
         self.fc = nn.Linear(self.dim, classes)
-        for m in self.modules():
-            if isinstance(m, nn.Conv3d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def maps(self, x):  # (B, dim, T/16, H/32, W/32), rounded up
         "Feature maps before pooling."
@@ -111,146 +117,136 @@ class ResNeXt3D(nn.Module):
 
     def pixels(self, clips) -> torch.Tensor:  # float32 (N, 3, frames, size, size)
         "uint8 clips (N, frames, size, size, 3) -> the network's input."
-        a, want = np.asarray(clips), (self.frames, self.size, self.size, 3)
-        if a.dtype != np.uint8 or a.ndim != 5 or a.shape[1:] != want:
+        a, wanted = np.asarray(clips), (self.frames, self.size, self.size, 3)
+        if a.dtype != np.uint8 or a.ndim != 5 or a.shape[1:] != wanted:
             raise ValueError(
-                f"clips should be uint8 (N, {', '.join(map(str, want))}), got {a.dtype} {a.shape}"
+                f"clips should be uint8 (N, {', '.join(map(str, wanted))}), got {a.dtype} {a.shape}"
             )
         x = torch.tensor(np.ascontiguousarray(a), device=self.fc.weight.device).movedim(-1, 1).float()
-        return (x - x.new_tensor(self.config["mean"]).view(3, 1, 1, 1)) / x.new_tensor(
-            self.config["std"]
-        ).view(3, 1, 1, 1)
+        mean, std = (x.new_tensor(self.config[name]).view(3, 1, 1, 1) for name in ("mean", "std"))
+        return (x - mean) / std
 
     @torch.no_grad()
     def encode(self, clips, batch: int = 8) -> np.ndarray:  # float32 (N, dim)
-        "Pooled features of uint8 clips (N, frames, size, size, 3), `batch` clips at a time; the network must be in evaluation mode."
+        "Pooled features of uint8 clips (N, frames, size, size, 3); the network must be in evaluation mode."
         if self.training:
             raise ValueError(
-                f"{self.name} is in training mode, where clips of a batch influence each other; call freeze() first"
+                f"{self.name} is in training mode, where clips of a batch influence each other; "
+                "call freeze() first"
             )
         with no_autocast(self.fc.weight):
-            return np.concatenate(
-                [
-                    self(self.pixels(clips[i : i + batch])).cpu().numpy()
-                    for i in range(0, max(len(clips), 1), batch)
-                ]
-            )
+            starts = range(0, max(len(clips), 1), batch)
+            return np.concatenate([self(self.pixels(clips[i : i + batch])).cpu().numpy() for i in starts])
 
 
 def tiny_resnext3d(size: int = 32, name: str = "resnext3d_tiny", **config) -> ResNeXt3D:
     "The same network with one bottleneck a stage and 128 features, for tests and for small worlds."
-    return ResNeXt3D(
-        **dict(
-            dict(blocks=(1, 1, 1, 1), base=8, cardinality=4, stem=8, classes=10, size=size, name=name),
-            **config,
-        )
-    )
+    tiny = dict(blocks=(1, 1, 1, 1), base=8, cardinality=4, stem=8, classes=10, size=size, name=name)
+    return ResNeXt3D(**(tiny | config))
 
 # %% ../../nbs/32_features.video3d.ipynb #8de0344d
-def checkpoint_state(obj, source="checkpoint") -> dict:  # name -> tensor
+def checkpoint_state(checkpoint, source="checkpoint") -> dict:  # name -> tensor
     "The weights in what `torch.load` gave: unpacked from `state_dict`, without the DataParallel prefix."
-    if isinstance(obj, dict) and isinstance(obj.get("state_dict"), dict):
-        obj = obj["state_dict"]
-    if (
-        not isinstance(obj, dict)
-        or not obj
-        or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in obj.items())
-    ):
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict):
+        checkpoint = checkpoint["state_dict"]
+    weights = checkpoint if isinstance(checkpoint, dict) else {}
+    are_weights = [isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()]
+    if not are_weights or not all(are_weights):
         raise ValueError(
-            f"{source}: no weights here; it should hold a state dict (name -> tensor), bare or under the key 'state_dict'"
+            f"{source}: no weights here; it should hold a state dict (name -> tensor), "
+            "bare or under the key 'state_dict'"
         )
-    return {k.removeprefix("module."): v for k, v in obj.items()}
+    return {name.removeprefix("module."): weight for name, weight in weights.items()}
 
 
 def check_state(
-    state: dict, want: dict, source="checkpoint", optional=()
+    state: dict,  # name -> tensor
+    want: dict,  # a module's state dict
+    source="checkpoint",  # for the message
+    optional=(),  # names that may be there, too
 ) -> dict:  # what to load: `state` with the counters filled in
-    "Compare names and shapes with `want`, a module's state dict; a ValueError lists what is missing, unknown or of another shape."
-    counters = [k for k in want if k.endswith("num_batches_tracked") and k not in state]
-    missing = [k for k in want if k not in state and k not in counters]
-    unknown = [k for k in state if k not in want and k not in optional]
-    shapes = [
-        f"{k} is {tuple(state[k].shape)}, not {tuple(want[k].shape)}"
-        for k in want
-        if k in state and state[k].shape != want[k].shape
+    "Compare names and shapes; a ValueError lists what is missing, unknown or of another shape."
+    faults = {
+        "missing": [k for k in want if k not in state and not k.endswith("num_batches_tracked")],
+        "unknown": [k for k in state if k not in want and k not in optional],
+        "of another shape": [
+            f"{k} is {tuple(state[k].shape)}, not {tuple(want[k].shape)}"
+            for k in want
+            if k in state and state[k].shape != want[k].shape
+        ],
+    }
+    listed = [
+        f"{len(names)} {fault}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        for fault, names in faults.items()
+        if names
     ]
-    say = lambda what, xs: (
-        [f"{len(xs)} {what}: {', '.join(xs[:5])}{' ...' if len(xs) > 5 else ''}"] if xs else []
-    )
-    faults = say("missing", missing) + say("unknown", unknown) + say("of another shape", shapes)
-    if faults:
-        raise ValueError(f"{source} does not fit: {'; '.join(faults)}")
+    if listed:
+        raise ValueError(f"{source} does not fit: {'; '.join(listed)}")
     return {k: state[k] if k in state else torch.zeros((), dtype=torch.long) for k in want}
 
 
-def read_weights(
-    file,
-) -> tuple[dict, dict]:  # name -> tensor, and the `config` that the converter wrote ({} elsewhere)
-    "Weights of a safetensors or `torch.save` file on the CPU; code in a file is never run."
-    f = Path(file)
-    if not f.is_file():
-        raise FileNotFoundError(f"{f}: no such weights file")
-    try:
-        if f.suffix == ".safetensors":
-            from safetensors import safe_open
+def _read_safetensors(file: Path) -> tuple[dict, dict]:
+    with safe_open(file, "pt") as f:
+        metadata = f.metadata() or {}
+        weights = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (no mapping)
+    return weights, json.loads(metadata.get("config", "{}"))
 
-            with safe_open(f, "pt") as h:
-                return {k: h.get_tensor(k) for k in h.keys()}, json.loads(
-                    (h.metadata() or {}).get("config", "{}")
-                )
-        return checkpoint_state(torch.load(f, map_location="cpu", weights_only=True), f), {}
+
+def read_weights(file) -> tuple[dict, dict]:  # name -> tensor; the `config` of a converted file, else {}
+    "Weights of a safetensors or `torch.save` file on the CPU; code in a file is never run."
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such weights file")
+    try:
+        if file.suffix == ".safetensors":
+            return _read_safetensors(file)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as e:
-        if isinstance(e, ValueError) and "no weights here" in str(e):
-            raise
+        reason = str(e)[:120].partition("\n")[0]
         raise ValueError(
-            f"{f}: not a readable weights file ({type(e).__name__}: {str(e)[:120].partition(chr(10))[0]}); it should be a safetensors file or a state dict saved by torch.save"
+            f"{file}: not a readable weights file ({type(e).__name__}: {reason}); "
+            "it should be a safetensors file or a state dict saved by torch.save"
         ) from None
+    return checkpoint_state(checkpoint, file), {}
 
 # %% ../../nbs/32_features.video3d.ipynb #794d85a5
 def load_resnext3d(
     file,  # a public checkpoint, or what `convert_resnext3d` wrote
-    depth: int = None,  # layers; None: what a converted file says, and 152 for a public checkpoint
+    depth: int | None = None,  # layers; None: what a converted file says, and 152 for a public checkpoint
     **config,  # overrides, for instance mean and std of the checkpoint's family
 ) -> ResNeXt3D:  # frozen, on `device()`
     "3D-ResNeXt with the weights of `file`; its name carries their checksum."
     if depth not in (None, *BLOCKS):
         raise ValueError(f"depth should be one of {', '.join(map(str, BLOCKS))}, got {depth}")
-    f = Path(file)
-    state, stored = read_weights(f)
+    file = Path(file)
+    state, stored = read_weights(file)
     if depth and stored and tuple(stored["blocks"]) != BLOCKS[depth]:
         raise ValueError(
-            f"{f} holds a 3D-ResNeXt with {stored['blocks']} bottlenecks, not the {list(BLOCKS[depth])} of 3D-ResNeXt-{depth}"
+            f"{file} holds a 3D-ResNeXt with {stored['blocks']} bottlenecks, "
+            f"not the {list(BLOCKS[depth])} of 3D-ResNeXt-{depth}"
         )
-    cfg = {
-        **(stored or dict(blocks=BLOCKS[depth or 152], classes=len(state.get("fc.bias", range(400))))),
-        **config,
-    }
+    if not stored:
+        classes = len(state["fc.bias"]) if "fc.bias" in state else 400
+        stored = dict(blocks=BLOCKS[depth or 152], classes=classes)
     try:
-        net = ResNeXt3D(**cfg)
+        net = ResNeXt3D(**(stored | config))
     except TypeError as e:
-        raise ValueError(f"{f}: its config is not that of a 3D-ResNeXt ({e})") from None
+        raise ValueError(f"{file}: its config is not that of a 3D-ResNeXt ({e})") from None
     layers = 3 * sum(net.config["blocks"]) + 2
-    net.load_state_dict(check_state(state, net.state_dict(), f"{f} (as a 3D-ResNeXt-{layers})"))
-    net.name = f"resnext3d_{layers}-{sha256_file(f)[:8]}"
+    net.load_state_dict(check_state(state, net.state_dict(), f"{file} (as a 3D-ResNeXt-{layers})"))
+    net.name = f"resnext3d_{layers}-{sha256_file(file)[:8]}"
     return net.freeze().to(device())
 
 
 def save_resnext3d(net: ResNeXt3D, file) -> Path:
-    "Write a network as safetensors with its `config`, whole or not at all."
-    from safetensors.torch import save
-
-    b = save(
-        {k: v.cpu().contiguous() for k, v in net.state_dict().items()}, dict(config=json.dumps(net.config))
-    )
-    with atomic(file, "wb") as f:
-        f.write(b)
-    return Path(file)
+    "Write a network as safetensors with its `config`, completely or not at all."
+    return save_safetensors(net.state_dict(), file, dict(config=json.dumps(net.config)))
 
 
-def convert_resnext3d(source, target, depth: int = None, **config) -> Path:
-    "Convert a public checkpoint to safetensors with its `config`; what does not fit is an error and leaves nothing behind."
+def convert_resnext3d(source, target, depth: int | None = None, **config) -> Path:
+    "Convert a public checkpoint to safetensors with its `config`; what does not fit leaves nothing behind."
     if Path(target).suffix != ".safetensors":
         raise ValueError(f"{target}: the converted file should end in .safetensors")
     return save_resnext3d(load_resnext3d(source, depth, **config), target)

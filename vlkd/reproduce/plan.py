@@ -128,12 +128,13 @@ def _check_data(folders: list):
 
 
 def _check_scales(entry: dict):
+    known = scales()
     for scale in entry.get("scales", []):
-        if scale not in scales():
-            raise unknown_name("scale", scale, scales())
+        if scale not in known:
+            raise unknown_name("scale", scale, known)
     for scale, changes in entry.get("at", {}).items():
-        if scale not in scales():
-            raise ValueError(f"at: {unknown_name('scale', scale, scales())}")
+        if scale not in known:
+            raise ValueError(f"at: {unknown_name('scale', scale, known)}")
         if scale not in entry.get("scales", [scale]):
             raise ValueError(f"at: {scale} is none of its scales ({', '.join(entry['scales'])})")
         if not isinstance(changes, dict):
