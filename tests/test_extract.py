@@ -26,7 +26,7 @@ real = pytest.mark.skipif(ROOT is None, reason="VLKD_DATA is not set")
 CLI = [sys.executable, "-c", "from vlkd.tools.cli import main; main()", "extract"]
 
 
-def film(path, n=16, fps=8, side=(32, 48)):
+def write_clip(path, n=16, fps=8, side=(32, 48)):
     "Frames whose brightness counts up, with a pattern that names the file."
     x = rng(path.name).integers(0, 100, (1, *side, 3)) + np.arange(n)[:, None, None, None] * 100 // n
     return write_mp4(path, x.astype(np.uint8), fps)
@@ -89,7 +89,7 @@ def test_killed_half_way_and_resumed_equals_uninterrupted(tmp_path, tiny3d, work
     v, whole, out, kills = tmp_path / "videos", tmp_path / "whole", tmp_path / "killed", []
     v.mkdir()
     for i in range(60):
-        film(v / f"v{i:02}.mp4", 24 + 8 * (i % 3))
+        write_clip(v / f"v{i:02}.mp4", 24 + 8 * (i % 3))
     (v / "v07.mp4").write_bytes(b"")  # and one that cannot be read
     args = ["--frames", "grid", "--clips", f"resnext3d={tiny3d}", "--shard-size", 2]
     r = here(v, "--out", whole, *args)
@@ -132,7 +132,7 @@ def test_killed_half_way_and_resumed_equals_uninterrupted(tmp_path, tiny3d, work
 
 
 def test_half_written_files_of_a_killed_run_are_removed(tmp_path):
-    film(tmp_path / "a.mp4")
+    write_clip(tmp_path / "a.mp4")
     out = tmp_path / "out"
     out.mkdir()
     for n in (".shard-00000.safetensors.x1", ".shard-00000.json.x2", ".manifest.json.x3", ".plan.json.x4"):
@@ -149,7 +149,7 @@ def test_half_written_files_of_a_killed_run_are_removed(tmp_path):
 def test_number_of_workers_and_of_machines_does_not_change_a_byte(tmp_path, tiny3d):
     (tmp_path / "v").mkdir()
     for i in range(7):
-        film(tmp_path / "v" / f"{i}.mp4", 8 + 5 * i)
+        write_clip(tmp_path / "v" / f"{i}.mp4", 8 + 5 * i)
     net = load_resnext3d(tiny3d)
     kw = dict(frames=GridPixels(4), clips=net, shard_size=2)
     extract_videos(tmp_path / "v", tmp_path / "a", workers=1, **kw)
@@ -172,7 +172,7 @@ def test_number_of_workers_and_of_machines_does_not_change_a_byte(tmp_path, tiny
 
 def test_a_video_that_ends_its_process_is_an_error_of_that_video(tmp_path):
     for i in range(5):
-        film(tmp_path / f"{i}.mp4")
+        write_clip(tmp_path / f"{i}.mp4")
     write_mp4(tmp_path / "white.mp4", np.full((8, 32, 32, 3), 255, np.uint8), 8)
     feats = extract_videos(tmp_path, tmp_path / "out", EndsOnWhite(2), workers=2)
     assert (
@@ -182,7 +182,7 @@ def test_a_video_that_ends_its_process_is_an_error_of_that_video(tmp_path):
 
 
 def test_an_encoder_that_refuses_or_overflows_leaves_no_row(tmp_path):
-    film(tmp_path / "a.mp4")
+    write_clip(tmp_path / "a.mp4")
     write_mp4(tmp_path / "white.mp4", np.full((8, 32, 32, 3), 255, np.uint8), 8)
     for enc, text in (
         (RefusesWhite(2), "white.mp4: too bright"),
@@ -217,7 +217,7 @@ def variable(path, ms, levels):
         s = c.add_stream("h264", rate=25)
         s.height, s.width, s.pix_fmt = 32, 48, "yuv420p"
         s.codec_context.time_base = Fraction(1, 1000)
-        for m, v in zip(ms, levels):
+        for m, v in zip(ms, levels, strict=True):
             f = av.VideoFrame.from_ndarray(np.full((32, 48, 3), v, np.uint8), format="rgb24")
             f.pts, f.time_base = m, Fraction(1, 1000)
             c.mux(s.encode(f))
@@ -239,7 +239,7 @@ def turned(path, quarter=True):
 def test_bad_files_are_named_and_leave_no_row(tmp_path, tiny3d):
     v = tmp_path / "v"
     v.mkdir()
-    film(v / "good.mp4")
+    write_clip(v / "good.mp4")
     good = (v / "good.mp4").read_bytes()
     sound(v / "sound.mp4")
     no_frames(v / "nothing.mp4")
@@ -339,7 +339,7 @@ def test_a_stream_that_changes_size_is_read_at_its_first_size(tmp_path):
 
 
 def test_a_list_with_times_and_missing_files(tmp_path):
-    film(tmp_path / "a.mp4", 48)
+    write_clip(tmp_path / "a.mp4", 48)
     (tmp_path / "list.csv").write_text("path,start,end\na.mp4,1,3\ngone.mp4,,\na.mp4,90,95\n")
     r = here(tmp_path / "list.csv", "--out", tmp_path / "out", "--frames", "grid")
     feats = load_features(tmp_path / "out")
@@ -352,7 +352,7 @@ def test_a_list_with_times_and_missing_files(tmp_path):
         "list.csv, line 4: " in feats.errors["a_90_95"]
         and "after the end of the video" in feats.errors["a_90_95"]
     )
-    film(tmp_path / "gone.mp4")
+    write_clip(tmp_path / "gone.mp4")
     r = here(tmp_path / "list.csv", "--out", tmp_path / "out", "--frames", "grid")
     assert r.returncode == 1 and "gone" in load_features(tmp_path / "out")
     (tmp_path / "list.csv").write_text("path,start,end\na.mp4,3,1\n")
@@ -383,7 +383,7 @@ def test_a_full_disk_leaves_whole_shards_only(tmp_path, monkeypatch, ending):
     v = tmp_path / "v"
     v.mkdir()
     for i in range(6):
-        film(v / f"{i}.mp4")
+        write_clip(v / f"{i}.mp4")
     kw = dict(frames=GridPixels(2), workers=1, shard_size=2)
     extract_videos(v, tmp_path / "whole", **kw)
     out = tmp_path / "out"
@@ -396,7 +396,7 @@ def test_a_full_disk_leaves_whole_shards_only(tmp_path, monkeypatch, ending):
 
     with monkeypatch.context() as m:
         m.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="shard-00001.safetensors cannot be written .No space left"):
+        with pytest.raises(OSError, match=r"shard-00001\.safetensors cannot be written .No space left"):
             module.extract_videos(v, out, **kw)
     assert sorted(content(out)) == ["plan.json", "shard-00000.json", "shard-00000.safetensors"]
     extract_videos(v, out, **kw)
@@ -406,12 +406,12 @@ def test_a_full_disk_leaves_whole_shards_only(tmp_path, monkeypatch, ending):
 def test_a_full_disk_while_a_shard_is_renewed_keeps_the_old_one(tmp_path, monkeypatch):
     v = tmp_path / "v"
     v.mkdir()
-    film(v / "a.mp4")
-    film(v / "b.mp4")
+    write_clip(v / "a.mp4")
+    write_clip(v / "b.mp4")
     kw = dict(frames=GridPixels(2), workers=1)
     extract_videos(v, tmp_path / "out", **kw)
     before = content(tmp_path / "out")
-    film(v / "a.mp4", 32)
+    write_clip(v / "a.mp4", 32)
 
     def full(fd):
         raise OSError(28, "No space left on device")
@@ -426,7 +426,7 @@ def test_a_full_disk_while_a_shard_is_renewed_keeps_the_old_one(tmp_path, monkey
 
 
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path):
-    film(tmp_path / "a.mp4")
+    write_clip(tmp_path / "a.mp4")
     for args, text in [
         (["--frames", "resnet125"], "did you mean 'resnet152'"),
         (["--frames", "resnet152", "--weights", tmp_path], "no weights here; looked for resnet152"),
@@ -479,7 +479,7 @@ def test_raw_files_through_both_encoders(tmp_path, tiny3d):
 
 
 def test_a_named_pipe_is_an_error_of_its_video(tmp_path, capsys):
-    film(tmp_path / "a.mp4")
+    write_clip(tmp_path / "a.mp4")
     os.mkfifo(tmp_path / "pipe.mp4")
     feats = extract_videos(tmp_path, tmp_path / "out", GridPixels(2), workers=1)
     assert list(feats) == ["a"] and "pipe.mp4: not a regular file" in feats.errors["pipe"]
@@ -488,7 +488,7 @@ def test_a_named_pipe_is_an_error_of_its_video(tmp_path, capsys):
 
 def test_kept_features_of_a_deleted_video_are_named(tmp_path, capsys):
     for name in ("a", "b"):
-        film(tmp_path / f"{name}.mp4")
+        write_clip(tmp_path / f"{name}.mp4")
     extract_videos(tmp_path, tmp_path / "out", GridPixels(2), workers=1)
     (tmp_path / "b.mp4").unlink()
     capsys.readouterr()
@@ -499,7 +499,7 @@ def test_kept_features_of_a_deleted_video_are_named(tmp_path, capsys):
 
 def test_control_characters_of_names_do_not_reach_the_terminal(tmp_path, capsys):
     (tmp_path / "red\x1b[31m\r.mp4").write_bytes(b"")
-    film(tmp_path / "a.mp4")
+    write_clip(tmp_path / "a.mp4")
     extract_videos(tmp_path, tmp_path / "out\x1b[2J", GridPixels(2), workers=1)
     (tmp_path / "red\x1b[31m\r.mp4").unlink()
     extract_videos(tmp_path, tmp_path / "out\x1b[2J", GridPixels(2), workers=1)
@@ -519,7 +519,7 @@ class Brightness:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_own_encoder_by_file_or_module(tmp_path, workers, monkeypatch):
-    film(tmp_path / "a.mp4")
+    write_clip(tmp_path / "a.mp4")
     (tmp_path / "own_features.py").write_text(OWN)
     by_file = extract_videos(
         tmp_path, tmp_path / "file", f"{tmp_path}/own_features.py:Brightness", workers=workers
