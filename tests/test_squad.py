@@ -31,13 +31,14 @@ fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChe
 TEXT = "Cork floats. A stone sinks, é\u2028and \U0001f600 a nail."
 
 
-def made(version="1.1", par={}, art={}, **q):
+def made(version="1.1", par=None, art=None, **q):
     q = (
         dict(id="q1", question="What floats?", answers=[dict(text="Cork", answer_start=0)])
         | (dict(is_impossible=False) if version == "2.0" else {})
         | q
     )
-    return dict(version=version, data=[dict(title="T", paragraphs=[dict(context=TEXT, qas=[q]) | par]) | art])
+    paragraph = dict(context=TEXT, qas=[q]) | (par or {})
+    return dict(version=version, data=[dict(title="T", paragraphs=[paragraph]) | (art or {})])
 
 
 def write(p, o):
@@ -310,7 +311,7 @@ def test_real_dev_equals_official(official, version, rows, none):
     d = data_dir() / "squad"
     df = read_squad(d, "dev", version)
     assert len(df) == rows and df.impossible.sum() == none
-    raw = json.loads(gzip.open(d / f"dev-v{version}.json.gz").read())["data"]
+    raw = json.loads(gzip.decompress((d / f"dev-v{version}.json.gz").read_bytes()))["data"]
     has = official.make_qid_to_has_ans(raw)
     for ties in (False, True):
         said, sure = guesses(df, 1, ties)
