@@ -357,7 +357,7 @@ def check(words: list):
 
 def test_the_check_finds_wrong_options():
     for words in (["vlkd", "reproduce", "--schedular", "x"], ["dask", "worker", "--slots", "1"]):
-        with pytest.raises(Exception, match="(?i)no such option|unexpected extra argument"):
+        with pytest.raises(Exception, match=r"(?i)no such option|unexpected extra argument"):
             check(words)
 
 

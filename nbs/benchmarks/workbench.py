@@ -10,7 +10,8 @@ import torch
 from peer import AblatedObjective, PublicObjective, fill_queues, plain_nst
 
 from vlkd.core.device import device
-from vlkd.core.settings import Scale, preset
+from vlkd.core.settings import Scale
+from vlkd.core.settings import preset as preset_arguments
 from vlkd.models import bert
 from vlkd.models.bert import BertForMaskedLM, bert_config, quick_dropout
 from vlkd.tools.bench import peak_memory
@@ -98,11 +99,11 @@ class Workbench:
         s: Scale,
         batch: int = 0,  # 0: the scale's
         tokens: int = 0,  # 0: the scale's
-        preset_name: str = "paper",
+        preset: str = "paper",
         seed: int = 0,
     ):
         torch.manual_seed(seed)
-        self.s, self.preset = s, preset(preset_name)
+        self.s, self.preset = s, preset_arguments(preset)
         self.shape = (batch or s.batch, tokens or s.max_tokens)
         self.lm, self.teacher = self._model(), self._model()
         self.teacher.requires_grad_(False).eval()
@@ -126,10 +127,10 @@ class Workbench:
         fill_queues(objective)
         return objective.to(device()).train()
 
-    def ours(self, kd: str = "nst+crd", preset_name: str = "") -> StudentObjective:
+    def ours(self, kd: str = "nst+crd", preset: str = "") -> StudentObjective:
         "The objective of `train.text_student`, with a full queue."
         torch.manual_seed(1)
-        args = preset(preset_name) if preset_name else self.preset
+        args = preset_arguments(preset) if preset else self.preset
         teacher = self.teacher if kd else None
         return self._ready(StudentObjective(self.lm, teacher, kd, s=self.s, args=args))
 
@@ -221,10 +222,10 @@ class Compiled:
 _step = None  # of the process that serves steps
 
 
-def _make_step(settings: dict, shape: tuple, preset_name: str, bf16: bool, threads: int):
+def _make_step(settings: dict, shape: tuple, preset: str, bf16: bool, threads: int):
     global _step
     torch.set_num_threads(threads)
-    bench = Workbench(Scale(**settings), *shape, preset_name)
+    bench = Workbench(Scale(**settings), *shape, preset)
     _step = bench.step(bench.ours(), bf16=bf16)
 
 
@@ -236,9 +237,9 @@ def _ask_step(method: str):
 class StepInProcess:
     "A step of our objective in a process of its own, whose allocator caches; used as a `TrainingStep`."
 
-    def __init__(self, s: Scale, shape: tuple, preset_name: str, *, bf16: bool = False):
+    def __init__(self, s: Scale, shape: tuple, preset: str, *, bf16: bool = False):
         spawn = multiprocessing.get_context("spawn")
-        arguments = (dict(s), shape, preset_name, bf16, torch.get_num_threads())
+        arguments = (dict(s), shape, preset, bf16, torch.get_num_threads())
         self.pool = ProcessPoolExecutor(1, spawn, _make_step, arguments)
         with patch.dict(os.environ, ALLOCATOR_CACHING):
             self.held_bytes()  # starts the process

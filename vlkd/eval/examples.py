@@ -29,7 +29,6 @@ from ..retrieval.nearest import nearest
 from ..tabletop.language import BASE, OUTCOME_PHRASES, PAST
 from ..tabletop.nouns import CLIP_EVENTS, EVENTS
 from ..tabletop.world import World
-from ..train.text_student import StudentObjective
 from ..train.video_teacher import held_out_clips, sentence_states, video_states
 
 # %% ../../nbs/66_eval.examples.ipynb #9391ff87

@@ -12,14 +12,11 @@ import io
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-
-import pandas as pd
 
 from ..core.files import atomic, read_json, write_array, write_json
 from ..core.settings import data_dir, path, scale, settings_file

@@ -9,7 +9,7 @@ __all__ = ['checkpoint_problem', 'checkpoints', 'last_checkpoint']
 import shutil
 from pathlib import Path
 
-from ..core.files import checksum_problem, checksums_file, write_checksums
+from ..core.files import checksum_problem, checksums_file
 
 # %% ../../nbs/52_train.checkpoints.ipynb #c0517ff0
 def checkpoint_problem(folder) -> str:  # empty: none
