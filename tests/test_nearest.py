@@ -13,8 +13,10 @@ def by_sorting(queries, keys, k):
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 1000, 9001])
 @pytest.mark.parametrize("tile", [1000, 4096])
-def test_the_best_are_those_of_a_full_sort_ties_included(n, tile):
+@pytest.mark.parametrize("flat_from", [1, 128_000])
+def test_the_best_are_those_of_a_full_sort_ties_included(n, tile, flat_from, monkeypatch):
     "Scores are small integers, exact in any order of summation; they tie in many places."
+    monkeypatch.setattr("vlkd.retrieval.nearest.FLAT_FROM", flat_from)
     generator = torch.Generator().manual_seed(n)
     keys, queries = (torch.randint(-1, 2, (m, 6), generator=generator).float() for m in (n, 17))
     ready = KeyIndex(keys, normalize=False)
@@ -46,6 +48,7 @@ def test_faiss_and_torch_give_equal_answers(k, kind, monkeypatch):
     if kind == "all ties":
         keys, queries = (torch.randint(-1, 2, x.shape, generator=generator).float() for x in (keys, queries))
     options = dict(normalize=kind == "random")
+    monkeypatch.setattr("vlkd.retrieval.nearest.FLAT_FROM", 1)
     by_faiss = nearest(queries, keys, k, **options)
     monkeypatch.setattr("vlkd.retrieval.nearest._flat_index", lambda rows: None)
     by_torch = nearest(queries, keys, k, **options)
