@@ -449,11 +449,11 @@ def compiled_losses(tmp_path):
 
     from vlkd.core.settings import scale
     from vlkd.models.bert import language_model
-    from vlkd.train.sources import TabletopData
+    from vlkd.train.sources import TabletopSource
     from vlkd.train.text_student import StudentObjective, text_collator
 
     s = scale("smoke", dropout=0.0, batch=8, crd_bank=64, crd_negatives=40)
-    data = TabletopData(s, 101)
+    data = TabletopSource(s, 101)
 
     def train(**options):
         lm, teacher = (language_model(s, data.tokenizer, seed) for seed in (1, 2))

@@ -11,7 +11,7 @@ import pytest
 
 from vlkd.core.settings import scale
 from vlkd.reproduce.keys import graph
-from vlkd.reproduce.plan import load_plan, plan_file, plan_runs
+from vlkd.reproduce.plan import load_plan, plan_files, plan_runs
 from vlkd.tools.cost import gpu_hours, plan_cost
 from vlkd.tools.preflight import preflight
 
@@ -59,7 +59,7 @@ def test_objectives_and_features_of_the_paper(runs):
 
 
 def test_what_differs_at_paper_leaves_other_keys_alone(tmp_path):
-    copy = shutil.copytree(plan_file().parent, tmp_path / "e") / "plan.toml"
+    copy = shutil.copytree(plan_files()[0].parent, tmp_path / "e") / "plan.toml"
     text = copy.read_text()
     assert "\nat = " in text
     copy.write_text(re.sub(r"(?m)^at = .*\n", "", text))

@@ -564,7 +564,7 @@ def test_folders_that_do_not_fit(tok, tmp_path):
         out.said[0] in "a b c"
         and len(out) == 1
         and (out.label == 1).all()
-        and (out.right == (out.said == "b")).all()
+        and (out.right == out.said.isin(["b", "a b"])).all()  # the official score drops articles
     )
     again = finetune_squad(m, df, df, tmp_path / "out2", r)
     pd.testing.assert_frame_equal(out, again)  # the head is drawn from the seed

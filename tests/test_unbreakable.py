@@ -223,9 +223,9 @@ def read_run(out):
 
 
 def training(out):
-    from test_training import line
+    from test_training import train_line
 
-    w, h = line(out)
+    w, h = train_line(out)
     w = w.numpy()
     return dict(w=w, loss=np.array([x["loss"] for x in h if "loss" in x]))
 
@@ -524,7 +524,7 @@ def test_a_changed_checkpoint_is_left_out(how, tmp_path, whole):
     want = whole("training").numbers
     r = rng("checkpoint", how)
     with pytest.raises(Stop):
-        quiet(lambda: line(tmp_path / "stopped", stop=27))
+        quiet(lambda: train_line(tmp_path / "stopped", stop=27))
     for f in data_files(tmp_path / "stopped" / "checkpoints" / "checkpoint-20"):
         out = tmp_path / f.name
         shutil.copytree(tmp_path / "stopped", out)
