@@ -59,7 +59,9 @@ def test_objectives_and_features_of_the_paper(runs):
 
 
 def test_what_differs_at_paper_leaves_other_keys_alone(tmp_path):
-    copy = shutil.copytree(plan_files()[0].parent, tmp_path / "e") / "plan.toml"
+    plan = plan_files()[0]
+    experiments = shutil.copytree(plan.parents[1], tmp_path / "experiments")
+    copy = experiments / plan.parent.name / plan.name
     text = copy.read_text()
     assert "\nat = " in text
     copy.write_text(re.sub(r"(?m)^at = .*\n", "", text))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vlkd.core.files import rng
 from vlkd.core.settings import scale
 from vlkd.data.tasks import Task
 from vlkd.data.video import load_features, write_mp4
@@ -27,9 +28,25 @@ def examples():
             yield pytest.param("\n".join(blocks), id=title)
 
 
+def write_own_files(folder):
+    "What the route of own videos reads: clips.csv and its videos, text.txt, and a task in moves/."
+    rows = ["path,caption"]
+    for i in range(20):
+        frames = rng("clip", i).integers(0, 255, (8, 32, 32, 3), dtype=np.uint8)
+        write_mp4(folder / f"clip{i}.mp4", frames, fps=8)
+        rows.append(f"clip{i}.mp4,look the thing {('rises', 'falls')[i % 2]} now")
+    (folder / "clips.csv").write_text("\n".join(rows) + "\n")
+    (folder / "text.txt").write_text("the old thing is in the garden\nthe small thing is here\n" * 40)
+    (folder / "moves").mkdir()
+    examples = "sentence\tlabel\n" + "the old thing\trises\nthe small thing\tfalls\n" * 20
+    for split in ("train", "dev"):
+        (folder / "moves" / f"{split}.tsv").write_text(examples)
+
+
 @pytest.mark.parametrize("code", list(examples()))
 def test_route(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    write_own_files(tmp_path)
     monkeypatch.setenv("VLKD_RUNS", str(tmp_path / "runs"))
     exec(compile(code, str(PAGE), "exec"), {"__name__": "__main__"})
 

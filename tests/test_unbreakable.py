@@ -519,7 +519,7 @@ def test_changed_shards_of_videos_are_made_again(videos, tmp_path):  # noqa: F81
 @pytest.mark.parametrize("how", CHANGES)
 def test_a_changed_checkpoint_is_left_out(how, tmp_path, whole):
     "Every file of the newest checkpoint: it is left out by name, and the training ends as it would."
-    from test_training import Stop, line
+    from test_training import Stop, train_line
 
     want = whole("training").numbers
     r = rng("checkpoint", how)
@@ -530,7 +530,7 @@ def test_a_changed_checkpoint_is_left_out(how, tmp_path, whole):
         shutil.copytree(tmp_path / "stopped", out)
         g = out / "checkpoints" / "checkpoint-20" / f.name
         g.write_bytes(CHANGES[how](f.read_bytes(), r))
-        (w, _), output = quiet(line, out)
+        (w, _), output = quiet(train_line, out)
         assert (
             np.array_equal(w.numpy(), want["w"])
             and "checkpoint-20 is left out: " in output
