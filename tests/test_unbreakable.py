@@ -389,16 +389,18 @@ def test_reproduce_killed_at_random_moments(quick, kills=KILLS):
 
     toy = quick
     toy.nb("teacher", params, start, chain, end)
-    began = time.monotonic()
     assert quiet(toy.run)[0]["failed"] == {}
-    took = time.monotonic() - began
     want, r = results(toy), rng("reproduce", kills)
     died = 0
     assert set(want) == {"teacher@1", "student@1", "other@1", "t1@1"}
     shutil.rmtree(toy.d / "runs")
+    began = time.monotonic()
+    toy.runner("t1").communicate()
+    took = time.monotonic() - began
+    shutil.rmtree(toy.d / "runs")
     for k in range(kills):
         process = toy.runner("t1")
-        time.sleep(1 + float(r.random()) * took)
+        time.sleep(0.7 * float(r.random()) * took)  # what the last ones finished makes the next one shorter
         with contextlib.suppress(psutil.Error):
             tree = psutil.Process(process.pid).children(recursive=True) if k % 2 else []
             process.kill()

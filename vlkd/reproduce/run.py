@@ -821,6 +821,10 @@ class Runner:
         try:
             outcome = job.future.result()
         except Exception as e:
+            if getattr(e, "reason", "") == "scheduler-connection-lost":
+                raise ConnectionError(
+                    "the scheduler does not answer any more; the same command goes on from here"
+                ) from None
             return dict(code=1, error=_lost(job, e))
         job.ended = job.ended or time.time()
         folder, files = job.node.partial, outcome.get("files", {})
