@@ -514,8 +514,8 @@ def test_full_disk_while_saving_a_checkpoint(model, tmp_path, size):
     import torch
 
     from vlkd.data.text import tokenize
-    from vlkd.train.checkpoints import last_checkpoint
     from vlkd.train.text_student import train_student
+    from vlkd.train.trainer import last_checkpoint
 
     sentences = ["the girl dropped the kettle", "it broke", "you did not"] * 8
     tokens = tokenize(model.tokenizer, sentences, 40)

@@ -4,24 +4,21 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'SquadRecipe', 'squad_recipe', 'best_span', 'decode_spans', 'SpanObjective', 'span_batch',
-           'quiet_transformers', 'bert_with_head', 'span_classifier', 'span_logits', 'finetune_squad', 'record_columns',
-           'span_records', 'squad_summary']
+           'span_classifier', 'span_logits', 'finetune_squad', 'record_columns', 'span_records', 'squad_summary']
 
 # %% ../../nbs/57_train.squad.ipynb #53c24192
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from ..core.device import mend_torchvision, seed_everything
 from ..core.settings import Scale, unknown_name
 from ..data.squad import Windows, best_threshold, evaluate_squad, squad_scores, squad_windows
-from ..models.bert import check_bert_folder
+from ..models.bert import load_bert
 from .trainer import Objective, fit
 
 # %% ../../nbs/57_train.squad.ipynb #c6243782
@@ -29,7 +26,6 @@ mend_torchvision()  # transformers imports torchvision
 
 # %% ../../nbs/57_train.squad.ipynb #88f85d90
 from transformers import AutoTokenizer, BertForQuestionAnswering
-from transformers.utils import logging
 
 # %% ../../nbs/57_train.squad.ipynb #08ceb814
 @dataclass(frozen=True)
@@ -166,48 +162,9 @@ def span_batch(windows: Windows, rows, labels: bool = False) -> dict:
     return batch
 
 # %% ../../nbs/57_train.squad.ipynb #3fef5e40
-@contextmanager
-def quiet_transformers():
-    "A context in which `transformers` reports errors alone: that a head is new is expected."
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-def bert_with_head(
-    kind: type,  # a `transformers` class
-    folder,
-    seed: int,
-    head: tuple[str, ...],  # how the names of the new weights begin
-    **config,
-) -> nn.Module:
-    "A saved BERT with a new head drawn from `seed`."
-    folder = Path(folder)
-    check_bert_folder(folder)
-    with torch.random.fork_rng(devices=[]), quiet_transformers():
-        torch.manual_seed(seed)
-        net, info = kind.from_pretrained(folder, output_loading_info=True, **config)
-    entries = len(AutoTokenizer.from_pretrained(folder))
-    if entries != net.config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokeniser has {entries} vocabulary entries, the model {net.config.vocab_size}: "
-            "they do not belong together"
-        )
-    lost = sorted(name for name in info["missing_keys"] if not name.startswith(head))
-    if lost:
-        raise ValueError(
-            f"{folder}: the checkpoint lacks {len(lost)} weights, {lost[0]} among them: "
-            "it belongs to another architecture"
-        )
-    return net
-
-
 def span_classifier(folder, seed: int) -> SpanObjective:
     "A saved BERT with a new span head drawn from `seed`."
-    return SpanObjective(bert_with_head(BertForQuestionAnswering, folder, seed, ("qa_outputs.",)))
+    return SpanObjective(load_bert(BertForQuestionAnswering, folder, ("qa_outputs.",), seed)[0])
 
 
 @torch.no_grad()
