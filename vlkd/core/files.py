@@ -53,10 +53,14 @@ def atomic_folder(p):  # the folder to fill
     "Make a folder that appears at `p` only when the block ends without an error."
     p = Path(p)
     part = p.with_name(f".{p.name}.{secrets.token_hex(4)}")
+    old = part.with_name(f"{part.name}.old")
     part.mkdir(parents=True)
     try:
         yield part
+        if p.exists():
+            os.replace(p, old)
         os.replace(part, p)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
