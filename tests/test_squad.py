@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from vlkd.core.settings import data_dir
 from vlkd.data.squad import (
+    SQUAD_COLUMNS,
     evaluate_squad,
     exact_match,
     f1_score,
-    hub_squad,
     normalize_answer,
     read_squad,
     squad_scores,
@@ -32,11 +32,9 @@ TEXT = "Cork floats. A stone sinks, é\u2028and \U0001f600 a nail."
 
 
 def made(version="1.1", par=None, art=None, **q):
-    q = (
-        dict(id="q1", question="What floats?", answers=[dict(text="Cork", answer_start=0)])
-        | (dict(is_impossible=False) if version == "2.0" else {})
-        | q
-    )
+    q = dict(id="q1", question="What floats?", answers=[dict(text="Cork", answer_start=0)]) | q
+    if version == "2.0":
+        q = dict(is_impossible=False) | q
     paragraph = dict(context=TEXT, qas=[q]) | (par or {})
     return dict(version=version, data=[dict(title="T", paragraphs=[paragraph]) | (art or {})])
 
@@ -50,11 +48,7 @@ def write(p, o):
 def test_reads_plain_gz_and_folder(tmp_path):
     p = write(tmp_path / "dev-v1.1.json", made())
     df = read_squad(p)
-    assert (
-        list(df.columns) == ["id", "context", "question", "answers", "starts", "impossible", "group", "kind"]
-        and df.answers[0] == ["Cork"]
-        and df.starts[0] == [0]
-    )
+    assert tuple(df.columns) == SQUAD_COLUMNS and df.answers[0] == ["Cork"] and df.starts[0] == [0]
     g = tmp_path / "gz" / "dev-v1.1.json.gz"
     g.parent.mkdir()
     g.write_bytes(gzip.compress(p.read_bytes()))
@@ -74,51 +68,47 @@ def test_reads_plain_gz_and_folder(tmp_path):
         read_squad(tmp_path, "test")
 
 
-@pytest.mark.parametrize(
-    "bad,says",
-    [
-        (
-            made(answers=[]),
-            r"line 11, data\[0\].paragraphs\[0\].qas\[0\]: 'is_impossible' is false, but there are no",
-        ),
-        (made(answers=None), r"line 11, .*list under 'answers'"),
-        (made(answers="Cork"), "list under 'answers'"),
-        (made(answers=["Cork"]), "object with 'text'"),
-        (made(answers=[dict(text="Cork")]), "'answer_start' should be a number of characters, got None"),
-        (made(answers=[dict(text="Cork", answer_start="0")]), "'answer_start' should be a number"),
-        (made(answers=[dict(text="Cork", answer_start=True)]), "'answer_start' should be a number"),
-        (
-            made(answers=[dict(text="Cork", answer_start=5)]),
-            "'Cork' is not at character 5 of its context, where 'floa(t)?' stands",
-        ),
-        (made(answers=[dict(text="Cork", answer_start=-1)]), "not at character -1"),
-        (made(answers=[dict(text="Cork", answer_start=9999)]), "not at character 9999"),
-        (made(answers=[dict(text=" ", answer_start=4)]), "answer's text"),
-        (made(answers=[dict(text=7, answer_start=4)]), "answer's text"),
-        (made(is_impossible=True), "every question of version 1.1 has an answer"),
-        (made(is_impossible="no"), "should be true or false, got 'no'"),
-        (made(id=3), "text under 'id' should be text, got 3"),
-        (made(id=None), r"line 8, data\[0\].paragraphs\[0\].qas\[0\]"),
-        (made(question=""), "text under 'question'"),
-        (made(question="\ud800"), "half a surrogate pair"),
-        (
-            made(par=dict(context=None)),
-            r"line 5, data\[0\].paragraphs\[0\]: text under 'context' should be text, got None",
-        ),
-        (made(par=dict(qas=None)), "list under 'qas'"),
-        (made(par=dict(qas=["q"])), "object with 'id'"),
-        (made(art=dict(paragraphs={})), r"data\[0\]: should be an object with a list under 'paragraphs'"),
-        (made(art=dict(title=5)), "'title'"),
-        (dict(data=["x"]), r"data\[0\]: should be an object"),
-        (dict(data=[]), "no questions"),
-        ({}, "list of articles under 'data'"),
-        ([1], "list of articles under 'data'"),
-        ("", "line 1: not JSON"),
-        ('{"data": [', "line 1: not JSON.*cut short"),
-        ("[" * 100000, "line 1: not JSON"),
-        ("question\tanswer\nWhat?\tCork\n", "line 1: not JSON"),
-    ],
-)
+def answer(**change):
+    return made(answers=[dict(text="Cork", answer_start=0) | change])
+
+
+AT = r"data\[0\].paragraphs\[0\]"
+MISTAKES = [
+    (made(answers=[]), rf"line 11, {AT}.qas\[0\]: 'is_impossible' is false, but there are no"),
+    (made(answers=None), r"line 11, .*a list under 'answers', got None"),
+    (made(answers="Cork"), "a list under 'answers', got 'Cork'"),
+    (made(answers=["Cork"]), "text under 'text'"),
+    (made(answers=[dict(text="Cork")]), "'answer_start' should be a number of characters, got None"),
+    (answer(answer_start="0"), "'answer_start' should be a number"),
+    (answer(answer_start=True), "'answer_start' should be a number"),
+    (answer(answer_start=5), "'Cork' is not at character 5 of its context, where 'floa(t)?' stands"),
+    (answer(answer_start=-1), "not at character -1"),
+    (answer(answer_start=9999), "not at character 9999"),
+    (answer(text=" "), "text under 'text', got ' '"),
+    (answer(text=7), "text under 'text', got 7"),
+    (made(is_impossible=True), "every question of version 1.1 has an answer"),
+    (made(is_impossible="no"), "should be true or false, got 'no'"),
+    (made(id=3), "text under 'id', got 3"),
+    (made(id=None), rf"line 8, {AT}.qas\[0\]"),
+    (made(question=""), "text under 'question'"),
+    (made(question="\ud800"), "half a surrogate pair"),
+    (made(par=dict(context=None)), rf"line 5, {AT}: should be an object with text under 'context', got None"),
+    (made(par=dict(qas=None)), "a list under 'qas'"),
+    (made(par=dict(qas=["q"])), "text under 'id'"),
+    (made(art=dict(paragraphs={})), r"data\[0\]: should be an object with a list under 'paragraphs'"),
+    (made(art=dict(title=5)), "'title'"),
+    (dict(data=["x"]), r"data\[0\]: should be an object"),
+    (dict(data=[]), "no questions"),
+    ({}, "a list under 'data'"),
+    ([1], "a list under 'data'"),
+    ("", "line 1: not JSON"),
+    ('{"data": [', "line 1: not JSON.*cut short"),
+    ("[" * 100000, "line 1: not JSON"),
+    ("question\tanswer\nWhat?\tCork\n", "line 1: not JSON"),
+]
+
+
+@pytest.mark.parametrize("bad, says", MISTAKES)
 def test_mistake(bad, says, tmp_path):
     p = write(tmp_path / "dev-v1.1.json", bad)
     with pytest.raises(ValueError, match=says) as e:
@@ -146,40 +136,13 @@ def test_mistakes_of_files(tmp_path):
     g.write_bytes(gzip.compress(whole.encode())[:-9])
     with pytest.raises(ValueError, match=r"gz, line .*broken or cut short"):
         read_squad(tmp_path)
-    for v, says in (("1.1", "every question of version 1.1"), ("2.0", None)):
-        q = write(
-            tmp_path / "two.json",
-            made(
-                "2.0", answers=[], is_impossible=True, plausible_answers=[dict(text="Cork", answer_start=0)]
-            ),
-        )
-        if says:
-            with pytest.raises(ValueError, match=says):
-                read_squad(q, version=v)
-        else:
-            assert read_squad(q, version=v).impossible.tolist() == [True]
+    plausible = [dict(text="Cork", answer_start=0)]
+    q = write(tmp_path / "two.json", made("2.0", answers=[], is_impossible=True, plausible_answers=plausible))
+    with pytest.raises(ValueError, match=r"every question of version 1\.1"):
+        read_squad(q, version="1.1")
+    assert read_squad(q, version="2.0").impossible.tolist() == [True]
     with pytest.raises(ValueError, match="'is_impossible' is true, but there are answers"):
         read_squad(write(tmp_path / "both.json", made("2.0", is_impossible=True)), version="2.0")
-
-
-@fuzz
-@given(st.data())
-def test_fuzz_bytes(tmp_path, data):
-    "Bytes changed, cut or inserted anywhere: a frame or a ValueError that names the file, nothing else."
-    b = bytearray(json.dumps(made("2.0", kind="k"), indent=1).encode())
-    at = data.draw(st.integers(0, len(b)))
-    b[at : at + data.draw(st.integers(0, 6))] = data.draw(st.binary(max_size=6))
-    (tmp_path / "f.json").write_bytes(bytes(b))
-    try:
-        df = read_squad(tmp_path / "f.json", version="2.0")
-    except ValueError as e:
-        assert "f.json" in str(e)
-    else:
-        assert all(
-            c[k : k + len(a)] == a
-            for c, ts, ks in zip(df.context, df.answers, df.starts, strict=False)
-            for a, k in zip(ts, ks, strict=False)
-        )
 
 
 @fuzz
@@ -199,51 +162,15 @@ def test_fuzz_bytes(tmp_path, data):
 def test_fuzz_round_trip(tmp_path, rows):
     out = []
     for i, (c, q, k, n, none) in enumerate(rows):
-        a = c[k : k + n]
-        out.append(
-            dict(
-                id=f"q{i}",
-                context=c,
-                question=q,
-                answers=[] if none else [a],
-                starts=[] if none else [k],
-                impossible=none,
-                group=f"g{i // 2}",
-                kind="x" * (i % 2),
-            )
-        )
+        answers = dict(answers=[], starts=[]) if none else dict(answers=[c[k : k + n]], starts=[k])
+        more = dict(impossible=none, group=f"g{i // 2}", kind="x" * (i % 2))
+        out.append(dict(id=f"q{i}", context=c, question=q) | answers | more)
     df = pd.DataFrame(out)
     try:
         p = write_squad(df, tmp_path / "r.json", "2.0")
     except ValueError:
         return
     pd.testing.assert_frame_equal(read_squad(p, version="2.0"), df)
-
-
-def test_hub_squad(tmp_path):
-    datasets = pytest.importorskip("datasets")
-
-    def save(**change):
-        datasets.Dataset.from_list(
-            [
-                dict(
-                    id="q1",
-                    title="T",
-                    context=TEXT,
-                    question="What floats?",
-                    answers=dict(text=["Cork"], answer_start=[0]),
-                )
-                | change
-            ]
-        ).to_parquet(tmp_path / "d" / "validation.parquet")
-
-    save()
-    df = hub_squad("dev", "1.1", str(tmp_path / "d"), cache_dir=str(tmp_path / "a"))
-    assert df.answers[0] == ["Cork"] and df.group[0] == "T"
-    pd.testing.assert_frame_equal(df, read_squad(write(tmp_path / "dev-v1.1.json", made())))
-    save(answers=dict(text=["Cork"], answer_start=[3]))
-    with pytest.raises(ValueError, match="row 0: the answer 'Cork' is not at character 3"):
-        hub_squad("dev", "1.1", str(tmp_path / "d"), cache_dir=str(tmp_path / "b"))
 
 
 # ---- scores
@@ -288,20 +215,13 @@ def guesses(df, seed, ties=False):
         how, c = r.random(), q.context
         a = r.choice(q.answers) if q.answers else ""
         k = r.choice(q.starts) if q.starts else r.randrange(len(c))
-        said[q.id] = (
-            a
-            if how < 0.3
-            else c[max(0, k - r.randrange(9)) : k + r.randrange(1, 40)]
-            if how < 0.7
-            else ""
-            if how < 0.8
-            else r.choice(["the", "A", "an a", ".", a.upper() + "!", c[k : k + 3]])
-        )
-        sure[q.id] = (
-            round(r.random(), 1)
-            if ties
-            else min(max(0.5 + 0.3 * q.impossible + 0.5 * (r.random() - 0.5), 0), 1)
-        )
+        if 0.3 <= how < 0.7:
+            a = c[max(0, k - r.randrange(9)) : k + r.randrange(1, 40)]
+        elif how >= 0.7:
+            a = "" if how < 0.8 else r.choice(["the", "A", "an a", ".", a.upper() + "!", c[k : k + 3]])
+        chance = r.random()
+        said[q.id] = a
+        sure[q.id] = round(chance, 1) if ties else min(max(0.25 + 0.3 * q.impossible + 0.5 * chance, 0), 1)
     return said, sure
 
 
@@ -344,14 +264,9 @@ def test_real_normalisation(official):
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=25), st.text(max_size=25))
 def test_scores_promise(a, b):
-    assert (
-        f1_score(a, b) == f1_score(b, a)
-        and exact_match(a, b) == exact_match(b, a)
-        and exact_match(a, a) == 1 == f1_score(a, a)
-    )
-    assert exact_match(a, b) <= f1_score(a, b) <= 1 and normalize_answer(
-        normalize_answer(a)
-    ) == normalize_answer(a)
+    assert f1_score(a, b) == f1_score(b, a) and exact_match(a, b) == exact_match(b, a)
+    assert exact_match(a, a) == 1 == f1_score(a, a) and exact_match(a, b) <= f1_score(a, b) <= 1
+    assert normalize_answer(normalize_answer(a)) == normalize_answer(a)
 
 
 def test_best_threshold_is_best():
@@ -365,10 +280,8 @@ def test_best_threshold_is_best():
     def at(t):
         return 100 * squad_scores(df, said, sure, t).exact.mean()
 
-    assert (
-        abs(at(e["best_exact_thresh"]) - e["best_exact"]) < 1e-9
-        and max(at(t) for t in (-1, *sure.values())) <= e["best_exact"] + 1e-9
-    )
+    assert abs(at(e["best_exact_thresh"]) - e["best_exact"]) < 1e-9
+    assert max(at(t) for t in (-1, *sure.values())) <= e["best_exact"] + 1e-9
     with pytest.raises(ValueError, match="59 predictions for 60 questions"):
         squad_scores(df, ["x"] * 59)
     with pytest.raises(ValueError, match="no no-answer probability"):
@@ -384,20 +297,9 @@ def tok():
 
 
 def question(context, answer, q="who ?"):
-    return pd.DataFrame(
-        [
-            dict(
-                id="q",
-                context=context,
-                question=q,
-                answers=[answer] if answer else [],
-                starts=[context.index(answer)] if answer else [],
-                impossible=not answer,
-                group="",
-                kind="",
-            )
-        ]
-    )
+    found = dict(answers=[answer], starts=[context.index(answer)]) if answer else dict(answers=[], starts=[])
+    row = dict(id="q", context=context, question=q, impossible=not answer, group="", kind="")
+    return pd.DataFrame([row | found])
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -429,24 +331,12 @@ def test_windows_against_brute_force(tok, n, size, stride, start, length):
         owner[t] = int(np.argmax(score))
         assert max(score) >= 0
     for k in range(len(w)):
-        assert (
-            np.array_equal(np.flatnonzero(owner == k), np.arange(w.lo[k], w.hi[k]))
-            and w.n[k] <= room
-            and w.first[k] == k * min(stride, room)
-        )
+        assert np.array_equal(np.flatnonzero(owner == k), np.arange(w.lo[k], w.hi[k]))
+        assert w.n[k] <= room and w.first[k] == k * min(stride, room)
         ids, mask, types = w.batch([k])
-        assert (
-            ids[0].tolist()
-            == [
-                tok.cls_token_id,
-                *q,
-                tok.sep_token_id,
-                *e["input_ids"][w.first[k] : w.first[k] + w.n[k]],
-                tok.sep_token_id,
-            ]
-            and mask.all()
-            and len(ids[0]) <= size
-        )
+        shown = e["input_ids"][w.first[k] : w.first[k] + w.n[k]]
+        assert ids[0].tolist() == [tok.cls_token_id, *q, tok.sep_token_id, *shown, tok.sep_token_id]
+        assert mask.all() and len(ids[0]) <= size
         assert types[0].tolist() == [0] * (len(q) + 2) + [1] * (int(w.n[k]) + 1)
         a, b = w.labels[k]
         c = w.characters(k)
@@ -517,21 +407,13 @@ def test_decoding_over_windows(tok):
         none[q] = min(none.get(q, 9e9), x[k][0].sum())
         for i in range(w.lo[k] - w.first[k], w.hi[k] - w.first[k]):
             for j in range(i, min(i + 4, w.n[k])):
-                best[q] = max(
-                    best.get(q, (-9e9,)),
-                    (
-                        x[k][w.offset(k) + i, 0] + x[k][w.offset(k) + j, 1],
-                        int(w.characters(k)[i][0]),
-                        int(w.characters(k)[j][1]),
-                    ),
-                )
+                score = x[k][w.offset(k) + i, 0] + x[k][w.offset(k) + j, 1]
+                span = int(w.characters(k)[i][0]), int(w.characters(k)[j][1])
+                best[q] = max(best.get(q, (-9e9,)), (score, *span))
     assert len(w) > 3
     for q, (s, a, b) in best.items():
-        assert (
-            p.span[q] == df.context[q][a:b]
-            and p.begin[q] == a
-            and abs(p.no_answer[q] - 1 / (1 + np.exp(s - none[q]))) < 1e-12
-        )
+        assert p.span[q] == df.context[q][a:b] and p.begin[q] == a
+        assert abs(p.no_answer[q] - 1 / (1 + np.exp(s - none[q]))) < 1e-12
 
 
 def test_folders_that_do_not_fit(tok, tmp_path):
@@ -539,19 +421,12 @@ def test_folders_that_do_not_fit(tok, tmp_path):
 
     from vlkd.train.squad import SquadRecipe, finetune_squad, span_classifier
 
-    small = dict(
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=8,
-        max_position_embeddings=32,
-    )
+    small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    small |= dict(max_position_embeddings=32, vocab_size=len(tok))
     df = question("a b c", "b")
 
     def save(name, **kw):
-        BertForMaskedLM(BertConfig(**(small | dict(vocab_size=len(tok)) | kw))).save_pretrained(
-            tmp_path / name
-        )
+        BertForMaskedLM(BertConfig(**(small | kw))).save_pretrained(tmp_path / name)
         tok.save_pretrained(tmp_path / name)
         return tmp_path / name
 
@@ -560,12 +435,8 @@ def test_folders_that_do_not_fit(tok, tmp_path):
     m = save("fits")
     r = SquadRecipe(steps=1, batch=2)
     out = finetune_squad(m, df, df, tmp_path / "out", r)
-    assert (
-        out.said[0] in "a b c"
-        and len(out) == 1
-        and (out.label == 1).all()
-        and (out.right == out.said.isin(["b", "a b"])).all()  # the official score drops articles
-    )
+    assert out.said[0] in "a b c" and len(out) == 1 and (out.label == 1).all()
+    assert (out.right == out.said.isin(["b", "a b"])).all()  # the official score drops articles
     again = finetune_squad(m, df, df, tmp_path / "out2", r)
     pd.testing.assert_frame_equal(out, again)  # the head is drawn from the seed
     with pytest.raises(ValueError, match="which has 32 positions; set max_tokens"):
