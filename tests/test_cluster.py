@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from toys import end, endless, gone, params, plain, start, training, tree, vlkd, wait_for
+from processes import gone, tree, vlkd, wait_for
+from toys import end, endless, params, plain, start, training
 
 from vlkd.core.files import read_json
 from vlkd.core.records import run_folder

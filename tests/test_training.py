@@ -7,11 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import script
 from torch import nn
 
 from vlkd.core.files import CHECKSUMS, write_checksums
@@ -34,7 +34,6 @@ from vlkd.train.trainer import Objective, check_trainable, fit
 from vlkd.train.video_teacher import TeacherObjective, video_text_collator
 
 SETTINGS = scale("smoke", dropout=0.1)
-ROOT = Path(__file__).resolve().parent.parent
 
 # Teacher, then student, in one process. "teacher:23" kills it after step 23 of the teacher,
 # "student:checksums" while a checkpoint has no checksums yet.
@@ -111,23 +110,12 @@ np.savez(
 """
 
 
-def drive(out, kill=":"):
-    return subprocess.run(
-        [sys.executable, "-c", DRIVER, str(out), kill],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     "The results of a run that nothing stopped, and what it printed."
     folder = tmp_path_factory.mktemp("undisturbed")
-    ended = drive(folder)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    ended = script(DRIVER, folder, ":")
+    assert ended.returncode == 0, ended.stdout[-2000:]
     return folder, ended.stdout
 
 
@@ -142,8 +130,8 @@ def test_killed_training_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
         ":": [30],
     }
     for kill, resumed in kills.items():
-        ended = drive(tmp_path, kill)
-        assert ended.returncode == (0 if kill == ":" else -9), f"{kills}, {kill}: {ended.stderr[-2000:]}"
+        ended = script(DRIVER, tmp_path, kill)
+        assert ended.returncode == (0 if kill == ":" else -9), f"{kills}, {kill}: {ended.stdout[-2000:]}"
         found = [int(step) for step in re.findall(r"resumes from checkpoint-(\d+)", ended.stdout)]
         assert found == resumed, f"{kills}, {kill}: {ended.stdout}"
     assert "checkpoint-40 is left out: it was not finished" in ended.stdout
