@@ -19,7 +19,6 @@ from vlkd.eval.examples import (
     found_clips,
     is_filmed,
     match_level,
-    nearest_clips,
     outcome_counts,
     own_and_others,
     question_table,
@@ -34,6 +33,7 @@ from vlkd.eval.examples import (
     training_clip,
     with_texts,
 )
+from vlkd.eval.retrieval import nearest_clips
 from vlkd.eval.stats import check_examples
 from vlkd.models.bert import language_model, save_model
 from vlkd.tabletop.language import BASE, PAST, base_phrase, past_phrase

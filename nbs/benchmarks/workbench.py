@@ -158,27 +158,19 @@ class Workbench:
 # ---- contexts
 
 
-@contextlib.contextmanager
 def torch_dropout():
     "Within it, dropout is torch's own."
-    before, bert.QUICK_DROPOUT[0] = bert.QUICK_DROPOUT[0], False
-    try:
-        yield
-    finally:
-        bert.QUICK_DROPOUT[0] = before
+    return patch.object(bert, "QUICK_DROPOUT", [False])
 
 
 @contextlib.contextmanager
 def dropout_rate(lm, rate: float):
     "Within it, all dropout of a model is at `rate`."
-    modules = {m: m.p for m in lm.modules() if isinstance(m, torch.nn.Dropout)}
-    try:
-        for module in modules:
-            module.p = rate
+    with contextlib.ExitStack() as stack:
+        for module in lm.modules():
+            if isinstance(module, torch.nn.Dropout):
+                stack.enter_context(patch.object(module, "p", rate))
         yield
-    finally:
-        for module, before in modules.items():
-            module.p = before
 
 
 @contextlib.contextmanager
