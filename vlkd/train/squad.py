@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'SquadRecipe', 'squad_recipe', 'best_span', 'decode_spans', 'SpanObjective', 'span_batch',
-           'span_classifier', 'span_logits', 'finetune_squad', 'record_columns', 'span_records', 'squad_summary']
+           'span_classifier', 'span_logits', 'finetune_squad', 'record_columns', 'span_records']
 
 # %% ../../nbs/57_train.squad.ipynb #53c24192
 from dataclasses import dataclass, replace
@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from ..core.device import mend_torchvision, seed_everything
-from ..core.settings import Scale, unknown_name
-from ..data.squad import Windows, best_threshold, evaluate_squad, squad_scores, squad_windows
+from ..core.settings import Scale
+from ..data.squad import Windows, best_threshold, squad_scores, squad_windows
 from ..models.bert import load_bert
 from .trainer import Objective, fit
 
@@ -61,26 +61,18 @@ RECIPES = dict(
 )
 
 
-def squad_recipe(s: Scale | str = "paper", **changes) -> SquadRecipe:
-    """A recipe by name (`paper`, `released`) or from a scale's fine-tuning settings, with changes.
+def squad_recipe(s: Scale, **changes) -> SquadRecipe:
+    """The recipe of a scale's fine-tuning settings, with changes.
 
     `squad_steps` and `squad_lr` of a scale count where they are not 0, else `ft_steps` and `ft_lr`."""
-    for name in changes:
-        if name not in SquadRecipe.__dataclass_fields__:
-            raise unknown_name("setting of a SQuAD recipe", name, SquadRecipe.__dataclass_fields__)
-    if not isinstance(s, str):
-        recipe = SquadRecipe(
-            lr=s.squad_lr or s.ft_lr,
-            epochs=s.ft_epochs,
-            steps=s.squad_steps or s.ft_steps,
-            batch=s.ft_batch,
-            weight_decay=s.weight_decay,
-            max_answer=s.squad_answer,
-        )
-    elif s in RECIPES:
-        recipe = RECIPES[s]
-    else:
-        raise unknown_name("recipe", s, RECIPES)
+    recipe = SquadRecipe(
+        lr=s.squad_lr or s.ft_lr,
+        epochs=s.ft_epochs,
+        steps=s.squad_steps or s.ft_steps,
+        batch=s.ft_batch,
+        weight_decay=s.weight_decay,
+        max_answer=s.squad_answer,
+    )
     return replace(recipe, **changes)
 
 # %% ../../nbs/57_train.squad.ipynb #86330f09
@@ -283,13 +275,3 @@ def span_records(
             best_exact=best.exact,
         )
     )
-
-
-def squad_summary(test: pd.DataFrame, records: pd.DataFrame) -> dict:  # per cent
-    "The official script's numbers for the records of one run; for squad2 with the best threshold."
-    by_id = records.set_index("id")
-    if not by_id.index.is_unique:
-        raise ValueError("the records hold a question twice: give those of one run and seed")
-    if (records.task == "squad2").any():
-        return evaluate_squad(test, by_id.span, by_id.no_answer, 0.5)
-    return evaluate_squad(test, by_id.span)
