@@ -28,10 +28,8 @@ def check_examples(examples: pd.DataFrame, where: str = "examples") -> pd.DataFr
         raise ValueError(f"{where}: column {missing[0]!r} is missing; expected {', '.join(COLUMNS)}")
     if not len(examples):
         raise ValueError(f"{where}: no examples")
-    gaps = examples[list(COLUMNS)].isna().any()
-    if gaps.any():
-        names = ", ".join(gaps[gaps].index)
-        raise ValueError(f"{where}: missing values in {names}; use '' where there is no kind")
+    if gaps := [c for c in COLUMNS if examples[c].isna().any()]:
+        raise ValueError(f"{where}: missing values in {', '.join(gaps)}; use '' where there is no kind")
     agrees = examples["label"] == examples["prediction"]
     wrong = (examples["right"].astype(bool) != agrees).to_numpy()
     if wrong.any():
