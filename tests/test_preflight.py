@@ -11,7 +11,7 @@ import pytest
 
 from vlkd.core.settings import scale
 from vlkd.reproduce.keys import graph
-from vlkd.reproduce.plan import load_plan, plan_files, plan_runs
+from vlkd.reproduce.plan import load_plan, plan_files, plan_nodes, run_parameters
 from vlkd.tools.cost import gpu_hours, plan_cost
 from vlkd.tools.preflight import preflight
 
@@ -20,7 +20,7 @@ TABLES = {"m1", "m2", "m3", "m4", "m5", "m6", "m7", "a1", "a2-a6", "a-fig1"}
 
 @pytest.fixture(scope="module")
 def runs():
-    return plan_runs(scale="paper")
+    return run_parameters(plan_nodes(["all"], "paper"))
 
 
 def trains(params) -> bool:

@@ -1,5 +1,6 @@
 "A small graph of notebooks that train nothing, for tests of the runner."
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import plain
 import psutil
 import pytest
 
@@ -121,8 +123,9 @@ class Toy:
     def runner(self, *ids, jobs=2, **environment) -> subprocess.Popen:
         "A runner in a process of its own."
         call = f"reproduce({list(ids)!r}, scale='smoke', jobs={jobs}, plan={str(self.plan)!r})"
-        code = "import sys; from vlkd.reproduce.run import preloaded, reproduce, run_command"
-        code = f"{code}\n{self.setup}\nsys.exit(bool({call}['failed']))"
+        code = (
+            f"import sys\nfrom vlkd.reproduce import run\n{self.setup}\nsys.exit(bool(run.{call}['failed']))"
+        )
         return subprocess.Popen(
             [sys.executable, "-c", code],
             stdout=subprocess.PIPE,
@@ -145,34 +148,26 @@ class Toy:
 def toy(tmp_path, monkeypatch):
     for name, value in dict(VLKD_RUNS="runs", VLKD_REPORTS="reports", VLKD_NBS=".", TOY_LOG="log").items():
         monkeypatch.setenv(name, str(tmp_path / value))
-    monkeypatch.setenv("VLKD_CARDS", str(path("cards")))
     monkeypatch.setenv("VLKD_FORK", "0")  # loading torch would be most of a toy's time
+    monkeypatch.setenv("VLKD_CARDS", str(path("cards")))
     monkeypatch.setenv("VLKD_SETTINGS", str(shutil.copy(settings_file(), tmp_path)))
     return Toy(tmp_path)
 
 
-plain = """
-import fcntl, json, sys
-from vlkd.core.files import open_lock
-from vlkd.reproduce.run import end_with
-job = json.loads(sys.stdin.readline())
-end_with(sys.stdin.fileno())
-lock = open_lock(job["lock"])
-fcntl.flock(lock, fcntl.LOCK_EX)
-notebook = json.load(open(job["notebook"]))
-names = {}
-for cell in notebook["cells"]:
-    if cell["cell_type"] == "code": exec(cell["source"], names)
-    if "parameters" in cell["metadata"].get("tags", []): names.update(job["parameters"])
-json.dump(notebook, open(job["output"], "w"))
+use_plain = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import plain
+from vlkd.reproduce import run
+run.execute = plain.execute
 """
 
 
 @pytest.fixture
 def quick(toy, monkeypatch):
     "The toy graph with cells executed in plain Python: for what does not depend on kernels."
-    monkeypatch.setattr(runs, "run_command", [sys.executable, "-c", plain])
-    toy.setup = f"run_command[:] = [sys.executable, '-c', {plain!r}]"
+    monkeypatch.setattr(runs, "execute", plain.execute)
+    toy.setup = use_plain
     return toy
 
 
@@ -181,7 +176,7 @@ def forked(toy, monkeypatch):
     "The toy graph with runs that are forked, from a process that has imported little."
     monkeypatch.setenv("VLKD_FORK", "1")
     monkeypatch.setattr(runs, "preloaded", ["papermill"])
-    toy.setup = "preloaded[:] = ['papermill']"
+    toy.setup = "run.preloaded = ['papermill']"
     return toy
 
 
@@ -203,6 +198,17 @@ def tree(process) -> list:
     "A process with all that it has started."
     root = psutil.Process(process.pid)
     return [root, *root.children(recursive=True)]
+
+
+def holder(toy, name: str) -> psutil.Process:
+    "The process that computes a run: it has the lock from its worker, and its kernel may have it from it."
+    lock = str(toy.d / "runs/smoke/.locks" / name)
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(file.path == lock for file in process.open_files()):
+                found.append(process)
+    return sorted(found, key=psutil.Process.create_time)[1]
 
 
 def vlkd(*args, **options) -> subprocess.CompletedProcess:
