@@ -277,8 +277,8 @@ def test_the_runner_goes_and_its_runs_end(quick, dask, preload, how):
     assert taken is None or gone([run])  # while it writes nobody else may
     if taken is not None:
         os.close(taken)
-    wait_for(lambda: gone([run]), 15)
-    assert worker.poll() is None and not is_locked(lock)
+    wait_for(lambda: gone([run]) and not is_locked(lock), 15)
+    assert worker.poll() is None
     assert toy.why(ids=["teacher"]) == {"teacher@1": "was interrupted, goes on"}
     if how == signal.SIGINT:
         assert runner.returncode == 130 and "Traceback" not in out and "Error" not in out, out
