@@ -8,7 +8,12 @@ import pandas as pd
 import pytest
 from simulated import records, worlds
 
-from vlkd.eval.claims import check_claim, judge, judge_all, read_claims
+from vlkd.eval.claims import check_claim, judge_all, read_claims
+
+
+def judge(claim, examples):
+    return judge_all([claim], examples)[0]
+
 
 BASE = dict(id="x", table="m5", paper="VidLanKD", where="Table 5", text="an example")
 
@@ -143,7 +148,7 @@ def test_a_claim_that_cannot_be_tested_at_a_scale():
         (dict(min_effect=-1.0), "in points"),
         (dict(worse="a"), "both 'a'"),
         (dict(text=" "), "needs text"),
-        (dict(where=3), "needs where"),
+        (dict(where=3), "where = 3 should be str"),
         (dict(bound=1.0), "unknown key"),
         (dict(not_at=dict(reel="x")), "did you mean 'real'"),
         (dict(not_at=dict(real="")), "should say why"),
@@ -173,7 +178,7 @@ CLAIM = '[[table.m5.claim]]\nid = "x"\npaper = "p"\nwhere = "w"\ntext = "t"\n'
         ("[table.m5]\nclaim = [1]\n", r"expected \[\[table.m5.claim\]\]"),
         ("[table.m5]\nvariants = 1\n" + CLAIM, "should be a table of endings"),
         (CLAIM + CLAIM, "claim 2 .*: the id m5.x occurs a second time"),
-        (CLAIM + CLAIM.replace('"x"', "3"), "claim 2 .*needs id"),
+        (CLAIM + CLAIM.replace('"x"', "3"), "claim 2 .*id = 3 should be str"),
         ("[[cl", "not valid TOML"),
         (b"\xff", "not valid TOML"),
     ],

@@ -22,7 +22,7 @@ from vlkd.core.files import (
 )
 from vlkd.core.settings import scale
 from vlkd.data.howto100m import write_fixture
-from vlkd.plots import table_html, table_md
+from vlkd.plots import table_md
 
 
 def run(code: str, *args, **env) -> subprocess.CompletedProcess:
@@ -90,16 +90,11 @@ def test_files_have_the_permissions_of_the_umask(umask, file_mode, folder_mode, 
 
 
 def test_equal_tensors_make_equal_files(tmp_path):
-    code = """if True:
-        import sys, torch
-        from vlkd.core.files import save_safetensors
-        metadata = {name: "x" for name in sys.argv[2:]}
-        save_safetensors(dict(b=torch.ones(3), a=torch.zeros(2, dtype=torch.bool)), sys.argv[1], metadata)"""
-    files = [tmp_path / str(k) for k in range(3)]
-    for f, names in zip(files, ("abcde", "ebcda", "dceab"), strict=True):
-        done = run(code, f, *names)
-        assert done.returncode == 0, done.stderr.decode()
-    assert len({f.read_bytes() for f in files}) == 1
+    tensors, written = dict(b=np.ones(3), a=np.zeros(2, bool)), set()
+    for names in ("abcde", "ebcda", "dceab", "abcde"):
+        save_safetensors(tensors, tmp_path / "a.safetensors", dict.fromkeys(names, "x"))
+        written.add((tmp_path / "a.safetensors").read_bytes())
+    assert len(written) == 1
 
 
 def test_names_beyond_ascii_under_an_ascii_locale(tmp_path):
@@ -164,7 +159,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", "a | b", "*x*\r\n# y", "[a](javascript:b)"])
 def test_text_in_a_table_is_shown_and_not_run(text):
     df = pd.DataFrame({text: [text]})
-    markdown, page = table_md(df), table_html(df, notes=[text], caption=text)
-    assert "<script" not in markdown + page
+    markdown = table_md(df)
+    assert "<script" not in markdown
     assert len(markdown.splitlines()) == 3 and all(line.count(" | ") == 0 for line in markdown.splitlines())
     assert "](" not in markdown.replace("\\](", "") and "*x*" not in markdown.replace("\\*", "")

@@ -1,16 +1,13 @@
 "A small graph of notebooks that train nothing, for tests of the runner."
 
-import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import plain
-import psutil
 import pytest
 
 from vlkd.core.settings import path, settings_file
@@ -178,40 +175,3 @@ def forked(toy, monkeypatch):
     monkeypatch.setattr(runs, "preloaded", ["papermill"])
     toy.setup = "run.preloaded = ['papermill']"
     return toy
-
-
-def wait_for(condition, seconds=60):
-    "Wait until something holds."
-    end = time.time() + seconds
-    while time.time() < end:
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"nothing came in {seconds} s")
-
-
-def gone(processes) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
-
-
-def tree(process) -> list:
-    "A process with all that it has started."
-    root = psutil.Process(process.pid)
-    return [root, *root.children(recursive=True)]
-
-
-def holder(toy, name: str) -> psutil.Process:
-    "The process that computes a run: it has the lock from its worker, and its kernel may have it from it."
-    lock = str(toy.d / "runs/smoke/.locks" / name)
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if any(file.path == lock for file in process.open_files()):
-                found.append(process)
-    return sorted(found, key=psutil.Process.create_time)[1]
-
-
-def vlkd(*args, **options) -> subprocess.CompletedProcess:
-    "The command."
-    command = [sys.executable, "-c", "from vlkd.tools.cli import main; main()", *args]
-    return subprocess.run(command, capture_output=True, text=True, **options)

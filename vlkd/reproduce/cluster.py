@@ -336,8 +336,6 @@ def predicted_days(
     scale: str = "paper",
     seeds=1,
     slots=(1, 8, 64),  # numbers of GPUs
-    gpu: str = "A100",
-    utilisation: float = 0.3,  # share of the peak that is assumed
 ):
     "Days that the graph would take with one GPU a run, by the cost model; evaluation is not counted."
     import pandas as pd
@@ -345,7 +343,7 @@ def predicted_days(
     from vlkd.tools.cost import plan_cost
 
     nodes = graph(ids, scale, seeds, need_data=False)
-    costs = plan_cost(run_parameters(nodes), scale, name=gpu, utilisation=utilisation)
+    costs = plan_cost(run_parameters(nodes), scale)
     of_run = dict(zip(costs.run, costs.GPU_hours, strict=True))
     hours = {name: of_run.get(node.entry["id"], 0.0) for name, node in nodes.items()}
     table = pd.DataFrame(dict(GPUs=slots, days=[makespan(nodes, hours, number) / 24 for number in slots]))
