@@ -22,9 +22,9 @@ from vlkd.features.encoders import GridPixels
 from vlkd.features.extract import extract_videos
 from vlkd.models.bert import language_model, load_model, save_model
 from vlkd.models.video_text import Teacher
-from vlkd.train.checkpoints import last_checkpoint
 from vlkd.train.finetune import classifier, finetune_all
 from vlkd.train.text_student import train_student
+from vlkd.train.trainer import last_checkpoint
 
 # Videos
 

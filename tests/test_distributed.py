@@ -17,8 +17,7 @@ from torch import nn
 from vlkd.core.files import CHECKSUMS, read_json
 from vlkd.data.text import ExampleOrder
 from vlkd.train import trainer
-from vlkd.train.checkpoints import checkpoint_problem
-from vlkd.train.trainer import Objective, fit
+from vlkd.train.trainer import Objective, checkpoint_problem, fit
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = dict(VLKD_DEVICE="cpu", OMP_NUM_THREADS="1")
@@ -417,7 +416,7 @@ def test_options_are_checked(tmp_path, monkeypatch):
         train_line(tmp_path, coupled=("crd",), options=dict(accumulate=2))
     with pytest.raises(ValueError, match="divided equally among 1 processes with 3 micro-batches"):
         train_line(tmp_path, options=dict(accumulate=3))
-    with pytest.raises(ValueError, match="a batch of 0 is empty"):
+    with pytest.raises(ValueError, match="a batch of 0 cannot be divided"):
         train_line(tmp_path, batch=0)
     for name, value in dict(PRECISION="fp8", COMPILE="maybe", ACCUMULATE="0", WORKERS="-1").items():
         monkeypatch.setenv(f"VLKD_{name}", value)

@@ -20,7 +20,6 @@ from vlkd.data.squad import (
     evaluate_squad,
     exact_match,
     f1_score,
-    hub_squad,
     normalize_answer,
     read_squad,
     squad_scores,
@@ -92,24 +91,27 @@ FIRST = r"data\[0\].paragraphs\[0\]"
         (made(answers=[]), rf"line 11, {FIRST}.qas\[0\]: 'is_impossible' is false, but there are no"),
         (made(answers=None), r"line 11, .*list under 'answers'"),
         (made(answers="Cork"), "list under 'answers'"),
-        (made(answers=["Cork"]), "object with 'text'"),
+        (made(answers=["Cork"]), "text under 'text'"),
         (answer(answer_start=None), "'answer_start' should be a number of characters, got None"),
         (answer(answer_start="0"), "'answer_start' should be a number"),
         (answer(answer_start=True), "'answer_start' should be a number"),
         (answer(answer_start=5), "'Cork' is not at character 5 of its context, where 'floa(t)?' stands"),
         (answer(answer_start=-1), "not at character -1"),
         (answer(answer_start=9999), "not at character 9999"),
-        (answer(text=" ", answer_start=4), "answer's text"),
-        (answer(text=7, answer_start=4), "answer's text"),
+        (answer(text=" ", answer_start=4), "text under 'text', got"),
+        (answer(text=7, answer_start=4), "text under 'text', got"),
         (made(is_impossible=True), "every question of version 1.1 has an answer"),
         (made(is_impossible="no"), "should be true or false, got 'no'"),
-        (made(id=3), "text under 'id' should be text, got 3"),
+        (made(id=3), "text under 'id', got 3"),
         (made(id=None), rf"line 8, {FIRST}.qas\[0\]"),
         (made(question=""), "text under 'question'"),
         (made(question="\ud800"), "half a surrogate pair"),
-        (made(par=dict(context=None)), rf"line 5, {FIRST}: text under 'context' should be text, got None"),
+        (
+            made(par=dict(context=None)),
+            rf"line 5, {FIRST}: should be an object with text under 'context', got None",
+        ),
         (made(par=dict(qas=None)), "list under 'qas'"),
-        (made(par=dict(qas=["q"])), "object with 'id'"),
+        (made(par=dict(qas=["q"])), "text under 'id'"),
         (made(art=dict(paragraphs={})), r"data\[0\]: should be an object with a list under 'paragraphs'"),
         (made(art=dict(title=5)), "'title'"),
         (
@@ -118,8 +120,8 @@ FIRST = r"data\[0\].paragraphs\[0\]"
         ),
         (dict(data=["x"]), r"data\[0\]: should be an object"),
         (dict(data=[]), "no questions"),
-        ({}, "list of articles under 'data'"),
-        ([1], "list of articles under 'data'"),
+        ({}, "a list under 'data'"),
+        ([1], "a list under 'data'"),
         ("", "line 1: not JSON"),
         ('{"data": [', "line 1: not JSON.*cut short"),
         ("[" * 100000, "line 1: not JSON"),
@@ -160,26 +162,6 @@ def test_questions_without_an_answer(tmp_path):
         read_squad(file, version="2.0")
 
 
-@fuzz
-@given(st.data())
-def test_fuzz_bytes(tmp_path, data):
-    "Bytes changed, cut or inserted anywhere: a frame or a ValueError that names the file, nothing else."
-    b = bytearray(json.dumps(made("2.0", kind="k"), indent=1).encode())
-    at = data.draw(st.integers(0, len(b)))
-    b[at : at + data.draw(st.integers(0, 6))] = data.draw(st.binary(max_size=6))
-    (tmp_path / "f.json").write_bytes(bytes(b))
-    try:
-        df = read_squad(tmp_path / "f.json", version="2.0")
-    except ValueError as e:
-        assert "f.json" in str(e)
-    else:
-        assert all(
-            c[k : k + len(a)] == a
-            for c, ts, ks in zip(df.context, df.answers, df.starts, strict=False)
-            for a, k in zip(ts, ks, strict=False)
-        )
-
-
 ROW = st.tuples(
     st.text(min_size=1, max_size=30),
     st.text(max_size=12),
@@ -203,23 +185,6 @@ def test_fuzz_round_trip(tmp_path, rows):
     except ValueError:
         return
     pd.testing.assert_frame_equal(read_squad(file, version="2.0"), df)
-
-
-def test_hub_squad(tmp_path):
-    datasets = pytest.importorskip("datasets")
-
-    def load(start):
-        answers = dict(text=["Cork"], answer_start=[start])
-        row = dict(id="q1", title="T", context=TEXT, question="What floats?", answers=answers)
-        folder = tmp_path / f"d{start}"
-        datasets.Dataset.from_list([row]).to_parquet(folder / "validation.parquet")
-        return hub_squad("dev", "1.1", str(folder), cache_dir=str(folder / "cache"))
-
-    df = load(0)
-    assert df.answers[0] == ["Cork"] and df.group[0] == "T"
-    pd.testing.assert_frame_equal(df, read_squad(write(tmp_path / "dev-v1.1.json", made())))
-    with pytest.raises(ValueError, match="row 0: the answer 'Cork' is not at character 3"):
-        load(3)
 
 
 # ---- scores

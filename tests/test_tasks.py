@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-import re
 import shutil
 import warnings
 
@@ -23,10 +22,9 @@ from vlkd.data.scores import (
     prior,
     tracie_scores,
     two_way,
-    uniform_prior,
 )
 from vlkd.data.squad import qnli_from_squad
-from vlkd.data.tasks import TASKS, canonical, hub_task, read_task, write_task
+from vlkd.data.tasks import TASKS, canonical, read_task, write_task
 
 fuzz = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 HEADS = dict(
@@ -45,10 +43,7 @@ def frame(name, n=6, text='" {} é\u2028\x0c\x85 {} ', **more):
 
 
 # ---- round trips
-SPLITS = [(name, split) for name in TASKS for split in ("train", "dev")]
-SPLITS = [
-    (name, split) for name, split in SPLITS if split == "dev" or name not in ("mnli_mm", "diagnostics", "axb")
-]
+SPLITS = [(name, split) for name in TASKS for split in TASKS[name].format.files if split in ("train", "dev")]
 
 
 @pytest.mark.parametrize("name, split", SPLITS)
@@ -95,9 +90,6 @@ def test_official_columns(tmp_path):
     assert header[:4] == ["index", "promptID", "pairID", "genre"] and {len(line) for line in mnli} == {16}
     assert header[8:] == ["sentence1", "sentence2", *(f"label{i}" for i in range(1, 6)), "gold_label"]
     assert [line[-1] for line in lines[:3]] == ["entailment", "neutral", "contradiction"]
-    assert len(rows("mnli", "train")[0]) == 12
-    _, one, two, three, *_ = rows("qqp", "dev")
-    assert one[1] == two[1] != three[1] and one[1] != one[2]  # equal questions share a qid
     piqa = write_task("piqa", frame("piqa"), tmp_path / "piqa", "dev")
     assert piqa.name == "valid.jsonl"
     assert list(json.loads(piqa.read_text(encoding="utf-8").split("\n")[0])) == ["goal", "sol1", "sol2"]
@@ -185,13 +177,15 @@ def test_common_mistakes(name, tmp_path):
     for written in (good.replace(b"\n", b"\r\n"), good[:-1], b"\xef\xbb\xbf" + good):  # by other editors
         pd.testing.assert_frame_equal(read_bytes(tmp_path, name, written), plain)
     last = good.count(b"\n")
-    for data, says in (
+    mistakes = [
         (b"", f"{file}.*(empty|no rows)"),
-        (good + b"\n", f"line {last + 1}: "),
         (good.replace(b"e", b"\xe9", 1), "line 1: not UTF-8"),
         (good[:-1] + b"\t}\n", f"line {last}: "),
         (b"\xff\xfe" + good.decode().encode("utf-16-le"), "line 1: not UTF-8"),
-    ):
+    ]
+    if name != "swag":  # a csv may have empty lines
+        mistakes.append((good + b"\n", f"line {last + 1}: "))
+    for data, says in mistakes:
         with pytest.raises(ValueError, match=says) as e:
             read_bytes(tmp_path, name, data)
         assert file in str(e.value)
@@ -226,10 +220,10 @@ MISTAKES = [  # task, what is replaced in a valid file ("": a line is added), wh
     ("qqp", "", "4\t1\t2\tbroken", "line 3: 4 fields, expected 6"),
     ("mnli", "", "-\ta\tb", f"line 2: label '-'; expected {THREE}"),
     ("mnli", "\ttwo .", "", "line 1: 2 fields, expected 3"),
-    ("piqa", "1}", "2}", "line 1: label should be 0..1"),
-    ("piqa", "1}", "true}", "line 1: label should be"),
-    ("piqa", "1}", '"1"}', "line 1: label should be"),
-    ("piqa", "", PIQA, "line 2: no 'label', which other lines have"),
+    ("piqa", "1}", "2}", "line 1: label 2; expected 0 or 1"),
+    ("piqa", "1}", "true}", "line 1: label True"),
+    ("piqa", '"g"', "3", "line 1: goal should be text, got 3"),
+    ("piqa", "", PIQA, "line 2: label nan; expected 0 or 1"),
     ("piqa", "", PIQA.replace("sol2", "sol"), "line 2: no text under 'sol2'"),
     ("piqa", "", PIQA.replace('"a"', "3"), "line 2: no text under 'sol1'"),
     ("piqa", "", '{"goal": "g", ', "line 2: not JSON"),
@@ -246,12 +240,7 @@ MISTAKES = [  # task, what is replaced in a valid file ("": a line is added), wh
     ),
     ("tracie", "", "event: e\tstory: s\tanswer: positive", "line 2: expected"),
     ("swag", "ending3", "ending4", "line 1: no column 'ending3'"),
-    (
-        "swag",
-        "startphrase",
-        "start",
-        "line 1: no column 'startphrase'; expected startphrase .or sent1 and sent2.",
-    ),
+    ("swag", "startphrase", "start", "line 1: no column 'startphrase'"),
     ("swag", "label", "ending3", "line 1: a column name occurs twice"),
     ("swag", ",2\n", ",4\n", "line 2: label '4'; expected 0 or 1 or 2 or 3"),
     ("swag", ",2\n", ",\n", "line 2: label ''"),
@@ -273,9 +262,9 @@ MISTAKES = [  # task, what is replaced in a valid file ("": a line is added), wh
     ("diagnostics", ALL, "index\tsentence1\tsentence2\n0\ta\tb\n", "line 1: no column 'Lexical Semantics'"),
     ("axb", "", GOOD["axb"].decode()[:-1], "line 2: id '7' occurs a second time"),
     ("axb", '"entailment"', '"neutral"', "line 1: label 'neutral'; expected entailment or not_entailment"),
-    ("axb", '"entailment"', "0", "line 1: no text under 'label'"),
-    ("axb", '"Negation"', '["Negation"]', "line 1: 'logic' should be text"),
-    ("axb", '"idx": 7, ', "", "line 1: no number under 'idx'"),
+    ("axb", '"entailment"', "0", "line 1: label 0; expected entailment"),
+    ("axb", '"Negation"', '["Negation"]', "line 1: the tag of logic should be text"),
+    ("axb", '"idx": 7, ', "", "line 1: no column 'idx'"),
     ("axb", "", '{"idx": 8, ', "line 2: not JSON"),
 ]
 
@@ -304,9 +293,8 @@ def test_piqa_labels(tmp_path):
         lst.write_text(text)
         with pytest.raises(ValueError, match=f"valid-labels.lst, {says}"):
             read_bytes(tmp_path, "piqa", row * 2)
-    assert read_bytes(tmp_path, "piqa", GOOD["piqa"]).label.tolist() == [
-        1
-    ]  # a label in the row wins over a file that does not align
+    # a label in the row wins over a file that does not align
+    assert read_bytes(tmp_path, "piqa", GOOD["piqa"]).label.tolist() == [1]
 
 
 def test_groups_file_must_align(tmp_path):
@@ -328,34 +316,6 @@ def test_ragged_rows_may_be_dropped(tmp_path):
     assert df["id"].tolist() == ["3", "5"]
     with pytest.raises(ValueError, match="line 4"):
         read_task("qqp", tmp_path, "dev", drop_ragged=1)
-
-
-@fuzz
-@given(st.sampled_from(sorted(GOOD)), st.data())
-def test_fuzz_readers(tmp_path, name, data):
-    "Bytes changed, cut or inserted anywhere: a frame or a ValueError, nothing else."
-    b = bytearray(GOOD[name] * 3)
-    at = data.draw(st.integers(0, len(b)))
-    b[at : at + data.draw(st.integers(0, 5))] = data.draw(st.binary(max_size=6))
-    try:
-        df = read_bytes(tmp_path / name, name, bytes(b))
-    except ValueError as e:
-        assert FILE[name] in str(e) or "labels.lst" in str(e)
-    else:
-        assert df["label"].between(0, len(TASKS[name].labels) - 1).all()
-
-
-@fuzz
-@given(st.sampled_from(sorted(GOOD)), st.binary(max_size=80), st.integers(0, 60))
-def test_fuzz_gzip(tmp_path, name, noise, cut):
-    packed = gzip.compress(GOOD[name], mtime=0)
-    for b in (noise, packed[:cut] + noise):
-        try:
-            df = read_bytes(tmp_path / name, name, b, gz=True)
-        except ValueError as e:
-            assert FILE[name] in str(e)
-        else:
-            assert len(df)
 
 
 def test_a_text_of_a_csv_may_have_lines(tmp_path):
@@ -437,28 +397,6 @@ def evaluator(rows):
     return {name: 100 * sum(answers) / len(answers) for name, answers in right.items()}
 
 
-def test_hub_task(tmp_path):
-    datasets = pytest.importorskip("datasets")
-
-    def load(task, split, name, **row):
-        file = tmp_path / task / f"{name}.parquet"
-        datasets.Dataset.from_list([row]).to_parquet(file)
-        files = {name: str(file)}
-        return hub_task(task, split, "parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
-
-    df = load("mnli", "dev_mismatched", "validation_mismatched", premise="p", hypothesis="h", label=2, idx=5)
-    assert df.iloc[0][["id", "sentence1", "sentence2", "label"]].tolist() == ["5", "p", "h", 2]
-    texts = dict(startphrase="s", ending0="a", ending1="b", ending2="c", ending3="d", label=1)
-    df = load("swag", "train", "train", **texts, **{"video-id": "v", "gold-source": "gen"})
-    assert df.group[0] == "v" and df.kind[0] == "gen"
-    with pytest.raises(ValueError, match=r"row 0: label should be 0..1.*got -1"):
-        load("sst2", "dev", "validation", sentence="s", label=-1, idx=0)
-    with pytest.raises(ValueError, match="no column 'question2'; expected question1, question2, label"):
-        load("qqp", "train", "train", question1="s", label=0)
-    with pytest.raises(ValueError, match="unknown task on the Hub 'tracie'"):
-        hub_task("tracie")
-
-
 # ---- QNLI from SQuAD
 def squad(**change):
     question = dict(id="q", question="What floats?", answers=[dict(text="Cork", answer_start=0)]) | change
@@ -481,34 +419,13 @@ def test_qnli_from_squad(tmp_path):
     packed = tmp_path / "s.json.gz"
     packed.write_bytes(gzip.compress(file.read_bytes()))
     assert df.equals(qnli_from_squad(packed))
-    assert len(qnli_from_squad(packed, splitter=lambda text: re.findall(r"\S[^.]*\.", text)))
-
-
-@pytest.mark.parametrize(
-    "bad, says",
-    [
-        (squad(answers=[]), "IndexError"),
-        (squad(answers=[dict(text="Cork")]), "answer_start"),
-        (squad(answers=[dict(text="Cork", answer_start=5)]), "not at position 5"),
-        (squad(answers=[dict(text="", answer_start=0)]), "not at position"),
-        (squad(answers=[dict(text="Cork", answer_start="0")]), "TypeError"),
-        (squad(answers=None), "TypeError"),
-        ([1], "TypeError"),
-        ({}, "KeyError"),
-        (dict(data=[]), "no question"),
-        (squad(answers=[dict(text="floats. Stone", answer_start=5)]), "no question"),
-        ('{"data": [', "not JSON"),
-    ],
-)
-def test_qnli_from_bad_squad(bad, says, tmp_path):
-    with pytest.raises(ValueError, match=says) as e:
-        qnli_from_squad(write(tmp_path / "s.json", bad))
-    assert "s.json" in str(e.value)
-
-
-def test_qnli_bad_splitter(tmp_path):
-    with pytest.raises(ValueError, match="not in the text"):
-        qnli_from_squad(write(tmp_path / "s.json", squad()), splitter=lambda text: ["elsewhere"])
+    for bad, says in (
+        (squad(answers=[dict(text="Cork", answer_start=5)]), "not at character 5"),
+        (squad(answers=[]), "there are no answers"),
+        (squad(answers=[dict(text="floats. Stone", answer_start=5)]), "no question with an answer in one"),
+    ):
+        with pytest.raises(ValueError, match=rf"s\.json.*{says}"):
+            qnli_from_squad(write(tmp_path / "s.json", bad))
 
 
 # ---- real files
@@ -589,10 +506,7 @@ def test_real_tracie_scores(folder):
     assert found == pytest.approx(wanted, abs=1e-9) and 0 < found["story"] < found["overall"]
     train, iid = (read_task("tracie", source, split) for split in ("train", "iid_train"))
     assert prior(train).tolist() == [0.5] * 4  # the paper's training set has a uniform prior
-    assert len(uniform_prior(train)) == len(train)
-    uniform = uniform_prior(iid)
-    assert max(abs(prior(iid) - 0.5)) > 0.1 and prior(uniform).tolist() == [0.5] * 4
-    assert set(uniform.id) < set(iid.id)
+    assert max(abs(prior(iid) - 0.5)) > 0.1
 
 
 def test_real_axb_categories(folder):

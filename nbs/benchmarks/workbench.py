@@ -15,9 +15,9 @@ from vlkd.core.settings import preset as preset_arguments
 from vlkd.models import bert
 from vlkd.models.bert import BertForMaskedLM, bert_config, quick_dropout
 from vlkd.tools.bench import peak_memory
-from vlkd.train.options import ALLOCATOR_CACHING
 from vlkd.train.terms import CRD_TOKENS
 from vlkd.train.text_student import StudentObjective
+from vlkd.train.trainer import ALLOCATOR_CACHING
 
 OPTIMIZERS = dict(fused=dict(fused=True), foreach=dict(), loop=dict(foreach=False, fused=False))
 

@@ -75,16 +75,13 @@ def _load_encoder(folder, s: Scale) -> VisualEncoder:
     verify_checksums(folder)
     try:
         state = load_file(file)
-        feature_dim = len(state["mean"])
-    except Exception as e:
-        raise ValueError(
-            f"{file}: not the weights of a visual encoder ({type(e).__name__}: {str(e)[:120]})"
-        ) from None
-    encoder = VisualEncoder(s, feature_dim)
-    try:
+        encoder = VisualEncoder(s, len(state["mean"]))
         encoder.load_state_dict(state)
-    except RuntimeError as e:
-        raise ValueError(f"{file} does not fit scale {s.name!r}: {str(e).splitlines()[1].strip()}") from None
+    except Exception as e:
+        reason = f"{type(e).__name__}: {str(e)[:300]}"
+        raise ValueError(
+            f"{file} holds no visual encoder, or does not fit scale {s.name!r} ({reason})"
+        ) from None
     return encoder
 
 
