@@ -181,20 +181,9 @@ def test_hold_out_is_by_video_and_exact(tmp_path):
 
 def test_a_clip_at_the_end_of_its_video_has_a_frame(tmp_path):
     "Times may run a little over the end; no clip is empty, none reaches into the next video's rows."
-    from vlkd.data.video import extract
-
-    class Given:
-        name, dim = "given", 1
-
-        def encode(self, x):
-            return x
-
-    extract(
-        dict(a="a", b="b"),
-        Given(),
-        tmp_path / "f",
-        read=lambda p: (np.full((3, 1), ord(str(p)), np.float32), None),
-    )
+    (tmp_path / "f").mkdir()
+    for video in "ab":
+        np.save(tmp_path / f"f/{video}.npy", np.full((3, 1), ord(video), np.float32))
     m = Features(tmp_path / "f")
     (tmp_path / "c.json").write_text(
         json.dumps({v: dict(start=[0, 2.999, 0.5], end=[0.001, 3.9, 4], text=["x"] * 3) for v in "ab"})

@@ -28,13 +28,14 @@ from vlkd.core.files import (
     fingerprint,
     read_json,
     rng,
+    save_safetensors,
     sha256_file,
     write_json,
 )
 from .corpus import CorpusTokens, Source, clean_paragraph, tokenize_corpus
 from .readers import text_lines
 from .text import VideoText, train_tokenizer
-from .video import Features, extract
+from .video import Features
 
 # %% ../../nbs/17_data.howto100m.ipynb #cca79207
 def _csv_rows(path, columns: tuple) -> Iterator[tuple[str, list]]:
@@ -525,18 +526,6 @@ _nouns = (
 _verbs = ("take", "wash", "cut", "turn", "press", "heat", "fix", "lift", "move", "hold")
 
 
-class _Rows:
-    "An encoder whose frames are features already."
-
-    name = "synthetic"
-
-    def __init__(self, dim: int):
-        self.dim = dim
-
-    def encode(self, frames):
-        return np.asarray(frames, np.float32)
-
-
 def _write_csv(f: Path, head: tuple, rows) -> None:
     with atomic(f) as out:
         writer = csv.writer(out, lineterminator="\n")
@@ -562,6 +551,20 @@ def _synthetic_video(r, number: int, captions: int, dim: int) -> tuple[dict, np.
     return dict(start=start.tolist(), end=end.tolist(), text=text), x
 
 
+def _write_features(folder: Path, features: dict) -> None:
+    "Features (name -> (T, F)) as one shard and a manifest, as extraction leaves them."
+    file, items, row = folder / "shard-00000.safetensors", {}, 0
+    for name, x in features.items():
+        items[name] = dict(shard=file.name, row=row, length=len(x))
+        row += len(x)
+    rows = np.concatenate(list(features.values())).astype(np.float32).astype(np.float16)
+    save_safetensors({"features": rows}, file)
+    head = dict(encoder="synthetic", dim=rows.shape[1], fps=1.0)
+    shards = {file.name: dict(sha256=sha256_file(file), rows=row)}
+    manifest = dict(head, shards=shards, items=items, errors={}, warnings={})
+    write_json(folder / "manifest.json", manifest, checksum=True)
+
+
 def _write_howto(folder: Path, r, samples: int, dim: int) -> list[str]:  # the captions' texts
     "Videos, captions as JSON and csv, features."
     videos, captions, features = [], {}, {}
@@ -576,13 +579,7 @@ def _write_howto(folder: Path, r, samples: int, dim: int) -> list[str]:  # the c
         _write_csv(folder / "captions" / f"{name}.csv", ("start", "end", "text"), rows)
     with atomic(folder / "caption.json") as f:
         json.dump(captions, f)
-    extract(
-        {name: name for name in features},
-        _Rows(dim),
-        folder / "features",
-        read=lambda name: (features[name], None),
-        shard_size=16,
-    )
+    _write_features(folder / "features", features)
     return [text for c in captions.values() for text in c["text"]]
 
 

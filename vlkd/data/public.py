@@ -17,7 +17,7 @@ from ..core.files import rng
 from ..core.settings import data_dir, path
 from .readers import json_document, json_rows, sentences, tab_rows, text_lines
 from .text import SPECIAL, VideoText
-from .video import Features, extract, load_features, read_photos
+from .video import Features
 
 # %% ../../nbs/15_data.public.ipynb #7b221beb
 def _marks(text: str) -> int:
@@ -231,25 +231,18 @@ def _cache(cache_dir) -> Path:
     return Path(cache_dir) if cache_dir else path("cache") / "real"
 
 
-def _encoded(name, items, encoder, cache, read=None) -> Features:
-    "Features of a source from the cache; encoded first where they are missing and there is an encoder."
-    folder = cache / f"features-{name}"
-    if encoder is not None:
-        return extract(items, encoder, folder, fps=1.0, shard_size=128, read=read)
-    features = load_features(folder) if (folder / "manifest.json").is_file() else None
+def _encoded(name, items, extract, cache) -> Features:
+    "Features of a source from the cache, where `extract` makes or mends them first."
+    folder = cache / f"encoded-{name}"
+    if extract:
+        return extract(items, folder)
+    features = Features(folder) if folder.is_dir() else None
     if features is None or any(key not in features and key not in features.errors for key in items):
         raise ValueError(
-            f"{folder}: the features of {name} are not (all) there; pass encoder=load_mobilenet() from "
-            "vlkd.features.encoders to make them once"
+            f"{folder}: the features of {name} are not (all) there; pass extract=extract_videos from "
+            "vlkd.features.extract to make them once"
         )
     return features
-
-
-def _photo_reader(encoder):
-    def photos(paths):
-        return read_photos(paths, size=getattr(encoder, "size", None))
-
-    return photos
 
 
 def _shared_photos(train, photos: int) -> list[str]:
@@ -264,13 +257,13 @@ def flickr8k_calibration(train=None, root=None, photos: int = 512) -> Calibratio
 
 
 def calibrations(
-    cache_dir=None, encoder=None, photos: int = 512, train=None, root=None
+    cache_dir=None, extract=None, photos: int = 512, train=None, root=None
 ) -> tuple[Calibration, Calibration]:  # published, ours
     "The two domains' calibrations over the same training photos of Flickr8k."
     root, train = Path(root or data_dir()), train or photo_splits(root=root)["train"]
     names = _shared_photos(train, photos)
-    items = {name: root / "flickr8k/images" / name for name in names}
-    features = _encoded("calibration", items, encoder, _cache(cache_dir), _photo_reader(encoder))
+    items = {name: [root / "flickr8k/images" / name] for name in names}
+    features = _encoded("calibration", items, extract, _cache(cache_dir))
     names = [name for name in names if name in features]
     published, ours = flickr8k_features(names, root), np.concatenate([features[name] for name in names])
     if published.shape != ours.shape:
@@ -308,9 +301,9 @@ def _bundle(
     return VideoText(captions, clip, features, mask, train, valid, list(clips))
 
 
-def _encoded_clips(source, clips: dict, valid: float, calibration, encoder, cache, read) -> tuple[dict, set]:
+def _encoded_clips(source, clips: dict, valid: float, calibration, extract, cache) -> tuple[dict, set]:
     "Clips (name -> (features, captions)) of a source of files, and the names held out."
-    features = _encoded(source, {key: files for key, (files, _) in clips.items()}, encoder, cache, read)
+    features = _encoded(source, {key: files for key, (files, _) in clips.items()}, extract, cache)
     keys = [key for key in clips if key in features]
     if not keys:
         raise ValueError(
@@ -334,7 +327,7 @@ def real_pairs(
     seed: int = 0,  # which captions stay under `limit`
     held_out=HELD_OUT,  # evaluation sets whose photos are left out
     limit: int | None = None,  # training captions at most
-    encoder=None,  # needed once, to fill the cache: `load_mobilenet()`
+    extract=None,  # needed once, to fill the cache: `extract_videos`
     sources=SOURCES,
     retrieval: int = 1000,  # photos set apart for `real_retrieval`
     valid: float = 0.05,  # share of each source's clips held out for validation
@@ -351,14 +344,13 @@ def real_pairs(
     if set(sources) == {"flickr8k"}:
         published = flickr8k_calibration(parts["train"], root)
     else:
-        published, ours = calibrations(cache, encoder, train=parts["train"], root=root)
+        published, ours = calibrations(cache, extract, train=parts["train"], root=root)
     if "flickr8k" in sources:
         clips |= _photo_clips(parts["train"] + parts["valid"], published, root)
         held |= {f"flickr8k/{name}" for name in parts["valid"]}
-    readers = {"exercises": (exercise_clips, _photo_reader(encoder)), "msvd": (msvd_clips, None)}
-    for source, (load, read) in readers.items():
+    for source, load in {"exercises": exercise_clips, "msvd": msvd_clips}.items():
         if source in sources:
-            found = _encoded_clips(source, load(root), valid, ours, encoder, cache, read)
+            found = _encoded_clips(source, load(root), valid, ours, extract, cache)
             clips |= found[0]
             held |= found[1]
     pairs = _bundle(clips, held, max_frames)

@@ -7,8 +7,8 @@ __all__ = ['draw_pool', 'weights_fingerprint', 'encode_clips', 'VokenPool', 'Tea
            'voken_job']
 
 # %% ../../nbs/38_retrieval.vokens.ipynb #6c8c4b62
+import contextlib
 import hashlib
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +18,18 @@ import torch
 from tqdm import tqdm
 
 from ..core.device import device, use_bf16
-from ..core.files import atomic, fingerprint, locked, read_json, rng, sha256_file, write_array, write_json
+from vlkd.core.files import (
+    atomic,
+    file_problem,
+    fingerprint,
+    locked,
+    open_manifest,
+    read_json,
+    rng,
+    sha256_file,
+    write_array,
+    write_json,
+)
 from ..core.settings import Scale, scale
 from ..data.corpus import open_text, tokenize_corpus, tokenizer_fingerprint
 from ..data.howto100m import caption_table, howto_videos
@@ -28,36 +39,14 @@ from ..models.video_text import Teacher, VisualEncoder
 from .nearest import KeyIndex, vokens
 
 # %% ../../nbs/38_retrieval.vokens.ipynb #20416e36
-def _clip_times(table, times):
-    "A function from a video to (n, 2) seconds: from a mapping, a function, or the table's own columns."
-    if times is not None:
-        return times.__getitem__ if isinstance(times, Mapping) else times
-    if not {"start", "end"} <= set(table.columns):
-        raise ValueError(
-            "the clips' times are needed: columns start and end, or `times`; "
-            f"the table has {', '.join(table.columns)}"
-        )
-    bad = table[~((table.start >= 0) & (table.end > table.start))]
-    if len(bad):
-        row = bad.iloc[0]
-        raise ValueError(
-            f"row {bad.index[0]}: a clip of {row.video} from {row.start} to {row.end} s; "
-            "it should start at 0 or later and end after it starts"
-        )
-    groups = table.groupby("video", sort=False)
-    return {video: clips[["start", "end"]].to_numpy(float) for video, clips in groups}.__getitem__
-
-
 def _draw_clip(videos: list, times, used: set, shortest, longest, seed) -> tuple | None:  # video, start, end
     "A clip of the first video that is not used and has one; videos are taken off the list."
     while videos:
         video = videos.pop(0)
-        if video in used:
-            continue
-        try:
-            clips = np.asarray(times(video), float).reshape(-1, 2)
-        except KeyError:
-            continue
+        clips = np.zeros((0, 2))
+        if video not in used:
+            with contextlib.suppress(KeyError):
+                clips = np.asarray(times(video), float).reshape(-1, 2)
         seconds = clips[:, 1] - clips[:, 0]
         clips = clips[(seconds >= shortest) & (seconds <= longest)]
         clips = clips[np.lexsort(clips.T[::-1])]
@@ -68,8 +57,8 @@ def _draw_clip(videos: list, times, used: set, shortest, longest, seed) -> tuple
 
 
 def draw_pool(
-    table: pd.DataFrame,  # task, video (and start, end where `times` is None)
-    times=None,  # video -> (n, 2) seconds of its clips; a mapping or a function, `KeyError`: it has none
+    table: pd.DataFrame,  # task, video
+    times,  # video -> (n, 2) seconds of its clips; `KeyError`: it has none
     *,
     size: int = 30_000,  # clips
     shortest: float = 1.0,  # seconds
@@ -79,12 +68,8 @@ def draw_pool(
     """Clips for a pool of vokens, as in appendix A; `attrs` counts tasks, and tasks without a clip.
 
     `ValueError` where the table does not hold enough."""
-    missing = [c for c in ("task", "video") if c not in table.columns]
-    if missing:
-        raise ValueError(f"the table lacks {', '.join(missing)}; it has {', '.join(table.columns)}")
     if size < 1 or not 0 <= shortest <= longest:
         raise ValueError(f"a pool of {size} clips of {shortest} to {longest} s cannot be")
-    times = _clip_times(table, times)
     videos = {}
     for task, group in table.groupby("task")["video"]:
         names = sorted(set(group))
@@ -132,19 +117,16 @@ def encode_clips(
     video: VisualEncoder,
     features: Features,  # of whole videos
     clips: pd.DataFrame,  # video, start, end
-    *,
     max_frames: int = 512,
-    batch: int = 64,
 ) -> np.ndarray:  # float32 (N, D)
     "The visual encoder's vectors of clips."
     device = next(video.parameters()).device
     was_training = video.training
     video.eval()
     vectors = []
-    for start in range(0, len(clips), batch):
-        frames = [
-            _clip_frames(features, c, max_frames) for c in clips.iloc[start : start + batch].itertuples()
-        ]
+    for start in range(0, len(clips), 64):
+        batch = clips.iloc[start : start + 64].itertuples()
+        frames = [_clip_frames(features, clip, max_frames) for clip in batch]
         lengths = torch.tensor([len(f) for f in frames])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
         padded = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True)
@@ -208,16 +190,13 @@ class VokenPool:
             text = dict(task=str, video=str)
             clips = pd.read_csv(folder / "clips.csv", dtype=text, keep_default_na=False)
             pool = cls(clips, np.load(folder / "vectors.npy"), described["teacher"])
+            if pool.fingerprint != described["fingerprint"]:
+                raise ValueError("changed after the pool was saved")
         except (ValueError, KeyError, TypeError, OSError, EOFError) as e:
             raise ValueError(
                 f"{folder}: clips.csv, vectors.npy or pool.json is damaged ({type(e).__name__}: {e}); "
                 "delete the folder and make the pool again"
             ) from None
-        if pool.fingerprint != described["fingerprint"]:
-            raise ValueError(
-                f"{folder}: clips.csv or vectors.npy was changed after the pool was saved; "
-                "delete the folder and make the pool again"
-            )
         return pool
 
 # %% ../../nbs/38_retrieval.vokens.ipynb #630c8bea
@@ -234,8 +213,10 @@ class TeacherStates:
             return hidden_states(self.lm, ids.to(device()), mask.to(device())).float()
 
 
-def _corpus_fingerprint(tokens) -> str:
-    return getattr(tokens, "fingerprint", None) or fingerprint(tokens.ids, tokens.starts)
+def _text_of_vokens(tokens, tokenizer) -> dict:
+    "The part of a manifest that says which text was labelled."
+    corpus = getattr(tokens, "fingerprint", None) or fingerprint(tokens.ids, tokens.starts)
+    return dict(tokenizer=tokenizer_fingerprint(tokenizer), corpus=corpus)
 
 
 def _shard_problem(file: Path) -> str:  # empty: none
@@ -243,34 +224,18 @@ def _shard_problem(file: Path) -> str:  # empty: none
     described = file.with_suffix(".json")
     if not described.is_file():
         return f"{file}: this shard was not finished"
-    if not file.is_file():
-        return f"{file}: this shard is missing"
     try:
-        wanted = read_json(described)["sha256"]
-    except (ValueError, KeyError, TypeError):
-        return f"{file}: the checksum of this shard cannot be read"
-    return "" if sha256_file(file) == wanted else f"{file}: this shard is damaged (its checksum differs)"
+        return file_problem(file, read_json(described)["sha256"])
+    except (ValueError, KeyError, TypeError) as e:
+        return f"{file}: the checksum of this shard cannot be read ({e})"
 
 
-def _claim_folder(out: Path, head: dict) -> None:
-    "Write what the folder's vokens are made of; `ValueError` where it holds others."
-    with locked(out):
-        if not (out / "vokens.json").is_file():
-            write_json(out / "vokens.json", head, checksum=True)
-    have = read_json(out / "vokens.json")
-    differences = [f"{k} {have.get(k)!r} instead of {v!r}" for k, v in head.items() if have.get(k) != v]
-    if differences:
-        raise ValueError(
-            f"{out} holds other vokens ({'; '.join(differences)}): give another folder, or delete this one"
-        )
-
-
-def _write_shard(file: Path, rows: range, tokens, states, index: KeyIndex, dtype, batch: int, tile: int):
+def _write_shard(file: Path, rows: range, tokens, states, index: KeyIndex, dtype, batch: int):
     "Vokens of some rows of the corpus, one integer a token, and their checksum."
     parts = []
     for start in range(rows.start, rows.stop, batch):
         ids, mask = tokens[np.arange(start, min(start + batch, rows.stop))]
-        found = vokens(states(ids, mask), mask.to(index.rows.device), index, tile=tile)
+        found = vokens(states(ids, mask), mask.to(index.rows.device), index)
         parts.append(found[mask.to(found.device)].cpu().numpy().astype(dtype))
     with atomic(file, "wb") as f:
         write_array(f, np.concatenate(parts))
@@ -287,7 +252,6 @@ def vokenize(
     *,
     batch: int = 64,
     shard_rows: int = 1 << 14,  # rows of the corpus in a shard
-    tile: int = 4096,  # of `nearest`
     rank: int = 0,  # this process makes every `world`-th shard, from this one
     world: int = 1,
 ) -> int:  # shards made now
@@ -304,29 +268,28 @@ def vokenize(
             f"{states.fingerprint}: vokens need both in one space"
         )
     out = Path(out)
-    head = dict(
-        tokenizer=tokenizer_fingerprint(tokenizer),
+    head = _text_of_vokens(tokens, tokenizer) | dict(
         pool=pool.fingerprint,
         pool_size=len(pool),
         teacher=states.fingerprint,
-        corpus=_corpus_fingerprint(tokens),
         rows=len(tokens),
         shard_rows=shard_rows,
         dtype=pool.dtype.name,
     )
-    _claim_folder(out, head)
+    with locked(out):
+        head = open_manifest(out / "vokens.json", head, "vokens")
+        if not (out / "vokens.json").is_file():
+            write_json(out / "vokens.json", head, checksum=True)
     index = KeyIndex(torch.from_numpy(pool.vectors).to(device()))
     made, shards = 0, -(-len(tokens) // shard_rows)
     for k in tqdm(range(rank, shards, world), desc="vokens", disable=None):
         file = out / f"{k:05d}.npy"
-        problem = _shard_problem(file)
-        if not problem:
-            continue
-        if file.is_file():
-            print(f"{problem}; making it again")
-        rows = range(k * shard_rows, min((k + 1) * shard_rows, len(tokens)))
-        _write_shard(file, rows, tokens, states, index, pool.dtype, batch, tile)
-        made += 1
+        if problem := _shard_problem(file):
+            if file.is_file():
+                print(f"{problem}; making it again")
+            rows = range(k * shard_rows, min((k + 1) * shard_rows, len(tokens)))
+            _write_shard(file, rows, tokens, states, index, pool.dtype, batch)
+            made += 1
     return made
 
 # %% ../../nbs/38_retrieval.vokens.ipynb #0f757b03
@@ -341,16 +304,10 @@ class StoredVokens:
             raise FileNotFoundError(
                 f"{self.folder}: no vokens here (vokens.json is missing); make them with `vokenize`"
             )
-        self.manifest = read_json(self.folder / "vokens.json")
-        wanted = dict(tokenizer=tokenizer_fingerprint(tokenizer), corpus=_corpus_fingerprint(tokens))
+        wanted = _text_of_vokens(tokens, tokenizer)
         if pool is not None:
             wanted["pool"] = pool.fingerprint
-        for name, value in wanted.items():
-            if self.manifest[name] != value:
-                raise ValueError(
-                    f"{self.folder}: these vokens belong to another {name} "
-                    f"(fingerprint {self.manifest[name]}; this one is {value})"
-                )
+        self.manifest = open_manifest(self.folder / "vokens.json", wanted, "vokens")
         self.shard_rows, self.size = self.manifest["shard_rows"], self.manifest["pool_size"]
         self.shards = -(-self.manifest["rows"] // self.shard_rows)
         self._maps = {}

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['WORDINGS', 'nameless', 'render_nameless', 'frame_facts', 'caption_frame', 'class_sentences', 'clip_tokens',
-           'TabletopClip', 'load_tabletop_clip']
+           'TabletopClip', 'made_once', 'load_tabletop_clip']
 
 # %% ../../nbs/25_tabletop.clip.ipynb #218cfeb3
-import importlib
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
-from ..core.device import mend_torchvision
-from ..core.files import atomic, checksum_problem, fingerprint, locked, rng, write_checksums
+from ..core.device import optional_package
+from ..core.files import checksum_problem, fingerprint, locked, rng, save_safetensors, write_checksums
 from ..core.settings import path
 from .nouns import CLIP_EVENTS, COLOURS, EVENTS, ROUND, SHAPES, SIZES
 from .render import FRAMES, SIDE, motions, render, surfaces
@@ -188,45 +188,32 @@ def clip_tokens(sentences) -> torch.Tensor:  # int64 (N, 20)
     return out
 
 # %% ../../nbs/25_tabletop.clip.ipynb #2d71dd80
-def _open_clip():
-    mend_torchvision()  # open_clip imports torchvision
-    try:
-        return importlib.import_module("open_clip")
-    except ImportError as e:
-        raise ImportError(
-            f"Tabletop's CLIP needs the package open_clip, which cannot be imported ({e}); "
-            "install the `encoders` extra of this library (or `open_clip_torch` itself)"
-        ) from None
-
-
 def _pixels(frames) -> torch.Tensor:  # float32 (N, 3, SIDE, SIDE), -1 to 1
     return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, 1).float() / 127.5 - 1
 
 
+@dataclass
 class TabletopClip:
     "A small CLIP of frames and captions of things without a name; embeddings have unit length."
 
-    def __init__(
-        self,
-        clips: int = 3000,  # to train on, each of FRAMES frames
-        seed: int = 0,
-        steps: int = 1000,
-        batch: int = 128,
-        lr: float = 3e-3,
-        dim: int = 32,  # of the embeddings
-        width: int = 8,  # of the residual network
-    ):
-        self.clips, self.seed, self.steps, self.batch = clips, seed, steps, batch
-        self.lr, self.dim, self.width = lr, dim, width
+    clips: int = 3000  # to train on, each of FRAMES frames
+    seed: int = 0
+    steps: int = 1000
+    batch: int = 128
+    lr: float = 3e-3
+    dim: int = 32  # of the embeddings
+    width: int = 8  # of the residual network
+
+    def __post_init__(self):
         self.name = f"tabletop-clip-{fingerprint([1, WORDINGS, _TEMPLATES, vars(self)])[:8]}"
-        self.seconds = None  # processor time of the training, where it was trained now
 
     def _new_network(self):
         image = dict(layers=(1, 1, 1, 1), width=self.width, head_width=64, image_size=SIDE)
         text = dict(context_length=_length, vocab_size=len(_words) + 2, width=64, heads=4, layers=1)
+        create = optional_package("open_clip", "open_clip_torch").CLIP
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return _open_clip().CLIP(self.dim, image, text)
+            return create(self.dim, image, text)
 
     def nameless_frames(
         self, clips: int, seed: int
@@ -239,18 +226,18 @@ class TabletopClip:
 
     def fit(self):
         "Train on frames and captions that are worded anew each time; a minute or two of one core."
-        threads, began = torch.get_num_threads(), time.process_time()
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             self.net = self._train(self._new_network().train()).eval().requires_grad_(False)
         finally:
             torch.set_num_threads(threads)
-        self.seconds = time.process_time() - began
         return self
 
     def _train(self, net):
         frames, facts = self.nameless_frames(self.clips, 1000 + self.seed)
-        facts, r, loss_of = facts.to_dict("records"), rng("clip", self.seed), _open_clip().ClipLoss()
+        facts, r = facts.to_dict("records"), rng("clip", self.seed)
+        loss_of = optional_package("open_clip").ClipLoss()
         epochs = -(-self.steps * self.batch // len(frames))
         order = np.concatenate([r.permutation(len(frames)) for _ in range(epochs)])
         optimizer = torch.optim.AdamW(net.parameters(), self.lr, betas=(0.9, 0.98), weight_decay=0.05)
@@ -279,14 +266,12 @@ class TabletopClip:
         "Embeddings of frames."
         frames = np.asarray(frames)
         if frames.dtype != np.uint8 or frames.ndim < 3 or frames.shape[-3:] != (SIDE, SIDE, 3):
-            raise ValueError(
-                f"frames should be uint8 (..., {SIDE}, {SIDE}, 3), got {frames.dtype} {frames.shape}"
-            )
+            wanted = f"uint8 (..., {SIDE}, {SIDE}, 3)"
+            raise ValueError(f"frames should be {wanted}, got {frames.dtype} {frames.shape}")
         flat = frames.reshape(-1, SIDE, SIDE, 3)
-        parts = [flat[i : i + batch] for i in range(0, len(flat), batch)]
+        parts = [flat[i : i + batch] for i in range(0, max(len(flat), 1), batch)]
         encoded = [self.net.encode_image(_pixels(part), normalize=True).numpy() for part in parts]
-        empty = np.zeros((0, self.dim), np.float32)
-        return np.concatenate([*encoded, empty]).reshape(*frames.shape[:-3], self.dim)
+        return np.concatenate(encoded).reshape(*frames.shape[:-3], self.dim)
 
     @torch.no_grad()
     def text(self, sentences) -> np.ndarray:  # float32 (N, dim)
@@ -304,23 +289,11 @@ class TabletopClip:
         classes = np.stack([F.normalize(mean, dim=-1).numpy() for mean in means])
         return np.array(values)[(self.image(frames) @ classes.T).argmax(-1)]
 
-    def save(self, f):
-        "Write the weights with a checksum."
-        from safetensors.torch import save
-
-        with atomic(f, "wb") as h:
-            h.write(save({k: v.contiguous() for k, v in self.net.state_dict().items()}))
-        write_checksums(f)
-
     def load(self, f):
-        "Read weights that `save` wrote; ValueError where they are damaged or another network's."
-        from safetensors.torch import load
-
+        "Read the weights in a file; `ValueError` where they are another network's."
         net = self._new_network()
-        if checksum_problem(f):
-            raise ValueError(f"{f}: damaged (its checksum differs); delete the file, and it is made again")
         try:
-            net.load_state_dict(load(Path(f).read_bytes()))
+            net.load_state_dict(load_file(f))
         except Exception as e:
             raise ValueError(
                 f"{f}: not the weights of {self.name} ({type(e).__name__}: {str(e)[:120]}); "
@@ -330,14 +303,22 @@ class TabletopClip:
         return self
 
 # %% ../../nbs/25_tabletop.clip.ipynb #cc40a604
+def made_once(file: Path, write) -> Path:
+    "A file of the cache, which `write` makes where it is missing or damaged; one process makes it."
+    if not file.is_file() or checksum_problem(file):
+        with locked(file.parent, f".lock-{file.stem}"):
+            damaged = file.is_file() and checksum_problem(file)
+            if damaged:
+                print(f"{file} is damaged: it is made again")
+            if damaged or not file.is_file():
+                write(file)
+                write_checksums(file)
+    return file
+
+
 def load_tabletop_clip(cache=None) -> TabletopClip:
     "The trained CLIP, from the cache or trained now; of several processes that ask at once, one trains."
     clip = TabletopClip()
-    f = Path(cache or path("cache")) / "encoders" / f"{clip.name}.safetensors"
-    if not f.is_file():
-        _open_clip()
-        with locked(f.parent, f".lock-{clip.name}"):
-            if not f.is_file():
-                clip.fit().save(f)
-                return clip
-    return clip.load(f)
+    file = Path(cache or path("cache")) / "encoders" / f"{clip.name}.safetensors"
+    optional_package("open_clip", "open_clip_torch")
+    return clip.load(made_once(file, lambda f: save_safetensors(clip.fit().net.state_dict(), f)))
