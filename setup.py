@@ -7,7 +7,15 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SHARED = ["settings.ini", "site/conf.py", "data_cards", "nbs/experiments", "nbs/benchmarks", "recipes"]
+SHARED = [
+    "settings.ini",
+    "site/conf.py",
+    "site/tables.js",
+    "data_cards",
+    "nbs/experiments",
+    "nbs/benchmarks",
+    "recipes",
+]
 
 
 class BuildWithShare(build_py):

@@ -1,10 +1,12 @@
 """Sphinx: one configuration for the web site (`make site`) and for a folder of results (`vlkd reproduce`)."""
 
+import base64
 import re
 import shutil
 from pathlib import Path
 
 import bleach
+import itables
 from docutils import nodes
 
 project = "vlkd"
@@ -32,6 +34,9 @@ apidoc_modules = [{"path": Path(__file__).resolve().parent.parent / "vlkd", "des
 
 html_theme = "pydata_sphinx_theme"
 html_title = "vlkd"
+html_static_path = [str(Path(itables.__file__).parent / "html" / "dt_bundle.css")]
+html_css_files = ["dt_bundle.css"]
+html_js_files = [("tables.js", {"defer": "defer"})]
 html_show_sourcelink = False
 html_show_sphinx = False
 html_theme_options = {"navbar_align": "left", "footer_start": ["copyright"], "footer_end": []}
@@ -78,7 +83,18 @@ def add_front_page(app, exception):
         shutil.copyfile(front, front.with_name("index.html"))
 
 
+def add_sorting(app):
+    "Write the script that lets tables be sorted, with the library that it uses in it."
+    bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
+    url = "data:text/javascript;base64," + base64.b64encode(bundle.read_bytes()).decode()
+    script = Path(__file__).with_name("tables.js").read_text(encoding="utf-8")
+    target = Path(app.outdir) / "_static" / "tables.js"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(f'const datatables = "{url}";\n{script}', encoding="utf-8")
+
+
 def setup(app):
+    app.connect("builder-inited", add_sorting)
     app.connect("source-read", add_contents)
     if "sphinx.ext.autodoc" in app.extensions:
         app.connect("autodoc-process-docstring", escape_docstring)

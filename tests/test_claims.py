@@ -8,7 +8,12 @@ import pandas as pd
 import pytest
 from simulated import records, worlds
 
-from vlkd.eval.claims import check_claim, judge, judge_all, read_claims
+from vlkd.eval.claims import check_claim, judge_all, read_claims
+
+
+def judge(claim, examples):
+    return judge_all([claim], examples)[0]
+
 
 BASE = dict(id="x", table="m5", paper="VidLanKD", where="Table 5", text="an example")
 

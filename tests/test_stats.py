@@ -11,7 +11,6 @@ from simulated import records, worlds
 from vlkd.eval.stats import (
     accuracy_table,
     check_examples,
-    detectable_effect,
     equivalence,
     holm,
     mean_interval,
@@ -182,8 +181,6 @@ def test_wrong_arguments():
         mean_interval(pd.concat([a, records("a", [1, 0], task="sst2")]))
     with pytest.raises(ValueError, match="no column 'noun'"):
         paired_difference(a, b, cluster="noun")
-    with pytest.raises(ValueError, match="level"):
-        paired_difference(a, b, level=95)
 
 
 def test_coverage():
@@ -213,7 +210,7 @@ def test_t_quantile(p, df):
     assert t_quantile(p, df) == pytest.approx(sp.t.ppf(p, df), rel=2e-3)
 
 
-# ---- equivalence, Holm, power
+# ---- equivalence and Holm
 @pytest.mark.parametrize("accuracy,verdict", [(0.6, "equivalent"), (0.8, "different"), (0.55, "undecided")])
 def test_equivalence(accuracy, verdict):
     a, b = worlds("a", 0.6, n=2000), worlds("b", accuracy, n=2000)
@@ -245,13 +242,3 @@ def test_holm(p):
 def test_holm_of_no_probability(p):
     with pytest.raises(ValueError, match="p-values"):
         holm([p])
-
-
-def test_detectable_effect():
-    assert detectable_effect(100, 40) == pytest.approx(2.8016 * 4, rel=1e-3)
-    assert detectable_effect(100, 40, n_worlds=4) == pytest.approx(2.8016 * 2, rel=1e-3)
-    # more questions do not help where worlds differ
-    many = detectable_effect(10**9, 40, n_worlds=5, sd_worlds=5)
-    assert many == pytest.approx(2.8016 * 5**0.5, rel=1e-3)
-    with pytest.raises(ValueError, match="at least one"):
-        detectable_effect(0, 1)

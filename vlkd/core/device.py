@@ -26,9 +26,9 @@ from .files import fingerprint
 _libraries = []  # declared operators exist as long as their library
 
 
-def _built_for_cuda(package: str = "torchvision") -> bool:
+def _built_for_cuda() -> bool:
     "Whether the installed wheel of torchvision was built for CUDA, found without importing it."
-    spec = find_spec(package)
+    spec = find_spec("torchvision")
     return spec is not None and "+cu" in (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
 
 
@@ -49,7 +49,7 @@ def torchvision_problem() -> str:  # empty: none
     return ""
 
 
-def mend_torchvision() -> bool:  # whether the operators had to be declared
+def mend_torchvision() -> None:
     "Let a torchvision for CUDA import beside a CPU torch; call it before what imports torchvision."
     if not _libraries and not torch.version.cuda and _built_for_cuda():
         library = torch.library.Library("torchvision", "FRAGMENT")
@@ -57,7 +57,6 @@ def mend_torchvision() -> bool:  # whether the operators had to be declared
             with contextlib.suppress(RuntimeError):  # declared already
                 library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _libraries.append(library)
-    return bool(_libraries)
 
 
 def optional_package(name: str, install: str = ""):
@@ -112,10 +111,9 @@ def generator(*names) -> torch.Generator:
     return torch.Generator().manual_seed(int(fingerprint(list(names)), 16) % 2**63)
 
 # %% ../../nbs/03_core.device.ipynb #e2e94721
-def at_least_float32(*xs: torch.Tensor):  # one tensor in, one out; several, a tuple
-    "Cast half-precision tensors up to float32; leave float32 and float64 alone."
-    out = tuple(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in xs)
-    return out if len(out) > 1 else out[0]
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    "Cast integers and half precision up to float32; leave float32 and float64 alone."
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def no_autocast(x: torch.Tensor):

@@ -10,6 +10,7 @@ __all__ = ['CHECKSUMS', 'atomic', 'atomic_folder', 'write_array', 'save_safetens
 # %% ../../nbs/01_core.files.ipynb #609c5a65
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -53,10 +54,14 @@ def atomic_folder(p):  # the folder to fill
     "Make a folder that appears at `p` only when the block ends without an error."
     p = Path(p)
     part = p.with_name(f".{p.name}.{secrets.token_hex(4)}")
+    old = part.with_name(f"{part.name}.old")
     part.mkdir(parents=True)
     try:
         yield part
+        if p.exists():
+            os.replace(p, old)
         os.replace(part, p)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -106,13 +111,11 @@ def apply_umask(folder) -> None:
 # %% ../../nbs/01_core.files.ipynb #417799e6
 def _plain(o):
     "JSON for numpy scalars and arrays, paths and sets."
-    if isinstance(o, np.generic):
-        return o.item()
-    if isinstance(o, np.ndarray):
+    if isinstance(o, (np.generic, np.ndarray)):
         return o.tolist()
     if isinstance(o, Path):
         return str(o)
-    if isinstance(o, (set, tuple)):
+    if isinstance(o, set):
         return list(o)
     raise TypeError(f"cannot write {type(o).__name__} as JSON")
 
@@ -143,12 +146,13 @@ def write_json(
     checksum: bool = False,  # add the hash of the object, which `read_json` compares and leaves out
 ) -> Path:
     "Write `obj` as JSON, complete or not at all; NaN is a `ValueError`."
+    options = dict(indent=1, default=_plain, allow_nan=False)
     if checksum:
-        obj = json.loads(json.dumps(obj, default=_plain, allow_nan=False))
+        obj = json.loads(json.dumps(obj, **options))
         obj["checksum"] = fingerprint(obj)
-    text = json.dumps(obj, indent=1, default=_plain, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(obj, ensure_ascii=False, **options)
     if any("\ud800" <= c <= "\udfff" for c in text):  # a file name that is not UTF-8
-        text = json.dumps(obj, indent=1, default=_plain, allow_nan=False)
+        text = json.dumps(obj, **options)
     with atomic(p) as f:
         f.write(text + "\n")
     return Path(p)
@@ -242,12 +246,9 @@ def open_lock(p) -> int:  # file descriptor
     "Open a lock file, made where it is missing; a symbolic link in its place is an error."
     p = Path(p)
     p.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return os.open(p, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    except OSError as e:
-        if not p.is_symlink():
-            raise
-        raise OSError(e.errno, "a lock file must not be a symbolic link; delete it", str(p)) from None
+    if p.is_symlink():
+        raise OSError(errno.ELOOP, "a lock file must not be a symbolic link; delete it", str(p))
+    return os.open(p, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 @contextlib.contextmanager
@@ -258,14 +259,11 @@ def locked(
     "Run a block in one process at a time; the others say that they wait."
     fd = open_lock(Path(folder) / name)
     try:
-        with contextlib.suppress(ImportError):  # no locks on Windows
-            import fcntl
-
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process works in {printable(folder)}: waiting", file=sys.stderr, flush=True)
-                fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process works in {printable(folder)}: waiting", file=sys.stderr, flush=True)
+            fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)

@@ -7,7 +7,9 @@ __all__ = ['versions', 'git_state', 'out_dir', 'record', 'Run', 'run_folder', 'o
 
 # %% ../../nbs/02_core.records.ipynb #974e5a47
 import contextlib
+import hashlib
 import importlib.metadata
+import io
 import json
 import platform
 import subprocess
@@ -59,22 +61,20 @@ def record(
 ) -> Path:  # result.json
     "Write a run's results; `result.json` last, so that it exists only beside all the files that it names."
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    names = []
+    files = {}
     for name, table in (tables or {}).items():
-        names.append(f"tables/{name}.csv")
-        with atomic(out / names[-1]) as f:
-            table.to_csv(f, index=False)
+        files[f"tables/{name}.csv"] = table.to_csv(index=False).encode()
     for name, figure in (figures or {}).items():
-        names.append(f"figures/{name}.png")
-        with atomic(out / names[-1], "wb") as f:
-            figure.savefig(f, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+        files[f"figures/{name}.png"] = png.getvalue()
     if examples is not None:
-        names.append("examples.parquet")
-        with atomic(out / names[-1], "wb") as f:
-            f.write(examples.to_parquet(index=False))
-    files = {name: sha256_file(out / name) for name in names}
-    return write_json(out / "result.json", dict(metrics=metrics, files=files, **more))
+        files["examples.parquet"] = examples.to_parquet(index=False)
+    for name, content in files.items():
+        with atomic(out / name, "wb") as f:
+            f.write(content)
+    sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    return write_json(out / "result.json", dict(metrics=metrics, files=sha256, **more))
 
 # %% ../../nbs/02_core.records.ipynb #6fb54633
 class Run:
@@ -87,10 +87,10 @@ class Run:
             raise FileNotFoundError(f"{self.folder} has no result.json: the run is missing or did not finish")
         self._compare_with_receipt(f)
         self.result = read_json(f)
-        is_record = isinstance(self.result, dict) and all(
-            isinstance(self.result.get(k), dict) for k in ("metrics", "files")
+        parts = (
+            [self.result.get(k) for k in ("metrics", "files")] if isinstance(self.result, dict) else [None]
         )
-        if not is_record:
+        if not all(isinstance(part, dict) for part in parts):
             raise ValueError(
                 f"{f} is no record: it should be an object with metrics and files;"
                 " delete the run's folder and run again"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'POWER_FACTOR', 'check_examples', 'accuracy_table', 't_quantile', 'pair_examples', 'paired_difference',
-           'mean_interval', 'detectable_effect', 'equivalence', 'holm']
+           'mean_interval', 'equivalence', 'holm']
 
 # %% ../../nbs/63_eval.stats.ipynb #104fde32
 from statistics import NormalDist
@@ -135,18 +135,15 @@ def t_quantile(p: float, df: int) -> float:
 
 def _interval(df, cluster, level, n_boot, seed, null=0.0) -> tuple:  # mean, dict, replicates (n_boot,)
     "Mean of `value` with its intervals and its p against the value `null`."
-    if not 0 < level < 1:
-        raise ValueError(f"level should lie between 0 and 1, got {level}")
     if cluster not in df:
         raise ValueError(f"no column {cluster!r} to cluster by; there are {', '.join(df.columns)}")
     per_world, replicates = _bootstrap(df, cluster, n_boot, seed)
-    worlds = sorted(df["seed"].unique())
-    n = len(worlds)
-    mean = float(per_world.mean())
+    mean, worlds = float(per_world.mean()), sorted(df["seed"].unique())
     low, high = (float(q) for q in np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2]))
     world_low = world_high = None
-    if n > 1:
-        half = t_quantile((1 + level) / 2, n - 1) * per_world.std(ddof=1) / n**0.5
+    if len(worlds) > 1:
+        quantile = t_quantile((1 + level) / 2, len(worlds) - 1)
+        half = quantile * per_world.std(ddof=1) / len(worlds) ** 0.5
         world_low, world_high = float(mean - half), float(mean + half)
     tail = 1 + min((replicates <= null).sum(), (replicates >= null).sum())
     found = dict(
@@ -155,11 +152,11 @@ def _interval(df, cluster, level, n_boot, seed, null=0.0) -> tuple:  # mean, dic
         p=float(min(1.0, 2 * tail / (n_boot + 1))),
         se=float(replicates.std()),
         level=level,
-        n_worlds=n,
+        n_worlds=len(worlds),
         n_clusters=int(df.groupby("seed")[cluster].nunique().sum()),
         n_examples=len(df),
         n_boot=n_boot,
-        worlds_resampled=n > 1,
+        worlds_resampled=len(worlds) > 1,
         world_low=world_low,
         world_high=world_high,
         per_world=[dict(seed=int(s), value=float(v)) for s, v in zip(worlds, per_world, strict=True)],
@@ -167,7 +164,8 @@ def _interval(df, cluster, level, n_boot, seed, null=0.0) -> tuple:  # mean, dic
     return mean, found, replicates
 
 # %% ../../nbs/63_eval.stats.ipynb #37ab5092
-def _check_one_run(examples: pd.DataFrame, name: str) -> str:  # the run's name
+def _run_name(examples: pd.DataFrame, name: str) -> str:
+    "The one run that some records are of."
     check_examples(examples, name)
     runs = examples["run"].unique()
     if len(runs) != 1:
@@ -183,7 +181,7 @@ def pair_examples(
 
     ValueError naming the first example that is in one only, or has another label, group or kind.
     """
-    run_a, run_b = _check_one_run(a, "a"), _check_one_run(b, "b")
+    run_a, run_b = _run_name(a, "a"), _run_name(b, "b")
     both = a.merge(b, on=["seed", "task", "id"], how="outer", suffixes=("", "_b"), indicator=True)
     single = both["_merge"] != "both"
     if single.any():
@@ -218,7 +216,6 @@ def paired_difference(
     b: pd.DataFrame,  # records of two runs over the same examples
     *,
     cluster: str = "group",  # column whose values are drawn together
-    level: float = 0.95,  # of the interval
     n_boot: int = 2000,
     seed: int = 0,
 ) -> dict:  # diff, low, high, p, se, n_worlds, n_clusters, n_examples, per_world, ...
@@ -228,42 +225,21 @@ def paired_difference(
     `world_low`, `world_high` are a t interval over worlds (None for one world, where `worlds_resampled` is
     False); `detectable` is the smallest difference found with 80 % power at this standard error.
     """
-    return _difference(a, b, cluster, level, n_boot, seed)[0]
+    return _difference(a, b, cluster, 0.95, n_boot, seed)[0]
 
 # %% ../../nbs/63_eval.stats.ipynb #e5f028e7
 def mean_interval(
     a: pd.DataFrame,  # records of one run
     *,
-    cluster: str = "group",
-    level: float = 0.95,
     n_boot: int = 2000,
     seed: int = 0,
     chance: float = 0.0,  # points
 ) -> dict:  # mean, low, high, p, ... in points
-    "Accuracy of one run with its bootstrap interval; `p` is two-sided against `chance`."
-    _check_one_run(a, "a")
+    "Accuracy of one run with its 95 % bootstrap interval; `p` is two-sided against `chance`."
+    _run_name(a, "a")
     scored = a.assign(value=100 * a["right"].astype(float))
-    mean, found, _ = _interval(scored, cluster, level, n_boot, seed, chance)
+    mean, found, _ = _interval(scored, "group", 0.95, n_boot, seed, chance)
     return dict(mean=mean, **found)
-
-
-def detectable_effect(
-    n_clusters: int,  # per world
-    sd: float,  # of a cluster's mean difference, points
-    n_worlds: int = 1,
-    sd_worlds: float = 0.0,  # of the true difference between worlds, points
-    power: float = 0.8,
-    level: float = 0.95,
-) -> float:  # points
-    "Smallest difference that a two-sided test at `level` finds with probability `power`."
-    if n_clusters < 1 or n_worlds < 1 or sd < 0 or sd_worlds < 0:
-        raise ValueError(
-            "needs at least one cluster and world and sd >= 0, "
-            f"got {n_clusters}, {n_worlds}, {sd}, {sd_worlds}"
-        )
-    z = NormalDist().inv_cdf
-    variance = sd**2 / (n_clusters * n_worlds) + sd_worlds**2 / n_worlds
-    return (z((1 + level) / 2) + z(power)) * variance**0.5
 
 # %% ../../nbs/63_eval.stats.ipynb #3e402319
 def equivalence(
@@ -271,7 +247,6 @@ def equivalence(
     b: pd.DataFrame,  # records of two runs over the same examples
     bound: float,  # points
     *,
-    cluster: str = "group",
     n_boot: int = 2000,
     seed: int = 0,
 ) -> dict:  # paired_difference at 90 %, with bound, verdict and the p of the two one-sided tests
@@ -281,21 +256,20 @@ def equivalence(
     """
     if not bound > 0:
         raise ValueError(f"bound should be a positive number of points, got {bound}")
-    found, replicates = _difference(a, b, cluster, 0.9, n_boot, seed)
+    found, replicates = _difference(a, b, "group", 0.9, n_boot, seed)
     beyond = max((replicates >= bound).sum(), (replicates <= -bound).sum())
+    verdict = "undecided"
     if -bound < found["low"] and found["high"] < bound:
         verdict = "equivalent"
     elif found["low"] > bound or found["high"] < -bound:
         verdict = "different"
-    else:
-        verdict = "undecided"
     return found | dict(p=float(min(1, (1 + beyond) / (n_boot + 1))), bound=float(bound), verdict=verdict)
 
 
 def holm(pvalues) -> np.ndarray:  # adjusted, same order
     "Holm's adjusted p-values: the k-th smallest of n times n-k+1, made monotone and at most 1."
     p = np.asarray(pvalues, float)
-    if p.ndim != 1 or np.isnan(p).any() or (p < 0).any() or (p > 1).any():
+    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"p-values should be a list of numbers in 0..1, got {pvalues}")
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)
