@@ -9,6 +9,7 @@ __all__ = ['VideoError', 'VideoWarning', 'write_mp4', 'Sample', 'stream_frames',
 import math
 import os
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -177,29 +178,11 @@ class Sample:
         return self.pixels[size]
 
 
-class _Clock:
-    "The times start, start + 1/fps, ... before `end`, at most `max_frames` of them."
-
-    def __init__(self, fps, start, end, max_frames):
-        self.step = 1 / Fraction(fps).limit_denominator(10**6)
-        self.start = Fraction(start or 0)
-        self.end = math.inf if end is None else Fraction(end)
-        self.max_frames, self.count = max_frames, 0
-
-    @property
-    def time(self) -> Fraction:
-        return self.start + self.count * self.step
-
-    def due(self, until=math.inf) -> bool:
-        "Whether a sample is to be taken before `until`."
-        return self.count < self.max_frames and self.time < min(until, self.end)
-
-    def samples(self, frame, until) -> Iterator[Sample]:
-        "The samples that a frame shown until then gives."
-        pixels = {}
-        while frame is not None and self.due(until):
-            yield Sample(frame, float(self.time), pixels)
-            self.count += 1
+def _samples(frame, due: deque, until=math.inf) -> Iterator[Sample]:
+    "The samples that a frame shown until then gives, taken off the times that are due."
+    pixels = {}
+    while frame is not None and due and due[0] < until:
+        yield Sample(frame, float(due.popleft()), pixels)
 
 
 def _shown_until(frame, time: Fraction, stream) -> Fraction:
@@ -208,14 +191,12 @@ def _shown_until(frame, time: Fraction, stream) -> Fraction:
     return time + (frame.duration * frame.time_base if known else _period(stream))
 
 
-def _what_is_missing(container, stream, clock: _Clock, seconds: float, corrupt: int) -> str:
-    "Why the samples may be fewer or other than the file promises; empty where they are not."
+def _what_is_missing(container, stream, seconds: float) -> str:
+    "Why a file gives fewer frames than it promises; empty where it does not."
     length = (container.duration or 0) / 1e6
     if stream.duration and stream.time_base:
         length = float(stream.duration * stream.time_base)
-    if clock.due() and seconds < 0.9 * length:
-        return f"the frames end at {seconds:.2f} s of {length:.2f} s"
-    return f"{corrupt} frames are damaged" if corrupt else ""
+    return f"the frames end at {seconds:.2f} s of {length:.2f} s" if seconds < 0.9 * length else ""
 
 
 def stream_frames(
@@ -229,38 +210,44 @@ def stream_frames(
 
     `VideoError` where there are none, `VideoWarning` at the end where the file breaks off."""
     _check_sampling(fps, None, start, end, max_frames)
-    av, clock = _av(), _Clock(fps, start, end, max_frames)
+    av, begin = _av(), Fraction(start or 0)
+    step = 1 / Fraction(fps).limit_denominator(10**6)
+    due = deque(t for t in (begin + i * step for i in range(max_frames)) if end is None or t < end)
+    asked = len(due)
     container, stream = _open(path)
     first, frame, stop, corrupt, problem = None, None, Fraction(0), 0, ""
     try:
         try:
-            if clock.start > 5:
-                container, stream, first = _seek(container, stream, path, clock.start)
+            if begin > 5:
+                container, stream, first = _seek(container, stream, path, begin)
             for time, following in _timeline(container, stream):
                 first = time if first is None else first
                 time -= first
-                yield from clock.samples(frame, time)
+                yield from _samples(frame, due, time)
                 frame = following
-                corrupt += frame.is_corrupt and time >= clock.start
+                corrupt += frame.is_corrupt and time >= begin
                 stop = _shown_until(frame, time, stream)
-                if not clock.due():
+                if not due:
                     break
-            yield from clock.samples(frame, stop)
+            yield from _samples(frame, due, stop)
         except av.FFmpegError as e:
             problem = f"decoding breaks off at {float(stop):.2f} s ({e.strerror})"
-        if frame is not None and not clock.count:
+        if frame is not None and len(due) == asked:
             if not problem:
                 ends = f"the end of the video ({float(stop):.2f} s)"
                 raise VideoError(f"{path}: start={start} s lies after {ends}")
-            if not clock.start:  # it broke off within the first frame's time
-                yield Sample(frame, 0.0, {})
-                clock.count = 1
-        if not clock.count:
+            if not begin:  # it broke off within the first frame's time
+                yield Sample(frame, float(due.popleft()), {})
+        if len(due) == asked:
             raise VideoError(f"{path}: no frame could be decoded{problem and f': {problem}'}")
-        seconds = float(stop + max(first, 0))
-        problem = problem or _what_is_missing(container, stream, clock, seconds, corrupt)
+        if due and not problem:
+            problem = _what_is_missing(container, stream, float(stop + max(first, 0)))
+        if corrupt and not problem:
+            problem = f"{corrupt} frames are damaged"
         if problem:
-            warnings.warn(f"{path}: {problem}; {clock.count} frames were read", VideoWarning, stacklevel=2)
+            warnings.warn(
+                f"{path}: {problem}; {asked - len(due)} frames were read", VideoWarning, stacklevel=2
+            )
     finally:
         container.close()
 

@@ -23,13 +23,13 @@ from ..data.tasks import get_task
 from .retrieval import ridge, spaces
 from .stats import pair_examples
 from ..losses.base import unit
-from ..models.video_text import Teacher
+from ..models.video_text import Teacher, video_states
 from ..plots import film_strip, style
 from ..retrieval.nearest import nearest
 from ..tabletop.language import BASE, OUTCOME_PHRASES, PAST
 from ..tabletop.nouns import CLIP_EVENTS, EVENTS
 from ..tabletop.world import World
-from ..train.video_teacher import held_out_clips, sentence_states, video_states
+from ..train.video_teacher import held_out_clips, sentence_states
 
 # %% ../../nbs/66_eval.examples.ipynb #9391ff87
 def _counts(kind: str, a: np.ndarray, b: np.ndarray) -> dict:  # right (N,) of both models

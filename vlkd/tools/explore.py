@@ -42,7 +42,7 @@ from ..eval.examples import with_texts
 from ..eval.probe import STATIC_ATTRIBUTES, attribute_sentence, fit_probe, noun_states
 from ..eval.retrieval import ridge
 from ..models.bert import hidden_states, load_model, save_model
-from ..models.video_text import Teacher
+from ..models.video_text import Teacher, video_states
 from ..plots import bars_with_ci, film_strip, palette, style, table_md
 from ..retrieval.nearest import nearest
 from ..tabletop.language import BASE, OUTCOME_PHRASES, PAST, stated_counts
@@ -50,7 +50,7 @@ from ..tabletop.nouns import EDITION, EVENTS, NOUNS
 from ..train.finetune import finetune_all
 from ..train.sources import load_data
 from ..train.text_student import train_student
-from ..train.video_teacher import held_out_clips, sentence_states, train_teacher, video_states
+from ..train.video_teacher import held_out_clips, sentence_states, train_teacher
 
 disable_progress_bar()  # in Jupyter every model that is opened would leave a bar above the figures
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CORPORA', 'DISTILLATION_FILE', 'StudentObjective', 'crd_positions', 'text_collator', 'voken_pool', 'voken_corpus',
-           'on_disk', 'caption_row', 'stored_pool', 'pool_and_vokens', 'corpus_tokens', 'train_student',
-           'trained_term_parameters', 'save_distillation', 'read_distillation', 'load_distillation']
+           'on_disk', 'pool_and_vokens', 'corpus_tokens', 'train_student', 'trained_term_parameters',
+           'save_distillation', 'read_distillation', 'load_distillation']
 
 # %% ../../nbs/56_train.text_student.ipynb #1c6c0106
 from collections.abc import Callable
@@ -21,31 +21,15 @@ from ..core.device import device, main_first, seed_everything
 from ..core.files import rng, save_safetensors, write_checksums
 from ..core.settings import Scale
 from ..core.settings import preset as preset_arguments
-from ..data.howto100m import howto_videos
 from ..data.text import Tokens, VideoText, tokenize, uniform
 from ..models.bert import hidden_states, language_model, load_model, mlm_loss
-from ..models.video_text import Teacher
+from ..models.video_text import Teacher, video_states
 from ..retrieval.nearest import vokens
-from vlkd.retrieval.vokens import (
-    StoredVokens,
-    TeacherStates,
-    VokenPool,
-    draw_pool,
-    vokenize,
-    weights_fingerprint,
-)
+from ..retrieval.vokens import StoredVokens, TeacherStates, VokenPool, make_pool, vokenize
 from .sources import DataSource
-from vlkd.train.terms import (
-    CRD_TOKENS,
-    Outputs,
-    Term,
-    TermSetup,
-    reads_vokens,
-    term_class,
-    term_names,
-)
+from .terms import CRD_TOKENS, Outputs, Term, TermSetup, reads_vokens, term_class, term_names
 from .trainer import Objective, fit, weighted
-from .video_teacher import examples_and_epochs, masked_batch, video_states
+from .video_teacher import examples_and_epochs, masked_batch
 
 # %% ../../nbs/56_train.text_student.ipynb #c5e24747
 class StudentObjective(Objective):
@@ -184,26 +168,6 @@ def on_disk(data: DataSource) -> bool:
     return data.caption_table is not None
 
 
-def caption_row(table, clip) -> int:  # a row of `draw_pool`
-    "The caption that belongs to a clip: the same video, start and end."
-    rows = table.rows(clip.video)
-    starts, ends = (x[rows.start : rows.stop] for x in (table.start, table.end))
-    same = (starts == np.float32(clip.start)) & (ends == np.float32(clip.end))
-    return rows.start + int(np.flatnonzero(same)[0])
-
-
-def stored_pool(data, teacher: Teacher, out, seed: int = 0) -> VokenPool:
-    "The pool under `out`, drawn by task and encoded from the features that the teacher is shown."
-    folder, table = Path(out) / "pool", data.caption_table
-    if not (folder / "pool.json").is_file():
-        videos = howto_videos(data.root / "howto100m/HowTo100M_v1.csv")
-        clips = draw_pool(videos, table.times, size=data.s.vokens, seed=seed)
-        rows = [caption_row(table, clip) for clip in clips.itertuples()]
-        vectors = video_states(teacher.video.to(device()), data.pairs, rows).numpy()
-        VokenPool(clips, vectors, weights_fingerprint(teacher.lm)).save(folder)
-    return VokenPool.load(folder)
-
-
 def pool_and_vokens(
     data,
     teacher: Teacher,
@@ -217,8 +181,12 @@ def pool_and_vokens(
         clips = voken_pool(data.pairs, data.s.vokens, seed)
         pool = video_states(teacher.video, data.pairs, clips).to(device())
         return pool, voken_corpus(teacher.lm.to(device()), tokens, pool) if retrieve else None
+    folder = Path(out) / "pool"
     with main_first():
-        stored = stored_pool(data, teacher, out, seed)
+        if not (folder / "pool.json").is_file():
+            videos = data.root / "howto100m/HowTo100M_v1.csv"
+            make_pool(teacher, data.pairs, data.caption_table, videos, folder, data.s.vokens, seed)
+        stored = VokenPool.load(folder)
     pool = torch.from_numpy(stored.vectors).to(device())
     if not retrieve:
         return pool, None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTRASTS', 'STANDARDISING_CLIPS', 'TeacherObjective', 'examples_and_epochs', 'masked_batch', 'video_text_collator',
-           'sentence_states', 'video_states', 'held_out_clips', 'shuffled', 'standardise_video', 'clip_batches',
-           'validation_size', 'train_teacher', 'load_teacher']
+           'sentence_states', 'held_out_clips', 'shuffled', 'standardise_video', 'clip_batches', 'validation_size',
+           'train_teacher', 'load_teacher']
 
 # %% ../../nbs/55_train.video_teacher.ipynb #e0e11d94
 from collections.abc import Callable, Iterator
@@ -147,19 +147,6 @@ def sentence_states(lm, tokens: Tokens, rows, batch: int = 256) -> torch.Tensor:
         ids, mask = (x.to(dev) for x in tokens[rows[k : k + batch]])
         out.append(masked_mean(hidden_states(lm, ids, mask).float(), mask))
     return torch.cat(out).cpu()
-
-
-@torch.no_grad()
-def video_states(video: VisualEncoder, pairs: VideoText, clips, batch: int = 256) -> torch.Tensor:  # (N, D)
-    "The visual encoder's vectors of clips."
-    dev = next(video.parameters()).device
-    video.eval()
-    clips = np.asarray(clips)
-    out = []
-    for k in range(0, len(clips), batch):
-        features, frames = clip_batch(pairs, clips[k : k + batch])
-        out.append(video(features.to(dev), frames.to(dev)).float().cpu())
-    return torch.cat(out)
 
 
 def held_out_clips(
