@@ -27,6 +27,32 @@ def pytest_configure():
     mend_torchvision()  # before a test imports what imports torchvision
 
 
+FIRST = "unbreakable distributed training cluster reproduce losses bad_inputs extract routes package".split()
+
+
+def pytest_collection_modifyitems(items):
+    "What takes long begins first, and notebooks, which are many small things, come last."
+
+    def rank(item):
+        name = item.path.stem.removeprefix("test_")
+        return len(FIRST) + (name == "notebooks") if name not in FIRST else FIRST.index(name)
+
+    items.sort(key=rank)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "One process at a time has a file, as its fixtures are made once; notebooks go wherever one is free."
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if "test_notebooks" in nodeid else nodeid.split("::")[0]
+
+    config.option.loadscopereorder = False
+    return Files(config, log)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     "The checkout."

@@ -1,89 +1,30 @@
-"Odd video folders, wrong tables and texts, models that do not fit, full disks, slips on the command line."
+"Odd video folders, wrong captions and texts, models that do not fit, full disks, slips on the command line."
 
-import contextlib
-import gzip
-import io
 import json
 import os
-import pickle
 import shutil
-import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from processes import command, content, forked, quiet, refused
 
 from vlkd.core.files import read_json, rng, write_json
-from vlkd.core.records import Run, record
 from vlkd.core.settings import scale
-from vlkd.data.tasks import read_task
-
-HEADER = "index\tquestion\tsentence\tlabel\n"
-LABELS = ("not_entailment", "entailment")
-ENTAILS = HEADER + "".join(f"{i}\tdoes number {i} walk ?\tsomeone moves\t{LABELS[i % 2]}\n" for i in range(6))
-
-
-def vlkd(*args):
-    "Exit code of a command, and what it prints to stdout and stderr."
-    from vlkd.tools.cli import main
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([str(arg) for arg in args])
-        except SystemExit as e:
-            code = e.code
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
-
-
-def refused(says, *args):
-    "A command ends with exit code 2 and one line that says why."
-    done = vlkd(*args)
-    assert done.code == 2 and says in done.err, done
-    assert done.err.startswith("vlkd: ") and done.err.count("\n") == 1, done.err
-
-
-def content(folder):
-    "Bytes of the files of a folder, by name."
-    files = Path(folder).iterdir() if Path(folder).exists() else []
-    return {p.name: p.read_bytes() for p in files if not p.name.startswith(".lock")}
-
-
-def _child(f, size):
-    "Run `f()` and end the process; files end at `size` bytes, as on a full disk."
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 1)
-        os.dup2(null.fileno(), 2)
-    signal.alarm(120)  # a fork of a process with threads may wait for a lock that none of its own holds
-    if size is not None:
-        import resource
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    f()
-
-
-def forked(f, *, size=None, after=None):
-    "Exit code of `f()` in a process of its own, 99 where it raises; it is killed `after` seconds."
-    child = os.fork()
-    if child == 0:
-        try:
-            _child(f, size)
-            os._exit(0)
-        except SystemExit as e:
-            os._exit(e.code or 0)
-        except BaseException:
-            os._exit(99)
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-
+from vlkd.data.corpus import open_text, tokenize_corpus
+from vlkd.data.howto100m import caption_table, write_fixture
+from vlkd.data.public import bert_vocab
+from vlkd.data.text import load_vocabulary, tokenize
+from vlkd.data.video import Features, write_mp4
+from vlkd.features.encoders import GridPixels
+from vlkd.features.extract import extract_videos
+from vlkd.models.bert import language_model, load_model, save_model
+from vlkd.models.video_text import Teacher
+from vlkd.train.finetune import classifier, finetune_all
+from vlkd.train.text_student import train_student
+from vlkd.train.trainer import last_checkpoint
 
 # Videos
 
@@ -98,21 +39,15 @@ class Trailing:
 
 
 def write_video(path, frames=16, side=(32, 48)):
-    from vlkd.data.video import write_mp4
-
     first = rng(ascii(path.name)).integers(0, 100, (1, *side, 3))
     brighter = np.arange(frames)[:, None, None, None] * 100 // frames
     return write_mp4(path, (first + brighter).astype(np.uint8), 8)
 
 
 def extract(*args, **kw):
-    from vlkd.features.encoders import GridPixels
-    from vlkd.features.extract import extract_videos
-
     pytest.importorskip("av", reason="the `video` extra is not installed")
     options = dict(frames=GridPixels(2), clips=Trailing(), workers=1, shard_size=2)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return extract_videos(*args, **options | kw)
+    return quiet(lambda: extract_videos(*args, **options | kw))[0]
 
 
 @pytest.fixture(scope="module")
@@ -130,26 +65,6 @@ def videos(tmp_path_factory):
     return folder
 
 
-@unix
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_any_moment_and_resumed(videos, tmp_path, ranks):
-    def run(rank):
-        return extract(videos, tmp_path / "out", rank=rank, world_size=ranks)
-
-    whole = content(videos.parent / "features")
-    begun = time.time()
-    extract(videos, tmp_path / "timed")
-    took = time.time() - begun
-    for moment in rng("kills", ranks).random(4):
-        for rank in range(ranks):
-            code = forked(lambda rank=rank: run(rank), after=moment * took / ranks)
-            assert code in (0, -signal.SIGKILL)
-    for rank in range(ranks):
-        run(rank)
-    assert content(tmp_path / "out") == whole == content(tmp_path / "timed")
-
-
-@unix
 @pytest.mark.parametrize("size", [100, 300, 900])
 def test_full_disk_while_extracting(videos, tmp_path, size):
     assert forked(lambda: extract(videos, tmp_path / "out"), size=size) == 99
@@ -244,86 +159,12 @@ def test_lists(tmp_path, text, says):
     assert not (tmp_path / "out").exists()
 
 
-# Tasks
-
-
-def qnli(tmp_path, data, name="train.tsv"):
-    (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    return read_task("qnli", tmp_path)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda s: "\ufeff" + s,
-        lambda s: s.replace("\n", "\r\n"),
-        lambda s: s[:-1],
-        lambda s: ("\ufeff" + s).replace("\n", "\r\n").encode(),
-    ],
-)
-def test_files_of_other_editors_read_the_same(tmp_path, change):
-    plain = qnli(tmp_path, ENTAILS)
-    (tmp_path / "x").mkdir()
-    assert qnli(tmp_path / "x", change(ENTAILS)).equals(plain)
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        (
-            lambda s: s.replace("question", "sentence1"),
-            "line 1: no column 'question'; expected index, question, sentence, label, found index, sentence1",
-        ),
-        (lambda s: s.replace("not_entailment", "maybe", 1), "line 2: label 'maybe'"),
-        (
-            lambda s: s.replace("not_entailment", "1").replace("entailment", "0"),
-            "line 2: label '1'; expected entailment or not_entailment",
-        ),
-        (lambda s: s.replace("\n1\t", "\n0\t"), "line 3: id '0' occurs a second time"),
-        (lambda s: s[:-20], "line 7: 3 fields, expected 4"),
-        (lambda s: s.split("\n")[0] + "\n", "no rows"),
-        (lambda s: "", "line 1: the file is empty"),
-        (lambda s: s.replace("walk", "läuft", 1).encode("latin-1"), "line 2: not UTF-8"),
-        (lambda s: s.encode("utf-16"), "line 1: not UTF-8"),
-        (lambda s: s.replace("\t", " "), "line 1: no column 'index'"),
-        (lambda s: s.replace("\n3\t", "\n\n3\t"), "line 5: 1 fields"),
-    ],
-)
-def test_tables_that_do_not_fit(tmp_path, change, says):
-    with pytest.raises(ValueError) as e:
-        qnli(tmp_path, change(ENTAILS))
-    assert str(e.value).startswith(str(tmp_path / "train.tsv")) and says in str(e.value)
-
-
-@pytest.mark.parametrize(
-    "cut, says",
-    [
-        (0, "line 1: the file is empty"),
-        (5, "line 1: the gzip data are broken"),
-        (60, "line [0-9]+: the gzip data are broken or cut short"),
-        (-9, "line [0-9]+: the gzip data are broken or cut short"),
-    ],
-)
-def test_a_gzip_that_is_cut(tmp_path, cut, says):
-    with pytest.raises(ValueError, match=rf"train\.tsv\.gz, {says}"):
-        qnli(tmp_path, gzip.compress((ENTAILS * 3).encode())[:cut], "train.tsv.gz")
-
-
-def test_an_unknown_task():
-    with pytest.raises(ValueError, match="unknown task 'qnl'; did you mean 'qnli'"):
-        read_task("qnl", "anywhere")
-
-
 # Captions and texts
 
 
 @pytest.fixture(scope="module")
 def howto(tmp_path_factory):
     "A synthetic fixture in place of HowTo100M, a tokeniser for it and an untrained teacher."
-    from vlkd.data.howto100m import write_fixture
-    from vlkd.data.public import bert_vocab
-    from vlkd.data.text import load_vocabulary
-    from vlkd.models.video_text import Teacher
 
     folder = tmp_path_factory.mktemp("howto")
     write_fixture(folder, 100, dim=16)
@@ -345,9 +186,6 @@ def howto(tmp_path_factory):
     ],
 )
 def test_captions_with_wrong_times(howto, tmp_path, key, value, says):
-    from vlkd.data.howto100m import caption_table
-    from vlkd.data.video import Features
-
     captions = json.loads((howto.data / "caption.json").read_text())
     video = next(iter(captions))
     captions[video][key][1] = value
@@ -382,7 +220,7 @@ def test_texts_without_text(howto, tmp_path, data, says):
     refused(str(text), *voken_command(howto, tmp_path))
     refused(says, *voken_command(howto, tmp_path))
     text.write_text("now there is text")
-    assert vlkd(*voken_command(howto, tmp_path)).code == 0  # nothing of the first try is in the way
+    assert command(*voken_command(howto, tmp_path)).returncode == 0  # nothing of the first try is in the way
 
 
 @pytest.mark.parametrize(
@@ -397,15 +235,13 @@ def test_texts_without_text(howto, tmp_path, data, says):
     ],
 )
 def test_texts_of_odd_shapes(howto, tmp_path, data, rows, tokens):
-    from vlkd.data.corpus import open_text, tokenize_corpus
-
     text = tmp_path / "a.txt"
     text.write_bytes(data.encode())
     corpus = tokenize_corpus(open_text(text), howto.tokenizer, tmp_path / "c", max_tokens=40)
     assert len(corpus) == rows and corpus.lengths.max() <= 40
     assert tokens is None or corpus.tokens == tokens
-    done = vlkd(*voken_command(howto, tmp_path))
-    assert done.code == 0 and f"vokens of {rows} rows from 4 clips" in done.out
+    done = command(*voken_command(howto, tmp_path))
+    assert done.returncode == 0 and f"vokens of {rows} rows from 4 clips" in done.stdout
     refused("holds 4 clips instead of 3", *voken_command(howto, tmp_path, size=3))
 
 
@@ -418,8 +254,6 @@ WORDS = ["the", "a", "girl", "boy", "dropped", "kettle", "broke", "it", "you", "
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     "Folder of a small untrained student, its tokeniser and settings."
-    from vlkd.data.text import load_vocabulary
-    from vlkd.models.bert import language_model, save_model
 
     s = scale("smoke", steps=4, save_every=2)
     tokenizer = load_vocabulary(SPECIAL + WORDS, 40)
@@ -436,8 +270,6 @@ def config(**kw):
 
 
 def other_words(folder):
-    from vlkd.data.text import load_vocabulary
-
     load_vocabulary([*SPECIAL, "word"], 40).save_pretrained(folder)
 
 
@@ -458,9 +290,6 @@ def without_tokenizer(folder):
     ],
 )
 def test_students_that_do_not_fit(model, tmp_path, change, says):
-    from vlkd.models.bert import load_model
-    from vlkd.train.finetune import classifier
-
     folder = tmp_path / "m"
     shutil.copytree(model.folder, folder)
     change(folder)
@@ -470,37 +299,7 @@ def test_students_that_do_not_fit(model, tmp_path, change, says):
         assert str(folder) in str(e.value) and says in str(e.value)
 
 
-class Evil:
-    "An object whose pickle makes a file when it is loaded."
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return open, (str(self.mark), "w")
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_a_pickle_in_the_place_of_weights_is_never_run(model, tmp_path, name):
-    import torch
-
-    from vlkd.models.bert import load_model
-
-    folder, evil = tmp_path / "m", Evil(tmp_path / "ran")
-    shutil.copytree(model.folder, folder)
-    (folder / "model.safetensors").unlink()
-    if name.endswith(".bin"):
-        torch.save({"bert.x": evil}, folder / name)
-    else:
-        (folder / name).write_bytes(pickle.dumps(evil))
-    with pytest.raises((OSError, ValueError, pickle.UnpicklingError, RuntimeError)):
-        load_model(folder)
-    assert not (tmp_path / "ran").exists()
-
-
 def test_an_unknown_task_to_fine_tune_on(model):
-    from vlkd.train.finetune import finetune_all
-
     with pytest.raises(ValueError, match="unknown task 'sst3'; did you mean 'sst2'"):
         finetune_all(model.folder, SimpleNamespace(tasks=("sst2",), s=model.s), "nowhere", tasks=["sst3"])
 
@@ -508,70 +307,45 @@ def test_an_unknown_task_to_fine_tune_on(model):
 # Full disks
 
 
-@unix
-@pytest.mark.parametrize("size", [2_000, 250_000, 400_000])
-def test_full_disk_while_saving_a_checkpoint(model, tmp_path, size):
-    import torch
-
-    from vlkd.data.text import tokenize
-    from vlkd.train.checkpoints import last_checkpoint
-    from vlkd.train.text_student import train_student
-
+def test_full_disk_while_saving_a_checkpoint(model, tmp_path):
     sentences = ["the girl dropped the kettle", "it broke", "you did not"] * 8
     tokens = tokenize(model.tokenizer, sentences, 40)
     data = SimpleNamespace(s=model.s, tokenizer=model.tokenizer, sentences=sentences, tokens=tokens)
 
     def run(out):
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            lm = train_student(data, out, steps=4)[0].lm
-        return lm.state_dict(), printed.getvalue()
+        trained, printed = quiet(lambda: train_student(data, out, steps=4)[0])
+        return trained.lm.state_dict(), printed
 
     expected, _ = run(tmp_path / "whole")
-    assert forked(lambda: run(tmp_path / "out"), size=size) == 99
-    assert (
-        last_checkpoint(tmp_path / "out" / "checkpoints") is None
-    )  # what there is of it is not taken for one
-    weights, printed = run(tmp_path / "out")
-    assert "resumes" not in printed
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-
-
-@unix
-def test_full_disk_while_writing_a_record(tmp_path):
-    import pandas as pd
-
-    frame = pd.DataFrame(dict(a=range(3000), b="x" * 20))
-
-    def write(out):
-        record(out, dict(x=1.0), tables=dict(t=frame), examples=frame)
-
-    write(tmp_path / "whole")
-    files = ("tables/t.csv", "examples.parquet", "result.json")
-    table, examples, result = ((tmp_path / "whole" / file).stat().st_size for file in files)
-    for size in (table // 2, result - 1, min(table, examples) - 1):
+    for size in (2_000, 250_000, 400_000):
         out = tmp_path / str(size)
-        assert forked(lambda out=out: write(out), size=size) == 99
-        assert list(out.rglob(".*")) == []
-        with pytest.raises(FileNotFoundError, match="did not finish"):
-            Run(out)
-        write(out)
-        assert len(Run(out).examples) == 3000
-
-
-@unix
-def test_full_disk_while_saving_a_model(model, tmp_path):
-    from vlkd.models.bert import load_model, save_model
-
-    lm, tokenizer = load_model(model.folder)
-    weights = (model.folder / "model.safetensors").stat().st_size
-    for size in (100, 5_000, weights - 1):
-        out = tmp_path / str(size)
-        assert forked(lambda out=out: save_model(out, lm, tokenizer), size=size) == 99
-        with pytest.raises((OSError, ValueError)):
-            load_model(out)
+        assert forked(lambda out=out: run(out), size=size) == 99
+        assert last_checkpoint(out / "checkpoints") is None, "what there is of it is taken for one"
+        weights, printed = run(out)
+        assert "resumes" not in printed
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 # The command line
+
+
+EXTRACT = [
+    ("gird", "did you mean 'grid'"),
+    ("resnet125", "did you mean 'resnet152'"),
+    ("none", "nothing to extract"),
+    ("grid=W", "grid has no weights"),
+    ("grid --fps 0", "fps should be more than 0"),
+    ("grid --fps inf", "fps should be more than 0 and finite"),
+    ("grid --fps 1e-9", "fps should be more than 0"),
+    ("grid --rank 2 --world-size 2", "rank should be from 0"),
+    ("grid --clips resnext152 --weights W", "looked for resnext3d_152"),
+    ("grid --clips resnext3d=V/a.mp4", "a.mp4: not a readable weights file"),
+    ("resnet152 --weights W", "no weights here; looked for resnet152"),
+    ("tabletop-resnet=W", "no folder encoders here"),
+    ("timm:foo=F", "foo"),
+    ("open_clip:foo=F", "foo"),
+    ("resnet152=F", ""),
+]
 
 
 @pytest.mark.parametrize(
@@ -588,23 +362,9 @@ def test_full_disk_while_saving_a_model(model, tmp_path):
         (["report", "--seeds", "x"], "seeds 'x'"),
         (["reprdouce"], "No such command"),
         (["extract", "V"], "Missing option '--out'"),
-        (["extract", "V", "--out", "O", "--frames", "gird"], "did you mean 'grid'"),
-        (["extract", "V", "--out", "O", "--frames", "grid=W"], "grid has no weights"),
-        (
-            ["extract", "V", "--out", "O", "--frames", "grid", "--fps", "inf"],
-            "fps should be more than 0 and finite",
-        ),
-        (["extract", "V", "--out", "O", "--frames", "grid", "--fps", "1e-9"], "fps should be more than 0"),
-        (
-            ["extract", "V", "--out", "O", "--frames", "grid", "--rank", "2", "--world-size", "2"],
-            "rank should be from 0",
-        ),
         (["extract", "V", "--out", "F", "--frames", "grid"], "F: this is a file"),
-        (["extract", "V", "--out", "O", "--frames", "tabletop-resnet=W"], "no folder encoders here"),
-        (["extract", "V", "--out", "O", "--frames", "timm:foo=F"], "foo"),
-        (["extract", "V", "--out", "O", "--frames", "open_clip:foo=F"], "foo"),
-        (["extract", "V", "--out", "O", "--frames", "resnet152=F"], ""),
         (["extract", "nowhere", "--out", "O"], "nowhere: no such folder or csv"),
+        *((["extract", "V", "--out", "O", "--frames", *options.split()], says) for options, says in EXTRACT),
         (["cost", "--gpu", "T5"], "unknown GPU 'T5'"),
         (["cost", "--utilisation", "7"], "utilisation should be a share"),
         (["preflight", "--steps", "-3"], "steps should be at least 1"),
@@ -626,8 +386,8 @@ def test_slips_on_the_command_line(tmp_path, monkeypatch, args, says):
 
 
 def test_no_command_shows_the_help():
-    done = vlkd()
-    assert done.code == 2 and "vokens" in done.out and not done.err.strip()
+    done = command()
+    assert done.returncode == 2 and "vokens" in done.stdout and not done.stderr.strip()
 
 
 def test_control_characters_do_not_reach_the_terminal(tmp_path, monkeypatch):
@@ -635,6 +395,6 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path, monkeypatch):
     folder = tmp_path / "v"
     folder.mkdir()
     (folder / "red\x1b[31m.mp4").write_bytes(b"no video")
-    done = vlkd("extract", folder, "--out", "out", "--frames", "grid", "--workers", "1")
-    assert done.code == 1 and "\\x1b[31m" in done.err
-    assert "\x1b" not in done.out + done.err
+    done = command("extract", folder, "--out", "out", "--frames", "grid", "--workers", "1")
+    assert done.returncode == 1 and "\\x1b[31m" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr

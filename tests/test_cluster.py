@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from toys import end, endless, gone, params, plain, start, training, tree, vlkd, wait_for
+from processes import gone, tree, vlkd, wait_for
+from toys import end, endless, params, plain, start, training
 
 from vlkd.core.files import read_json
 from vlkd.core.records import run_folder
@@ -329,12 +330,13 @@ def test_a_failure_is_named(toy, dask):
 
 def check(words: list):
     "A usage error where an option of a command does not exist."
+    import typer
     from distributed.cli import dask_scheduler, dask_worker
     from torch.distributed.run import parse_args
     from typer.main import get_command
 
     from vlkd.tools.cli import app
-    from vlkd.train.distributed import parser
+    from vlkd.train.distributed import train
 
     name, rest = Path(words[0]).name, words[1:]
     if name == "torchrun":
@@ -342,7 +344,9 @@ def check(words: list):
         name, rest = "python", ["-m", parsed.training_script, *parsed.training_script_args]
     if name == "python":
         assert rest[:2] == ["-m", "vlkd.train.distributed"]
-        parser().parse_args(rest[2:])
+        command = typer.Typer()
+        command.command()(train)
+        get_command(command).make_context("train", rest[2:])
     elif name == "dask":
         command = dict(scheduler=dask_scheduler.main, worker=dask_worker.main)[rest[0]]
         command.make_context(rest[0], rest[1:])

@@ -1,17 +1,15 @@
 "Features of folders of videos: killed and resumed, by several processes, from damaged files."
 
-import contextlib
-import io
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from processes import COMMAND, command, content, vlkd
 
 from vlkd.core.files import rng
 from vlkd.core.settings import data_dir
@@ -23,7 +21,6 @@ from vlkd.features.video3d import load_resnext3d, save_resnext3d, tiny_resnext3d
 av = pytest.importorskip("av", reason="the `video` extra is not installed")
 ROOT = data_dir(need=False)
 real = pytest.mark.skipif(ROOT is None, reason="VLKD_DATA is not set")
-CLI = [sys.executable, "-c", "from vlkd.tools.cli import main; main()", "extract"]
 
 
 def write_clip(path, n=16, fps=8, side=(32, 48)):
@@ -32,24 +29,9 @@ def write_clip(path, n=16, fps=8, side=(32, 48)):
     return write_mp4(path, x.astype(np.uint8), fps)
 
 
-def content(folder):
-    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if not p.name.startswith(".lock")}
-
-
-def vlkd(*a):
-    "`vlkd extract` in a process of its own."
-    return subprocess.run([*CLI, *map(str, a)], capture_output=True, text=True, timeout=300)
-
-
-def here(*a):
+def extract_command(*args):
     "`vlkd extract` in this process."
-    from vlkd.tools.cli import main
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as e:
-        try:
-            main(["extract", *map(str, a), "--workers", "1"])
-        except SystemExit as x:
-            return SimpleNamespace(returncode=x.code, stderr=e.getvalue())
+    return command("extract", *args, "--workers", "1")
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +74,14 @@ def test_killed_half_way_and_resumed_equals_uninterrupted(tmp_path, tiny3d, work
         write_clip(v / f"v{i:02}.mp4", 24 + 8 * (i % 3))
     (v / "v07.mp4").write_bytes(b"")  # and one that cannot be read
     args = ["--frames", "grid", "--clips", f"resnext3d={tiny3d}", "--shard-size", 2]
-    r = here(v, "--out", whole, *args)
+    r = extract_command(v, "--out", whole, *args)
     assert r.returncode == 1 and "v07.mp4: the file is empty" in r.stderr
     for done, sig in (
         (2, signal.SIGKILL),
         (6, signal.SIGINT),
     ):  # killed, then interrupted, each time with shards behind and before it
         p = subprocess.Popen(
-            [*CLI, str(v), "--out", str(out), *map(str, args), "--workers", str(workers)],
+            [*COMMAND, "extract", str(v), "--out", str(out), *map(str, args), "--workers", str(workers)],
             stdout=subprocess.DEVNULL,
             stderr=(tmp_path / "said").open("w"),
         )
@@ -115,14 +97,14 @@ def test_killed_half_way_and_resumed_equals_uninterrupted(tmp_path, tiny3d, work
     state = content(out)
     time.sleep(1)
     assert content(out) == state  # no worker outlives the run
-    r = vlkd(v, "--out", out, *args, "--workers", workers)
+    r = vlkd("extract", v, "--out", out, *args, "--workers", workers, timeout=300)
     assert r.returncode == 1 and "v07.mp4: the file is empty" in r.stderr and "Traceback" not in r.stderr
     assert content(out) == content(whole) and len(content(out)) == 2 * 30 + 2
     feats = Features(out)
     assert (
         len(feats) == 59 and set(feats.errors) == {"v07"} and all(np.isfinite(feats[k]).all() for k in feats)
     )
-    again = here(v, "--out", out, *args)
+    again = extract_command(v, "--out", out, *args)
     assert again.returncode == 1 and content(out) == content(whole)
 
 
@@ -244,7 +226,7 @@ def test_bad_files_are_named_and_leave_no_row(tmp_path, tiny3d):
     b = bytearray(good)
     b[60:-700] = rng("x").bytes(len(b) - 760)
     (v / "noise.mp4").write_bytes(b)
-    r = here(v, "--out", tmp_path / "out", "--frames", "grid", "--clips", f"resnext3d={tiny3d}")
+    r = extract_command(v, "--out", tmp_path / "out", "--frames", "grid", "--clips", f"resnext3d={tiny3d}")
     assert r.returncode == 1 and "Traceback" not in r.stderr
     feats = Features(tmp_path / "out")
     bad = {"sound", "nothing", "empty", "text", "cut"}
@@ -274,7 +256,7 @@ def test_a_file_that_breaks_off_keeps_its_good_part_and_fails_the_command(tmp_pa
         c.mux(s.encode())
     b = f.read_bytes()
     f.write_bytes(b[: len(b) // 2])
-    r = here(tmp_path, "--out", tmp_path / "out", "--frames", "grid")
+    r = extract_command(tmp_path, "--out", tmp_path / "out", "--frames", "grid")
     feats = Features(tmp_path / "out")
     assert (
         r.returncode == 1
@@ -336,7 +318,7 @@ def test_a_stream_that_changes_size_is_read_at_its_first_size(tmp_path):
 def test_a_list_with_times_and_missing_files(tmp_path):
     write_clip(tmp_path / "a.mp4", 48)
     (tmp_path / "list.csv").write_text("path,start,end\na.mp4,1,3\ngone.mp4,,\na.mp4,90,95\n")
-    r = here(tmp_path / "list.csv", "--out", tmp_path / "out", "--frames", "grid")
+    r = extract_command(tmp_path / "list.csv", "--out", tmp_path / "out", "--frames", "grid")
     feats = Features(tmp_path / "out")
     assert r.returncode == 1 and list(feats) == ["a_1_3"] and len(feats["a_1_3"]) == 2
     assert (
@@ -348,10 +330,10 @@ def test_a_list_with_times_and_missing_files(tmp_path):
         and "after the end of the video" in feats.errors["a_90_95"]
     )
     write_clip(tmp_path / "gone.mp4")
-    r = here(tmp_path / "list.csv", "--out", tmp_path / "out", "--frames", "grid")
+    r = extract_command(tmp_path / "list.csv", "--out", tmp_path / "out", "--frames", "grid")
     assert r.returncode == 1 and "gone" in Features(tmp_path / "out")
     (tmp_path / "list.csv").write_text("path,start,end\na.mp4,3,1\n")
-    r = here(tmp_path / "list.csv", "--out", tmp_path / "new", "--frames", "grid")
+    r = extract_command(tmp_path / "list.csv", "--out", tmp_path / "new", "--frames", "grid")
     assert (
         r.returncode == 2
         and "list.csv, line 2: end should be later than start" in r.stderr
@@ -421,25 +403,6 @@ def test_a_full_disk_while_a_shard_is_renewed_keeps_the_old_one(tmp_path, monkey
     assert len(feats["a"]) == 4 and len(feats["b"]) == 2
 
 
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path):
-    write_clip(tmp_path / "a.mp4")
-    for args, text in [
-        (["--frames", "resnet125"], "did you mean 'resnet152'"),
-        (["--frames", "resnet152", "--weights", tmp_path], "no weights here; looked for resnet152"),
-        (["--frames", "none"], "nothing to extract"),
-        (["--frames", "grid", "--clips", "resnext152", "--weights", tmp_path], "looked for resnext3d_152"),
-        (["--frames", "grid", "--rank", 3], "rank should be from 0"),
-        (["--frames", "grid", "--fps", 0], "fps should be more than 0"),
-        (
-            ["--frames", "grid", "--clips", f"resnext3d={tmp_path / 'a.mp4'}"],
-            "a.mp4: not a readable weights file",
-        ),
-    ]:
-        r = here(tmp_path, "--out", tmp_path / "out", *args)
-        assert r.returncode == 2 and text in r.stderr and r.stderr.count("\n") == 1, (args, r.stderr)
-    assert not (tmp_path / "out").exists()
-
-
 @real
 @pytest.mark.slow
 def test_msvd_clips_through_mobilenet_are_its_features_of_their_frames(tmp_path):
@@ -456,7 +419,7 @@ def test_msvd_clips_through_mobilenet_are_its_features_of_their_frames(tmp_path)
 @real
 @pytest.mark.slow
 def test_raw_files_through_both_encoders(tmp_path, tiny3d):
-    r = here(
+    r = extract_command(
         ROOT / "video_raw", "--out", tmp_path / "out", "--clips", f"resnext3d={tiny3d}", "--max-frames", 3
     )
     assert r.returncode == 0, r.stderr

@@ -208,14 +208,11 @@ def test_compiles_as_one_graph(name):
         close(*gradients(got, states), *gradients(want, states))
 
 
-def test_chunked_soft_label_compiles_and_has_no_second_derivatives():
+def test_chunked_soft_label_compiles():
     x, weight = data(4, 3, name="x").requires_grad_(), data(5, 3, name="w")
     compiled = torch.compile(chunked_soft_label, backend="eager", fullgraph=True)
     arguments = (x, weight, None, data(4, 2, name="y"), data(5, 2, name="v"))
-    loss = chunked_soft_label(*arguments)
-    close(compiled(*arguments), loss)
-    with pytest.raises(RuntimeError, match="no second derivatives"):
-        torch.autograd.grad(loss, x, create_graph=True)
+    close(compiled(*arguments), chunked_soft_label(*arguments))
 
 
 @pytest.mark.parametrize("f", PUBLIC, ids=lambda f: f.__name__)

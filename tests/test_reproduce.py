@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from toys import end, endless, gone, params, plan, start, training, tree, vlkd, wait_for
+from processes import gone, tree, vlkd, wait_for
+from toys import end, endless, params, plan, start, training
 
 from vlkd.core.files import read_json
 from vlkd.core.records import Run, run_folder

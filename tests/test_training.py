@@ -7,11 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import script
 from torch import nn
 
 from vlkd.core.files import CHECKSUMS, write_checksums
@@ -34,7 +34,6 @@ from vlkd.train.trainer import Objective, check_trainable, fit
 from vlkd.train.video_teacher import TeacherObjective, video_text_collator
 
 SETTINGS = scale("smoke", dropout=0.1)
-ROOT = Path(__file__).resolve().parent.parent
 
 # Teacher, then student, in one process. "teacher:23" kills it after step 23 of the teacher,
 # "student:checksums" while a checkpoint has no checksums yet.
@@ -111,23 +110,12 @@ np.savez(
 """
 
 
-def drive(out, kill=":"):
-    return subprocess.run(
-        [sys.executable, "-c", DRIVER, str(out), kill],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     "The results of a run that nothing stopped, and what it printed."
     folder = tmp_path_factory.mktemp("undisturbed")
-    ended = drive(folder)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    ended = script(DRIVER, folder, ":")
+    assert ended.returncode == 0, ended.stdout[-2000:]
     return folder, ended.stdout
 
 
@@ -142,8 +130,8 @@ def test_killed_training_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
         ":": [30],
     }
     for kill, resumed in kills.items():
-        ended = drive(tmp_path, kill)
-        assert ended.returncode == (0 if kill == ":" else -9), f"{kills}, {kill}: {ended.stderr[-2000:]}"
+        ended = script(DRIVER, tmp_path, kill)
+        assert ended.returncode == (0 if kill == ":" else -9), f"{kills}, {kill}: {ended.stdout[-2000:]}"
         found = [int(step) for step in re.findall(r"resumes from checkpoint-(\d+)", ended.stdout)]
         assert found == resumed, f"{kills}, {kill}: {ended.stdout}"
     assert "checkpoint-40 is left out: it was not finished" in ended.stdout
@@ -425,14 +413,6 @@ def test_padding_does_not_matter(small):
         assert not torch.allclose(wanted[name], other[name], rtol=1e-6, atol=1e-9), name
 
 
-TASKS = dict(
-    sst2=("sentence",),
-    qnli=("question", "sentence"),
-    qqp=("question1", "question2"),
-    mnli=("sentence1", "sentence2"),
-    piqa=("goal", "sol1", "sol2"),
-    tracie=("story", "event"),
-)
 VERBS = dict(
     drop="drop|dropped|let go of",
     dunk="dunk|dunked|put",
@@ -440,136 +420,111 @@ VERBS = dict(
     squeeze="squeeze|squeezed|press|pressed",
     push="push|pushed",
 )
-OUTCOME = {p: o for o, ps in OUTCOME_PHRASES.items() for p in ps}
+OUTCOME = {phrase: outcome for outcome, phrases in OUTCOME_PHRASES.items() for phrase in phrases}
+FROM_VIDEO = ("video-only", "never filmed")  # kinds of questions that the counterfactual answers otherwise
 
 
 def event_of(text):
-    return next(e for e, v in VERBS.items() if re.search(rf"\b(?:{v})\b", text))
+    return next(event for event, verbs in VERBS.items() if re.search(rf"\b(?:{verbs})\b", text))
+
+
+def words_of(texts) -> set:
+    return {word for text in texts for word in text.split()}
 
 
 @pytest.fixture(scope="module", params=[101, 7])
 def pair(request):
-    return [
-        World(request.param, counterfactual=c, captions=1500, sentences=2500, takes=1) for c in (False, True)
-    ]
+    "A world and its counterfactual."
+    sizes = dict(captions=1500, sentences=2500, takes=1)
+    return [World(request.param, counterfactual=other, **sizes) for other in (False, True)]
 
 
 def test_tokeniser_is_the_same_every_time(small):
     "Teacher and student train in processes of their own, and have to agree on every id."
     texts = [*small.captions[0], *small.sentences]
-    vs = [train_tokenizer(texts, small.s.vocab_size, 40).get_vocab() for _ in range(5)]
-    assert all(v == vs[0] for v in vs)
+    first, *others = (train_tokenizer(texts, small.s.vocab_size, 40).get_vocab() for _ in range(4))
+    assert all(other == first for other in others)
 
 
 def test_counterfactual_says_the_same(pair):
-    a, b = pair
-    (ca, ia), (cb, ib) = a.captions(), b.captions()
-    assert ca == cb and np.array_equal(ia, ib) and a.sentences() == b.sentences()
-    for t, columns in TASKS.items():
-        for split in ("train", "dev", "test"):
-            x, y = a.task(t, split, 150), b.task(t, split, 150)
-            same = ["id", "group", "kind", *columns]
-            assert x[same].equals(y[same]), (t, split)
-            moved = x.label != y.label
-            assert (
-                not moved.any() if split == "train" else set(x.kind[moved]) <= {"video-only", "never filmed"}
-            ), (
-                t,
-                split,
-            )
-    x, y = a.task("piqa", "test", 400), b.task("piqa", "test", 400)
-    h = x.kind == "video-only"
-    assert (x.label != y.label)[h].mean() > 0.3
-    assert (a.nouns.cls != b.nouns.cls)[a.nouns.split != "train"].all() and (a.nouns.cls == b.nouns.cls)[
-        a.nouns.split == "train"
-    ].all()
+    world, other = pair
+    (captions, clips), (same_captions, same_clips) = world.captions(), other.captions()
+    assert captions == same_captions and np.array_equal(clips, same_clips)
+    assert world.sentences() == other.sentences()
+    here, there = (w.task("piqa", "test", 400) for w in pair)
+    assert (here.label != there.label)[here.kind == "video-only"].mean() > 0.3
+    assert ((world.nouns.cls == other.nouns.cls) == (world.nouns.split == "train")).all()
 
 
 def test_no_text_states_what_happens_to_test_nouns(pair):
-    w = pair[0]
-    phrase = re.compile(
-        r"\b(?:" + "|".join(p for v in EVENTS.values() for o in v for p in OUTCOME_PHRASES[o]) + r")\b"
-    )
-    for corpus in (w.captions()[0], w.sentences()):
-        named = {x for s in corpus if phrase.search(s) for x in s.split()} & set(w.nouns.noun)
-        splits = set(w.nouns.split[list(named)])
-        assert splits == {"train"}, splits
-        assert len({x for s in corpus for x in s.split()} & set(w.nouns.noun[w.nouns.split == "test"])) > 20
+    world = pair[0]
+    nouns, split = set(world.nouns.noun), world.nouns.split
+    phrases = [phrase for v in EVENTS.values() for outcome in v for phrase in OUTCOME_PHRASES[outcome]]
+    states = re.compile(r"\b(?:" + "|".join(phrases) + r")\b")
+    for corpus in (world.captions()[0], world.sentences()):
+        stated = words_of(text for text in corpus if states.search(text)) & nouns
+        assert set(split[list(stated)]) == {"train"}
+        assert (split[list(words_of(corpus) & nouns)] == "test").sum() > 20
 
 
 def test_never_filmed_nouns_have_no_clip(pair):
-    w = pair[0]
-    never = set(w.nouns.noun[~w.nouns.filmed])
-    assert never and set(w.nouns.split[list(never)]) == {"test"}
-    assert not never & set(w.clips.noun) and set(w.nouns.noun) - never == set(w.clips.noun)
-    assert not never & {x for s in w.captions()[0] for x in s.split()} and never <= {
-        x for s in w.sentences() for x in s.split()
-    }
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_splits_share_no_noun(pair, task):
-    w = pair[0]
-    groups = {s: set(w.task(task, s, 150).group) for s in ("train", "dev", "test")}
-    for s, g in groups.items():
-        assert set(w.nouns.split[list(g)]) == {s}
-    for s, columns in (
-        (s, w.task(task, s, 100)[list(TASKS[task])]) for s in groups
-    ):  # nor does a text of one split name a noun of another
-        words = {x for t in columns.to_numpy().ravel() for x in t.split()} & set(w.nouns.noun)
-        assert set(w.nouns.split[list(words)]) <= {s}, (task, s)
+    world = pair[0]
+    never, filmed = (set(world.nouns.noun[world.nouns.filmed == x]) for x in (False, True))
+    assert never and set(world.nouns.split[list(never)]) == {"test"}
+    assert filmed == set(world.clips.noun)
+    assert not never & words_of(world.captions()[0]) and never <= words_of(world.sentences())
 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_labels_follow_the_classes(pair, which):
     "Answers derived again from the table of nouns and the words of the question alone."
-    w = pair[which]
-    nouns = w.nouns
-    seen = set()
-    for x in w.task("piqa", "test", 400).itertuples():
-        n = nouns.loc[x.group]
-        sols = (x.sol1, x.sol2)
-        if x.kind == "stated":
-            true = PLACE[n.category]
-            right = [s == f"in the {true}" for s in sols]
-        else:
-            assert x.group in x.goal.split()
-            e = event_of(x.goal)
-            right = [OUTCOME[s.removeprefix("it ")] == n[e] for s in sols]
-            assert (e == "push") == (x.kind == "static")
-        if x.kind in ("video-only", "never filmed"):
-            assert n.filmed == (x.kind == "video-only")
-            seen.add(n[e])
-        assert sum(right) == 1 and right[x.label], x
-    assert seen == {o for v in EVENTS.values() for o in v}, "an outcome was never asked for"
+    world = pair[which]
+    seen = {right_of_piqa(world, x) for x in world.task("piqa", "test", 400).itertuples()} - {None}
+    assert seen == {outcome for v in EVENTS.values() for outcome in v}, "an outcome was never asked for"
     checked = 0
-    for x in w.task("mnli", "test", 400).itertuples():
-        if x.kind not in ("video-only", "never filmed"):
-            continue
-        e = event_of(x.sentence1)
-        assert x.label == (
-            0 if OUTCOME[x.sentence2.removeprefix(f"the {x.group} ")] == nouns.loc[x.group, e] else 2
-        ), x
-        checked += 1
-    for x in w.task("tracie", "test", 400).itertuples():
-        if x.kind not in ("video-only", "never filmed"):
-            continue
-        first, last = (
-            next(t for t in part.split() if t in nouns.index)
-            for part in (x.story.split(" . ")[0], x.story.split(" . ")[2])
-        )
-        asked, rel = re.fullmatch(r"something (.*) starts (before|after) .*", x.event).groups()
-        e = event_of(x.story.split(" . ")[0])
-        has = [nouns.loc[n, e] == OUTCOME[asked] for n in (first, last)]
-        assert sum(has) == 1 and x.label == int(has[0] == (rel == "before")), x
-        checked += 1
+    for task, derive in dict(mnli=right_of_mnli, tracie=right_of_tracie).items():
+        questions = world.task(task, "test", 400)
+        for x in questions[questions.kind.isin(FROM_VIDEO)].itertuples():
+            assert x.label == derive(world, x), x
+            checked += 1
     assert checked > 100
+
+
+def right_of_piqa(world, x):
+    "The outcome that a question about a film asks for, once its label is found to be right."
+    noun, answers = world.nouns.loc[x.group], (x.sol1, x.sol2)
+    if x.kind == "stated":
+        right = [answer == f"in the {PLACE[noun.category]}" for answer in answers]
+    else:
+        assert x.group in x.goal.split()
+        event = event_of(x.goal)
+        right = [OUTCOME[answer.removeprefix("it ")] == noun[event] for answer in answers]
+        assert (event == "push") == (x.kind == "static")
+    assert sum(right) == 1 and right[x.label], x
+    if x.kind in FROM_VIDEO:
+        assert noun.filmed == (x.kind == "video-only")
+        return noun[event]
+
+
+def right_of_mnli(world, x):
+    outcome = OUTCOME[x.sentence2.removeprefix(f"the {x.group} ")]
+    return 0 if outcome == world.nouns.loc[x.group, event_of(x.sentence1)] else 2
+
+
+def right_of_tracie(world, x):
+    first, _, last, *_ = x.story.split(" . ")
+    asked, relation = re.fullmatch(r"something (.*) starts (before|after) .*", x.event).groups()
+    nouns = [next(word for word in part.split() if word in world.nouns.index) for part in (first, last)]
+    has = [world.nouns.loc[noun, event_of(first)] == OUTCOME[asked] for noun in nouns]
+    assert sum(has) == 1
+    return int(has[0] == (relation == "before"))
 
 
 def test_looks_do_not_give_classes_away(pair):
     "Within a split, classes and looks are dealt out apart: knowing one, the other stays open."
-    n = pair[0].nouns
-    for s in ("train", "test"):
-        d = n[n.split == s]
-        assert d.cls.nunique() == len(CLASSES) and d["shape"].nunique() == len(SHAPES)
-        assert d.groupby("shape").cls.nunique().min() >= 3 and d.groupby("cls")["shape"].nunique().min() >= 3
+    nouns = pair[0].nouns
+    for split in ("train", "test"):
+        rows = nouns[nouns.split == split]
+        assert rows.cls.nunique() == len(CLASSES) and rows["shape"].nunique() == len(SHAPES)
+        assert rows.groupby("shape").cls.nunique().min() >= 3
+        assert rows.groupby("cls")["shape"].nunique().min() >= 3

@@ -5,10 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from vlkd.core.settings import path, settings_file
@@ -183,29 +181,3 @@ def forked(toy, monkeypatch):
     monkeypatch.setattr(runs, "preloaded", ["papermill"])
     toy.setup = "preloaded[:] = ['papermill']"
     return toy
-
-
-def wait_for(condition, seconds=60):
-    "Wait until something holds."
-    end = time.time() + seconds
-    while time.time() < end:
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"nothing came in {seconds} s")
-
-
-def gone(processes) -> bool:
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
-
-
-def tree(process) -> list:
-    "A process with all that it has started."
-    root = psutil.Process(process.pid)
-    return [root, *root.children(recursive=True)]
-
-
-def vlkd(*args, **options) -> subprocess.CompletedProcess:
-    "The command."
-    command = [sys.executable, "-c", "from vlkd.tools.cli import main; main()", *args]
-    return subprocess.run(command, capture_output=True, text=True, **options)

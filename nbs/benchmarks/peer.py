@@ -107,60 +107,44 @@ class PublicObjective(nn.Module):
 # ---- plain forms: vectorised over the batch, without a rearrangement of the mathematics
 
 
-def _normalized(x, normalize):
-    if normalize == "token+neuron":
-        x = F.normalize(x, dim=-1)
-    return F.normalize(x, dim=1) if normalize else x
+def _nst_by(products, distances):
+    "`nst` by two functions of neurons (B, Da, L) and (B, Db, L), whose values are (B, Da, Db)."
+
+    def form(
+        student: torch.Tensor,  # (B, L, Ds)
+        teacher: torch.Tensor,  # (B, L, Dt)
+        mask: torch.Tensor | None = None,  # (B, L)
+        *,
+        kernel: str = "gaussian",
+        sigma: float = 1.0,
+        normalize: str | None = "neuron",
+        teacher_term: bool = True,
+    ) -> torch.Tensor:  # ()
+        def neurons(x):
+            x = x if mask is None else x * mask[..., None]
+            if normalize == "token+neuron":
+                x = F.normalize(x, dim=-1)
+            return (F.normalize(x, dim=1) if normalize else x).transpose(1, 2)
+
+        def pair_mean(a, b):
+            if kernel == "poly":
+                return products(a, b).square().mean((1, 2))
+            return torch.exp(-distances(a, b) / (2 * sigma**2)).mean((1, 2))
+
+        s, t = neurons(student), neurons(teacher)
+        loss = pair_mean(s, s) - 2 * pair_mean(s, t)
+        return (loss + pair_mean(t, t) if teacher_term else loss).mean()
+
+    return form
 
 
-def _mmd(pair_mean, student, teacher, teacher_term):  # over neurons, (B, D, L)
-    s, t = student.transpose(1, 2), teacher.transpose(1, 2)
-    loss = pair_mean(s, s) - 2 * pair_mean(s, t)
-    return (loss + pair_mean(t, t) if teacher_term else loss).mean()
-
-
-def plain_nst(
-    student: torch.Tensor,  # (B, L, Ds)
-    teacher: torch.Tensor,  # (B, L, Dt)
-    mask: torch.Tensor | None = None,  # (B, L)
-    *,
-    kernel: str = "gaussian",
-    sigma: float = 1.0,
-    normalize: str | None = "neuron",
-    teacher_term: bool = True,
-) -> torch.Tensor:  # ()
-    "`nst` with (B, Ds, Dt) kernels: squared inner products, or Gaussians of `torch.cdist`."
-
-    def pair_mean(a, b):
-        if kernel == "poly":
-            return (a @ b.transpose(1, 2)).square().mean((1, 2))
-        return torch.exp(-torch.cdist(a, b).square() / (2 * sigma**2)).mean((1, 2))
-
-    if mask is not None:
-        student, teacher = student * mask[..., None], teacher * mask[..., None]
-    s, t = _normalized(student, normalize), _normalized(teacher, normalize)
-    return _mmd(pair_mean, s, t, teacher_term)
-
-
-def broadcast_nst(
-    student: torch.Tensor,  # (B, L, Ds)
-    teacher: torch.Tensor,  # (B, L, Dt)
-    *,
-    kernel: str = "gaussian",
-    sigma: float = 1.0,
-    normalize: str | None = "neuron",
-    teacher_term: bool = True,
-) -> torch.Tensor:  # ()
-    "`nst` with all pairs of neurons broadcast over tokens, (B, Ds, Dt, L)."
-
-    def pair_mean(a, b):
-        if kernel == "poly":
-            return (a[:, :, None] * b[:, None]).sum(-1).square().mean((1, 2))
-        distance = (a[:, :, None] - b[:, None]).square().sum(-1)
-        return torch.exp(-distance / (2 * sigma**2)).mean((1, 2))
-
-    s, t = _normalized(student, normalize), _normalized(teacher, normalize)
-    return _mmd(pair_mean, s, t, teacher_term)
+# kernels of a whole batch at once
+plain_nst = _nst_by(lambda a, b: a @ b.transpose(1, 2), lambda a, b: torch.cdist(a, b).square())
+# all pairs of neurons broadcast over tokens, (B, Ds, Dt, L)
+broadcast_nst = _nst_by(
+    lambda a, b: (a[:, :, None] * b[:, None]).sum(-1),
+    lambda a, b: (a[:, :, None] - b[:, None]).square().sum(-1),
+)
 
 
 def loop_nst(
@@ -207,20 +191,15 @@ def _store(crd: CRD, student, teacher):  # (N, F) each
     crd.seen += len(student)
 
 
-def fill_queue(crd: CRD, seed: int = 0) -> CRD:
-    "Fill the queue with random directions, as it is after `bank_size` samples of training."
-    generator = torch.Generator().manual_seed(seed)
-    for memory in (crd.memory_v1, crd.memory_v2):
-        memory.copy_(unit(torch.randn(memory.shape, generator=generator)))
-    crd.seen.fill_(crd.bank_size)
-    return crd
-
-
-def fill_queues(objective: nn.Module) -> None:
-    "`fill_queue` of all CRD terms of an objective."
-    for module in objective.modules():
-        if isinstance(module, CRD):
-            fill_queue(module)
+@torch.no_grad()
+def fill_queues(objective: nn.Module) -> nn.Module:
+    "Fill the queues of all CRD terms with random directions, as they are after `bank_size` samples."
+    for crd in (m for m in objective.modules() if isinstance(m, CRD)):
+        generator = torch.Generator().manual_seed(0)
+        for memory in (crd.memory_v1, crd.memory_v2):
+            memory.copy_(unit(torch.randn(memory.shape, generator=generator)))
+        crd.seen.fill_(crd.bank_size)
+    return objective
 
 
 # ---- the student's step without single training options

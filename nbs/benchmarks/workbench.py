@@ -15,9 +15,9 @@ from vlkd.core.settings import preset as preset_arguments
 from vlkd.models import bert
 from vlkd.models.bert import BertForMaskedLM, bert_config, quick_dropout
 from vlkd.tools.bench import peak_memory
-from vlkd.train.options import ALLOCATOR_CACHING
 from vlkd.train.terms import CRD_TOKENS
 from vlkd.train.text_student import StudentObjective
+from vlkd.train.trainer import ALLOCATOR_CACHING
 
 OPTIMIZERS = dict(fused=dict(fused=True), foreach=dict(), loop=dict(foreach=False, fused=False))
 
@@ -158,27 +158,19 @@ class Workbench:
 # ---- contexts
 
 
-@contextlib.contextmanager
 def torch_dropout():
     "Within it, dropout is torch's own."
-    before, bert.QUICK_DROPOUT[0] = bert.QUICK_DROPOUT[0], False
-    try:
-        yield
-    finally:
-        bert.QUICK_DROPOUT[0] = before
+    return patch.object(bert, "QUICK_DROPOUT", [False])
 
 
 @contextlib.contextmanager
 def dropout_rate(lm, rate: float):
     "Within it, all dropout of a model is at `rate`."
-    modules = {m: m.p for m in lm.modules() if isinstance(m, torch.nn.Dropout)}
-    try:
-        for module in modules:
-            module.p = rate
+    with contextlib.ExitStack() as stack:
+        for module in lm.modules():
+            if isinstance(module, torch.nn.Dropout):
+                stack.enter_context(patch.object(module, "p", rate))
         yield
-    finally:
-        for module, before in modules.items():
-            module.p = before
 
 
 @contextlib.contextmanager

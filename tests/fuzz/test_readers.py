@@ -19,15 +19,43 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from test_tasks import GOOD
+from test_squad import made
+from test_tasks import FILE, GOOD
 
 from vlkd.core.files import CHECKSUMS, read_json, rng, write_json
 from vlkd.core.records import Run, record
 from vlkd.core.settings import path, preset, scale, scales
+from vlkd.data.catalog import cards
+from vlkd.data.corpus import open_text
+from vlkd.data.howto100m import caption_table, howto_videos, read_captions
+from vlkd.data.public import (
+    bert_vocab,
+    exercise_clips,
+    flickr8k_captions,
+    flickr8k_features,
+    held_out_photos,
+    msvd_clips,
+    photo_splits,
+    squad_articles,
+    wikitext_articles,
+)
+from vlkd.data.squad import read_squad
+from vlkd.data.tasks import TASKS, read_task
+from vlkd.data.text import load_vocabulary
+from vlkd.data.video import Features, read_frames, read_photos, write_mp4
+from vlkd.eval.claims import read_claims
+from vlkd.features.encoders import load_mobilenet
+from vlkd.features.extract import find_videos
+from vlkd.features.video3d import read_weights
+from vlkd.models.bert import language_model, load_model, save_model
+from vlkd.reproduce.plan import load_plan, notebook_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 fuzz = settings(
@@ -41,36 +69,13 @@ fuzz = settings(
 
 # Changes
 
-TOKENS = [
-    *(
-        b"",
-        b"\0",
-        b"\xff",
-        b'"',
-        b"'",
-        b"\n",
-        b"\r\n",
-        b"\t",
-        b",",
-        b"=",
-        b"[",
-        b"]",
-        b"{",
-        b"}",
-        b"[[",
-        b"x",
-    ),
-    *(b"NaN", b"-1", b"0", b"1e999", b"null", b"true", b"99999999999999999999", b"9" * 5000, b"[" * 3000),
-    *(b"\xed\xa0\x80", b"\\ud800", b"\xef\xbb\xbf", "é\u2028".encode()),
-]
-ASSIGNED = [
-    *(b" 3", b" 'a'", b" [1, 'a']", b' ["x"]', b" {a = 1}", b" 1.5", b" true", b" []", b" nan"),
-    *(b" 2001-01-01", b" !!python/name:os.system"),
-]
-VALUES = [
-    *(None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "x", "é\0"),
-    *([], {}, [[]], [1], ["x"], [None], {"a": []}),
-]
+TOKENS = [b"", b"\0", b"\xff", b'"', b"'", b"\n", b"\r\n", b"\t", b",", b"=", b"[", b"]", b"{", b"}", b"[["]
+TOKENS += [b"NaN", b"-1", b"0", b"1e999", b"null", b"true", b"9" * 20, b"9" * 5000, b"[" * 3000, b"x"]
+TOKENS += [b"\xed\xa0\x80", b"\\ud800", b"\xef\xbb\xbf", "é\u2028".encode()]
+ASSIGNED = [b" 3", b" 'a'", b" [1, 'a']", b' ["x"]', b" {a = 1}", b" 1.5", b" true", b" []", b" nan"]
+ASSIGNED += [b" 2001-01-01", b" !!python/name:os.system"]
+VALUES = [None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "x", "é\0"]
+VALUES += [[], {}, [[]], [1], ["x"], [None], {"a": []}]
 
 
 def places(tree, at=()):
@@ -166,8 +171,6 @@ def changed(data: bytes, draw) -> bytes:
 
 
 def tasks(d):
-    from vlkd.data.tasks import TASKS, read_task
-
     name = next(n for n in sorted(TASKS, key=len, reverse=True) if d.name.startswith(n))
     return read_task(name, d, "dev")
 
@@ -177,8 +180,6 @@ def json_lines(rows) -> bytes:
 
 
 def task_files() -> dict:
-    from test_tasks import FILE
-
     readers = {}
     for name, data in GOOD.items():
         copies = 2 if name in ("piqa", "tracie") else 1
@@ -192,65 +193,37 @@ def task_files() -> dict:
     return readers
 
 
-def squad_file():
-    from test_squad import made
-
-    return json.dumps(made("2.0", kind="k"), indent=1).encode()
-
-
-def squad(d):
-    from vlkd.data.squad import read_squad
-
-    return read_squad(d, "dev", "2.0")
-
-
 CAPTIONS = {f"v{i}": dict(start=[0.5, 2], end=[2, 4.5], text=["cut the wood", "naïve"]) for i in range(3)}
+CAPTION_ROWS = b'start,end,text\n0.5,2,"cut, the wood"\n2,4,more\n'
 
 
 def captions(d):
-    from vlkd.data.howto100m import caption_table, read_captions
-
     rows = list(read_captions(d / "c.json"))
     list(read_captions(d / "csv"))
     for wrong in ("error", "drop"):
         shutil.rmtree(d / "out", ignore_errors=True)
         try:
-            t = caption_table(d / "c.json", d / "out", wrong=wrong, seconds=dict(v0=5.0, v1=5.0, v2=5.0))
-            assert len(t.texts) == len(t.start) and np.isfinite(t.end).all()
+            table = caption_table(d / "c.json", d / "out", wrong=wrong, seconds=dict.fromkeys(CAPTIONS, 5.0))
+            assert len(table.texts) == len(table.start) and np.isfinite(table.end).all()
         finally:
             shutil.rmtree(d / "out", ignore_errors=True)
     return rows
 
 
-def howto(d):
-    from vlkd.data.howto100m import howto_videos
-
-    return howto_videos(d / "h.csv")
-
-
 def listed(d):
-    from vlkd.features.extract import find_videos
-
-    v = find_videos(d / "list.csv")
-    assert all(x.path.is_absolute() for x in v.values())
-    return v
-
-
-def card(d):
-    from vlkd.data.catalog import cards
-
-    return cards(d)
+    videos = find_videos(d / "list.csv")
+    assert all(video.path.is_absolute() for video in videos.values())
+    return videos
 
 
 def plan(d):
-    from vlkd.reproduce.plan import load_plan
-
-    p = load_plan(d / "plan.toml")
-    assert all(isinstance(e["needs"], list) and e["file"].is_file() for e in p.values())
-    return p
+    entries = load_plan(d / "plan.toml")
+    assert all(isinstance(entry["needs"], list) and entry["file"].is_file() for entry in entries.values())
+    return entries
 
 
-PARAMETERS = """\
+CELL = dict(cell_type="code", id="b", metadata=dict(tags=["parameters"]), execution_count=None, outputs=[])
+CELL["source"] = """\
 scale: str = "smoke"
 seed: int = 0
 seeds: str = ""
@@ -258,14 +231,6 @@ out: str = ""
 inputs: str = ""
 lr: float = 0.1
 """
-CELL = dict(
-    cell_type="code",
-    id="b",
-    metadata=dict(tags=["parameters"]),
-    execution_count=None,
-    outputs=[],
-    source=PARAMETERS,
-)
 TITLE = dict(cell_type="markdown", id="a", metadata={}, source=["# t"])
 NOTEBOOK = json.dumps(dict(cells=[TITLE, CELL], metadata={}, nbformat=4, nbformat_minor=5)).encode()
 PLAN = b"""\
@@ -292,12 +257,6 @@ data = ["squad"]
 """
 
 
-def claims(d):
-    from vlkd.eval.claims import read_claims
-
-    return read_claims(d / "claims.toml")
-
-
 def ini(d):
     with swapped_env(VLKD_SETTINGS=str(d / "settings.ini")):
         scale("micro", "base")
@@ -309,54 +268,28 @@ def ini(d):
 
 
 def flickr(d):
-    from vlkd.data.public import flickr8k_captions, flickr8k_features, held_out_photos, photo_splits
-
-    s = photo_splits(retrieval=1, root=d)
+    splits = photo_splits(retrieval=1, root=d)
     held_out_photos(root=d)
-    flickr8k_features(s["train"], d)
+    flickr8k_features(splits["train"], d)
     return flickr8k_captions(d)
 
 
-def exercises(d):
-    from vlkd.data.public import exercise_clips
-
-    return exercise_clips(d)
-
-
-def msvd(d):
-    from vlkd.data.public import msvd_clips
-
-    return msvd_clips(d)
-
-
 def articles(d):
-    from vlkd.data.public import bert_vocab, squad_articles, wikitext_articles
-
     bert_vocab(d)
     return [*squad_articles(d), *wikitext_articles(d)]
 
 
 def text(d):
-    from vlkd.data.corpus import open_text
-
-    return [x for c in ("plain", "wikitext") for x in open_text(d / "text", clean=c)]
+    return [line for clean in ("plain", "wikitext") for line in open_text(d / "text", clean=clean)]
 
 
-def npz(**kw):
-    o = io.BytesIO()
-    np.savez(o, **kw)
-    return o.getvalue()
-
-
-def npy(x):
-    o = io.BytesIO()
-    np.save(o, x)
-    return o.getvalue()
+def saved(save, *args, **options) -> bytes:
+    file = io.BytesIO()
+    save(file, *args, **options)
+    return file.getvalue()
 
 
 def mobilenet(d):
-    from vlkd.features.encoders import load_mobilenet
-
     return load_mobilenet(d).encode(np.zeros((1, 224, 224, 3), np.uint8))
 
 
@@ -364,98 +297,63 @@ SPEC = [
     dict(op="CONV_2D", w="c.w", b="c.b", act=3, pad=0, stride=2, **{"in": [0], "out": [1]}),
     dict(op="MEAN", **{"in": [1], "out": [2]}),
 ]
-MOBILENET = npz(
-    **{"c.w": np.ones((2, 3, 3, 3), np.float32), "c.b": np.zeros(2, np.float32)},
-    spec_json=np.frombuffer(json.dumps(SPEC).encode(), np.uint8),
-)
+CONVOLUTION = {"c.w": np.ones((2, 3, 3, 3), np.float32), "c.b": np.zeros(2, np.float32)}
+MOBILENET = saved(np.savez, **CONVOLUTION, spec_json=np.frombuffer(json.dumps(SPEC).encode(), np.uint8))
 
 
 def weights(d):
-    from vlkd.features.video3d import read_weights
-
-    for f in ("w.pt", "w.safetensors"):
-        s, _ = read_weights(d / f)
-        assert all(hasattr(v, "shape") for v in s.values())
-    return s
+    for name in WEIGHTS:
+        state, _ = read_weights(d / name)
+        assert all(hasattr(value, "shape") for value in state.values())
+    return state
 
 
-def weight_files():
-    import torch
-    from safetensors.torch import save
-
-    o = io.BytesIO()
-    torch.save({"state_dict": {"module.a": torch.ones(3, 2)}}, o)
-    return {"w.pt": o.getvalue(), "w.safetensors": save({"a": torch.ones(3, 2)}, {"config": '{"depth": 50}'})}
+WEIGHTS = {
+    "w.pt": saved(lambda file: torch.save({"state_dict": {"module.a": torch.ones(3, 2)}}, file)),
+    "w.safetensors": save({"a": torch.ones(3, 2)}, {"config": '{"depth": 50}'}),
+}
 
 
 def photo(d):
-    from vlkd.data.video import read_photos
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        x, t = read_photos([d / "a.png", d / "b.jpg"], size=8)
-    assert x.dtype == np.uint8 and x.shape == (2, 8, 8, 3) and len(t) == 2
-    return x
+        pixels, times = read_photos([d / "a.png", d / "b.jpg"], size=8)
+    assert pixels.dtype == np.uint8 and pixels.shape == (2, 8, 8, 3) and len(times) == 2
+    return pixels
 
 
-def photo_files():
-    from PIL import Image
-
-    out = {}
-    for n in ("a.png", "b.jpg"):
-        o = io.BytesIO()
-        Image.fromarray(rng(n).integers(0, 255, (8, 8, 3)).astype(np.uint8)).save(
-            o, "PNG" if n == "a.png" else "JPEG"
-        )
-        out[n] = o.getvalue()
-    return out
+def image(kind) -> bytes:
+    pixels = rng(kind).integers(0, 255, (8, 8, 3)).astype(np.uint8)
+    return saved(lambda file: Image.fromarray(pixels).save(file, kind))
 
 
 def video(d):
-    from vlkd.data.video import read_frames
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        x, t = read_frames(d / "a.mp4", size=8, max_frames=8)
-    assert x.dtype == np.uint8 and 1 <= len(x) == len(t) <= 8
-    return x
+        pixels, times = read_frames(d / "a.mp4", size=8, max_frames=8)
+    assert pixels.dtype == np.uint8 and 1 <= len(pixels) == len(times) <= 8
+    return pixels
 
 
 def a_video(folder):
-    from vlkd.data.video import write_mp4
-
     write_mp4(folder / "a.mp4", rng("v").integers(0, 255, (6, 16, 16, 3)).astype(np.uint8), 2)
 
 
 def features(d):
-    from vlkd.data.video import Features
-
-    m = Features(d / "f")
-    m.seconds()
-    return [np.asarray(m[k]) for k in m]
+    found = Features(d / "f")
+    found.seconds()
+    return [np.asarray(found[name]) for name in found]
 
 
 def record_of(d):
-    r = Run(d / "r")
-    return r.metrics, r.table("t"), r.examples
+    run = Run(d / "r")
+    return run.metrics, run.table("t"), run.examples
 
 
 def student(d):
-    from vlkd.models.bert import load_model
-
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         return load_model(d / "m")
-
-
-def notebook(d):
-    from vlkd.reproduce.plan import notebook_parameters
-
-    return notebook_parameters(d / "a.ipynb")
-
-
-def json_file(d):
-    return read_json(d / "a.json")
 
 
 def files_in(folder) -> dict:
@@ -464,22 +362,15 @@ def files_in(folder) -> dict:
 
 
 def a_student(d):
-    from vlkd.data.text import load_vocabulary
-    from vlkd.models.bert import language_model, save_model
-
-    tok = load_vocabulary(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "girl"], 40)
+    tokenizer = load_vocabulary("[PAD] [UNK] [CLS] [SEP] [MASK] the a girl".split(), 40)
     small = scale("smoke", hidden=8, heads=2, layers=1, intermediate=8)
-    save_model(d / "m", language_model(small, tok, 0), tok)
+    save_model(d / "m", language_model(small, tokenizer, 0), tokenizer)
     (d / "m" / CHECKSUMS).unlink()  # from elsewhere: without checksums
 
 
 def a_record(d):
-    record(
-        d / "r",
-        dict(x=1.0),
-        tables=dict(t=pd.DataFrame(dict(a=[1, 2]))),
-        examples=pd.DataFrame(dict(b=[1.0])),
-    )
+    table, examples = pd.DataFrame(dict(a=[1, 2])), pd.DataFrame(dict(b=[1.0]))
+    record(d / "r", dict(x=1.0), tables=dict(t=table), examples=examples)
 
 
 @contextlib.contextmanager
@@ -494,29 +385,27 @@ def swapped_env(**kw):
         os.environ.update({name: value for name, value in old.items() if value is not None})
 
 
+def packed(text: str) -> bytes:
+    return gzip.compress(text.encode(), mtime=0)
+
+
+PHOTOS = [f"{i}.jpg" for i in range(9)]
+PHOTO_FEATURES = dict(
+    feats_u8=np.ones((9, 4), np.uint8), scale=np.ones(4, np.float32), files=np.array(PHOTOS)
+)
 FLICKR = {
-    "flickr8k/captions.jsonl": "".join(
-        json.dumps(dict(image=f"{i}.jpg", captions=["a man ."])) + "\n" for i in range(9)
-    ).encode(),
-    "flickr8k/mbv2_pool1280_u8.npz": npz(
-        feats_u8=np.ones((9, 4), np.uint8),
-        scale=np.ones(4, np.float32),
-        files=np.array([f"{i}.jpg" for i in range(9)]),
-    ),
+    "flickr8k/captions.jsonl": json_lines(dict(image=name, captions=["a man ."]) for name in PHOTOS),
+    "flickr8k/mbv2_pool1280_u8.npz": saved(np.savez, **PHOTO_FEATURES),
     **{f"flickr8k/itm_{s}.tsv": b"1.jpg\ta man .\tmatch\n" for s in ("dev", "test")},
     **{f"flickr8k/esnlive_{s}_flickr8k.jsonl": b'{"image": "2.jpg"}\n' for s in ("dev", "test")},
 }
+ARTICLE = dict(title="T", paragraphs=[dict(context="Cork floats on water.")])
 ARTICLES = {
-    "squad/train-v1.1.json.gz": gzip.compress(
-        json.dumps(dict(data=[dict(title="T", paragraphs=[dict(context="Cork floats on water.")])])).encode(),
-        mtime=0,
-    ),
+    "squad/train-v1.1.json.gz": packed(json.dumps(dict(data=[ARTICLE]))),
     "wikitext/wikitext-2.train.raw": b" = T = \n \n Cork floats . \n",
-    "tokenizer_vocabs/bert-base-uncased-vocab.txt.gz": gzip.compress(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]).encode() + b"\n", mtime=0
-    ),
+    "tokenizer_vocabs/bert-base-uncased-vocab.txt.gz": packed("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n"),
 }
-
+TEXT = "Cork floats.\n\n = T = \nnaïve @-@ text\n".encode()
 EXERCISES = [
     dict(id="a", instructions=["Lift it up high. Put it down again."], images=["a/0.jpg", "a/1.jpg"]),
     dict(id="b", instructions=[], images=[]),
@@ -537,43 +426,34 @@ def a_checked_file(folder):
 
 # name -> (files, or what writes them into a folder; what reads them)
 READERS = dict(
-    json=({"a.json": json.dumps(dict(a=[1, 2.5, None], b=dict(c="x"))).encode()}, json_file),
-    checked=(a_checked_file, json_file),
-    squad=({"dev-v2.0.json": squad_file()}, squad),
-    captions=(
-        {
-            "c.json": json.dumps(CAPTIONS).encode(),
-            "csv/v0.csv": b'start,end,text\n0.5,2,"cut, the wood"\n2,4,more\n',
-        },
-        captions,
+    json=({"a.json": b'{"a": [1, 2.5, null], "b": {"c": "x"}}'}, lambda d: read_json(d / "a.json")),
+    checked=(a_checked_file, lambda d: read_json(d / "a.json")),
+    squad=(
+        {"dev-v2.0.json": json.dumps(made("2.0", kind="k"), indent=1).encode()},
+        lambda d: read_squad(d, "dev", "2.0"),
     ),
+    captions=({"c.json": json.dumps(CAPTIONS).encode(), "csv/v0.csv": CAPTION_ROWS}, captions),
     howto=(
         {"h.csv": b'video_id,category_1,rank,task_id\nv0,"Home, garden",1,7\nv1,Home,2,8\n'},
-        howto,
+        lambda d: howto_videos(d / "h.csv"),
     ),
     videos=({"list.csv": b'path,start,end,id\na.mp4,1,3,x\nb.mp4,,,\n"c d.mp4",0.5,,y\n'}, listed),
-    card=({"squad.md": (ROOT / "data_cards/squad.md").read_bytes()}, card),
+    card=({"squad.md": (ROOT / "data_cards/squad.md").read_bytes()}, cards),
     plan=({"plan.toml": PLAN, "a.ipynb": NOTEBOOK}, plan),
-    notebook=({"a.ipynb": NOTEBOOK}, notebook),
-    claims=({"claims.toml": some_claims()}, claims),
+    notebook=({"a.ipynb": NOTEBOOK}, lambda d: notebook_parameters(d / "a.ipynb")),
+    claims=({"claims.toml": some_claims()}, lambda d: read_claims(d / "claims.toml")),
     settings=({"settings.ini": (ROOT / "settings.ini").read_bytes()}, ini),
     flickr=(FLICKR, flickr),
-    exercises=({"free_exercise_db/exercises.jsonl": json_lines(EXERCISES)}, exercises),
-    msvd=({"msvd_clips/index.jsonl": json_lines(CLIPS)}, msvd),
+    exercises=({"free_exercise_db/exercises.jsonl": json_lines(EXERCISES)}, exercise_clips),
+    msvd=({"msvd_clips/index.jsonl": json_lines(CLIPS)}, msvd_clips),
     articles=(ARTICLES, articles),
-    text=(
-        {
-            "text/a.txt": "Cork floats.\n\n = T = \nnaïve @-@ text\n".encode(),
-            "text/b.txt.gz": gzip.compress(b"More text.\n", mtime=0),
-        },
-        text,
-    ),
+    text=({"text/a.txt": TEXT, "text/b.txt.gz": packed("More text.\n")}, text),
     mobilenet=({"mobilenet_v2_imagenet_fp16.npz": MOBILENET}, mobilenet),
-    weights=(weight_files(), weights),
-    photo=(photo_files(), photo),
+    weights=(WEIGHTS, weights),
+    photo=({"a.png": image("PNG"), "b.jpg": image("JPEG")}, photo),
     video=(a_video, video),
     features=(
-        {"f/a.npy": npy(np.ones((3, 4), np.float16)), "f/b.npy": npy(np.zeros((2, 4), np.float16))},
+        {f"f/{name}.npy": saved(np.save, np.ones((n, 4), np.float16)) for name, n in dict(a=3, b=2).items()},
         features,
     ),
     record=(a_record, record_of),

@@ -35,7 +35,6 @@ class Card:
     "One data set, as its card describes it."
 
     id: str  # also the stem of the card's file
-    name: str  # how pages call it
     license: str  # Hugging Face licence id, or `license_name` where that is `other`
     redistributable: bool  # whether texts and pictures of it may be published
     folder: str  # under VLKD_DATA; empty where the library makes the data itself
@@ -46,9 +45,6 @@ class Card:
     sections: dict = field(repr=False)  # heading -> prose
     path: Path = field(repr=False)  # the card itself
     columns: tuple = ()  # columns of the tables that wait for it; empty: the whole table
-    languages: tuple = ("en",)
-    tasks: tuple = ()
-    size: str = ""
 
     @property
     def embedded(self) -> bool:
@@ -68,25 +64,10 @@ SIZE_CATEGORIES = (
     *("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M"),
     *("1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"),
 )
-_head_keys = dict(
-    pretty_name=str,
-    license=str,
-    license_name=str,
-    language=list,
-    size_categories=list,
-    task_categories=list,
-    vlkd=dict,
-)
-_block_keys = dict(
-    id=str,
-    redistributable=bool,
-    folder=str,
-    files=list,
-    needed_by=list,
-    roles=list,
-    splits=dict,
-    columns=list,
-)
+_head_keys = dict(pretty_name=str, license=str, license_name=str, language=list)
+_head_keys |= dict(size_categories=list, task_categories=list, vlkd=dict)
+_block_keys = dict(id=str, redistributable=bool, folder=str, files=list, needed_by=list)
+_block_keys |= dict(roles=list, splits=dict, columns=list)
 _file_keys = dict(path=str, required=bool, rows=int)
 _optional = ("license_name", "columns", "rows")
 
@@ -102,37 +83,39 @@ class CardLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=True)
 
 # %% ../../nbs/14_data.catalog.ipynb #7cdc38d7
+def _should(right: bool, where: str, what: str) -> None:
+    if not right:
+        raise ValueError(f"{where} {what}")
+
+
 def _check_keys(where: str, mapping, types: dict) -> None:
     "Check that a mapping has the keys of `types`, each of its type, and no others."
-    if not isinstance(mapping, dict):
-        raise ValueError(f"{where} should be a mapping with {', '.join(types)}, got {mapping!r}")
+    is_mapping = isinstance(mapping, dict)
+    _should(is_mapping, where, f"should be a mapping with {', '.join(types)}, got {mapping!r}")
     for key, value in mapping.items():
         if key not in types:
             raise ValueError(f"{where}: {unknown_name('key', key, types)}")
-        wanted = types[key]
-        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-            raise ValueError(f"{where}: {key} should be {wanted.__name__}, got {value!r}")
+        right = isinstance(value, types[key]) and not (types[key] is int and isinstance(value, bool))
+        _should(right, f"{where}: {key}", f"should be {types[key].__name__}, got {value!r}")
+        _should(not isinstance(value, str) or value.strip() or key == "folder", f"{where}: {key}", "is empty")
     for key in types:
-        if key not in mapping and key not in _optional:
-            raise ValueError(f"{where}: the key {key} is missing")
+        _should(key in mapping or key in _optional, f"{where}: the key {key}", "is missing")
 
 
 def _strings(where: str, values: list, known=None) -> tuple:
     "Check that `values` are different strings, of `known` where that is given."
     for value in values:
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{where} should hold words, got {value!r}")
+        _should(isinstance(value, str) and value.strip(), where, f"should hold words, got {value!r}")
         if known is not None and value not in known:
             raise ValueError(f"{where}: {unknown_name('value', value, known)}")
-    if len(set(values)) < len(values):
-        raise ValueError(f"{where} names something twice: {', '.join(values)}")
+    _should(len(set(values)) == len(values), where, f"names something twice: {', '.join(values)}")
     return tuple(values)
 
 
 def _relative(where: str, p: str) -> str:
     "Check that a path stays inside its folder."
-    if p.startswith(("/", "~")) or ".." in Path(p).parts or "\\" in p:
-        raise ValueError(f"{where} should be a path below its folder, got {p!r}")
+    inside = not p.startswith(("/", "~")) and ".." not in Path(p).parts and "\\" not in p
+    _should(inside, where, f"should be a path below its folder, got {p!r}")
     return p
 
 # %% ../../nbs/14_data.catalog.ipynb #a8f9dac1
@@ -157,80 +140,65 @@ def _split_card(f: Path) -> tuple[dict, dict]:  # head, sections
     return head, {name: prose.strip() for name, prose in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def _read_files(where: str, files: list) -> tuple:
+def _read_files(where: str, files: list, folder: str) -> tuple:
     "The `files` of a card."
     out = []
     for i, entry in enumerate(files):
         at = f"{where}[{i}]"
         _check_keys(at, entry, _file_keys)
-        if entry.get("rows", 1) < 1:
-            raise ValueError(f"{at}: rows should be positive, got {entry['rows']}")
+        _should(entry.get("rows", 1) > 0, f"{at}: rows", "should be positive")
         out.append(DataFile(_relative(f"{at}: path", entry["path"]), entry["required"], entry.get("rows")))
     _strings(f"{where}: path", [f.path for f in out])
+    needs_one = bool(folder) == any(f.required for f in out) and bool(folder) == bool(out)
+    _should(needs_one, where, "should have a required file, and no files where the folder is empty")
     return tuple(out)
-
-
-def _check_head(f: Path, head) -> None:
-    _check_keys(str(f), head, _head_keys)
-    if head["license"] == "other" and not head.get("license_name"):
-        raise ValueError(f"{f}: license is other, so license_name should say which")
-    for key in ("license", "pretty_name"):
-        if not head[key].strip():
-            raise ValueError(f"{f}: {key} is empty")
-    if len(head["size_categories"]) != 1:
-        raise ValueError(f"{f}: size_categories should hold one of {', '.join(SIZE_CATEGORIES)}")
 
 
 def _check_block(where: str, block: dict, stem: str) -> None:
     "Check what the types of the keys in the block `vlkd` do not show."
-    if block["id"] != stem or not re.fullmatch(r"[a-z][a-z0-9_]*", block["id"]):
-        wanted = f"the file's name {stem!r} (small letters, digits, _)"
-        raise ValueError(f"{where}: id should be {wanted}, got {block['id']!r}")
+    right = block["id"] == stem and re.fullmatch(r"[a-z][a-z0-9_]*", stem)
+    _should(right, f"{where}: id", f"should be the file's name {stem!r} (small letters, digits, _)")
     for table in _strings(f"{where}: needed_by", block["needed_by"]):
-        if not re.fullmatch(r"(\*|[\w.-]+)@[\w-]+", table):
-            raise ValueError(f"{where}: needed_by should hold table ids like m5@real, got {table!r}")
+        right = re.fullmatch(r"(\*|[\w.-]+)@[\w-]+", table)
+        _should(right, f"{where}: needed_by", f"should hold table ids like m5@real, got {table!r}")
         scale = table.split("@")[1]
         if scale not in scales():
             raise ValueError(f"{where}: needed_by: {table}: {unknown_name('scale', scale, scales())}")
     for name, n in block["splits"].items():
-        if not isinstance(name, str) or not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            wanted = "splits should map names to numbers of examples"
-            raise ValueError(f"{where}: {wanted}, got {name!r}: {n!r}")
+        right = isinstance(name, str) and type(n) is int and n > 0
+        _should(right, f"{where}: splits", f"should map names to numbers of examples, got {name!r}: {n!r}")
 
 
 def read_card(f) -> Card:
     "Read and check one data card; `ValueError` names the file and the key that is wrong."
     f = Path(f)
     head, sections = _split_card(f)
-    _check_head(f, head)
+    _check_keys(str(f), head, _head_keys)
     block, where = head["vlkd"], f"{f}: vlkd"
     _check_keys(where, block, _block_keys)
     _check_block(where, block, f.stem)
-    files = _read_files(f"{where}: files", block["files"])
-    if block["folder"] and not any(d.required for d in files):
-        raise ValueError(f"{where}: files: a set with a folder should have a required file")
-    if files and not block["folder"]:
-        made = "as for a set that the library makes"
-        raise ValueError(f"{where}: folder is empty, {made}, but files are listed")
+    license = head["license"]
+    if license == "other":
+        _should("license_name" in head, f"{f}: license is other, so license_name", "should say which")
+        license = head["license_name"]
+    for key, known in (("language", None), ("task_categories", None), ("size_categories", SIZE_CATEGORIES)):
+        _strings(f"{f}: {key}", head[key], known)
+    sizes = f"should hold one of {', '.join(SIZE_CATEGORIES)}"
+    _should(len(head["size_categories"]) == 1, f"{f}: size_categories", sizes)
     for section in SECTIONS:
-        if not sections.get(section):
-            raise ValueError(f"{f}: the section '## {section}' is missing or empty")
+        _should(sections.get(section), f"{f}: the section '## {section}'", "is missing or empty")
     return Card(
         id=block["id"],
-        name=head["pretty_name"],
-        license=head["license_name"] if head["license"] == "other" else head["license"],
+        license=license,
         redistributable=block["redistributable"],
         folder=_relative(f"{where}: folder", block["folder"]),
-        files=files,
+        files=_read_files(f"{where}: files", block["files"], block["folder"]),
         needed_by=tuple(block["needed_by"]),
         roles=_strings(f"{where}: roles", block["roles"], ROLES),
         splits=block["splits"],
         sections=sections,
         path=f,
         columns=_strings(f"{where}: columns", block.get("columns", [])),
-        languages=_strings(f"{f}: language", head["language"]),
-        tasks=_strings(f"{f}: task_categories", head["task_categories"]),
-        size=_strings(f"{f}: size_categories", head["size_categories"], SIZE_CATEGORIES)[0],
     )
 
 # %% ../../nbs/14_data.catalog.ipynb #4ab54d77
@@ -315,27 +283,25 @@ def waiting(df: pd.DataFrame) -> dict[str, list[str]]:  # table -> what it lacks
 
 def _status_lines(data: Path | None) -> Iterator[str]:
     df = status(data)
-    if data:
-        root = printable(data, "utf-8")
-        yield f"Data sets under {root}"
-        df["where"] = df["where"].str.replace(f"{root}/", "")
-    else:
-        yield (
+    root = printable(data, "utf-8") if data else ""
+    yield (
+        f"Data sets under {root}"
+        if data
+        else (
             "VLKD_DATA is not set, so only the data that the library makes itself is here."
             " For the others: export VLKD_DATA=/folder/of/data/sets"
         )
-    yield ""
-    columns = ["data set", "state", "where", "licence", "tables"]
-    shown = df.assign(tables=df["tables"].map(", ".join))[columns]
-    rows = [columns, *shown.to_numpy().tolist()]
+    )
+    df["where"] = df["where"].str.removeprefix(f"{root}/")
+    shown = df.assign(tables=df["tables"].map(", ".join))[["data set", "state", "where", "licence", "tables"]]
+    rows = [list(shown), *shown.to_numpy().tolist()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    yield ""
     for row in rows:
-        yield "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     for row in df[df["state"] == "partial"].to_dict("records"):
-        yield ""
-        yield f"{row['data set']} lacks {', '.join(row['missing files'])}"
-    tables = waiting(df)
-    if tables:
+        yield from ("", f"{row['data set']} lacks {', '.join(row['missing files'])}")
+    if tables := waiting(df):
         yield from ("", "Tables that wait for data")
         yield from (f"  {table}: {', '.join(sets)}" for table, sets in tables.items())
         yield from ("", "How to get it")

@@ -10,160 +10,132 @@ __all__ = ['howto_videos', 'json_entries', 'read_captions', 'caption_fault', 'Te
 # %% ../../nbs/17_data.howto100m.ipynb #90dd83b5
 import codecs
 import contextlib
-import csv
 import gzip
+import itertools
 import json
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from vlkd.core.files import (
     atomic,
     atomic_folder,
     file_problem,
     fingerprint,
+    open_manifest,
     read_json,
     rng,
     save_safetensors,
     sha256_file,
     write_json,
 )
-from .corpus import CorpusTokens, Source, clean_paragraph, tokenize_corpus
-from .readers import text_lines
+from .corpus import CorpusTokens, Source, clean_paragraph, files_identity, tokenize_corpus
+from .readers import read_table
 from .text import VideoText, train_tokenizer
 from .video import Features
 
 # %% ../../nbs/17_data.howto100m.ipynb #cca79207
-def _csv_rows(path, columns: tuple) -> Iterator[tuple[str, list]]:
-    "Yield (file and line, values of `columns`); a missing column or value is a `ValueError`."
-    rows = csv.reader(text for _, text in text_lines(path))
-    head = next(rows, [])
-    if missing := [c for c in columns if c not in head]:
-        there = ", ".join(head) or "nothing"
-        raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; there is {there}")
-    places = [head.index(c) for c in columns]
-    for row in rows:
-        where = f"{path}, line {rows.line_num}"
-        if len(row) != len(head):
-            raise ValueError(f"{where}: {len(row)} columns instead of {len(head)} ({', '.join(head)})")
-        yield where, [row[i] for i in places]
-
-
 def howto_videos(path):  # DataFrame: video, task
     "Videos and their tasks from `HowTo100M_v1.csv`; `ValueError` names file and line."
-    import pandas as pd
-
-    rows = []
-    for where, (video, task) in _csv_rows(path, ("video_id", "task_id")):
-        if not video or not task:
-            raise ValueError(f"{where}: the {'task' if video else 'video'} is missing")
-        rows.append((video, task))
-    if not rows:
-        raise ValueError(f"{path}: no videos")
-    return pd.DataFrame(rows, columns=["video", "task"])
+    table = read_table(path, ("video_id", "task_id"))
+    videos = table[["video_id", "task_id"]].astype("str").set_axis(["video", "task"], axis=1)
+    for name in videos:
+        for n in videos.index[videos[name] == ""]:
+            raise ValueError(f"{path}, line {n}: the {name} is missing")
+    return videos.reset_index(drop=True)
 
 # %% ../../nbs/17_data.howto100m.ipynb #35f4ef48
-class _JsonStream:
-    "Takes JSON values off a long text, of which it holds no more than it needs."
+def _pieces(path: Path, chunk: int) -> Iterator[str]:
+    "The text of a file, plain or .gz, piece by piece."
+    line, decoder = 1, codecs.getincrementaldecoder("utf-8")()
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            while data := file.read(chunk):
+                piece = decoder.decode(data)
+                line += piece.count("\n")
+                yield piece
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as e:
+        line += e.object.count(b"\n", 0, e.start)
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({e.reason})") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(f"{path}, line {line}: not a sound gzip file ({e})") from None
 
-    def __init__(self, path: Path, file, chunk: int):
-        self.path, self.file, self.chunk = path, file, chunk
-        self.decode = codecs.getincrementaldecoder("utf-8")().decode
-        self.text, self.line, self.ended = "", 1, False
 
-    def error(self, why: str) -> ValueError:
-        return ValueError(f"{self.path}, line {self.line}: {why}")
+_SPACE = re.compile(r"\s*")
 
-    def more(self) -> None:
-        "Read on; an error if the text has ended already."
-        if self.ended:
-            raise self.error("the file is cut off in the middle of an entry")
-        try:
-            data = self.file.read(self.chunk)
-            self.ended = not data
-            self.text += self.decode(data, final=self.ended)
-        except UnicodeDecodeError as e:
-            self.line += self.text.count("\n") + e.object.count(b"\n", 0, e.start)
-            raise self.error(f"not UTF-8 ({e.reason})") from None
-        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-            raise self.error(f"not a sound gzip file ({e})") from None
 
-    def drop(self, n: int) -> None:
-        self.line += self.text.count("\n", 0, n)
-        self.text = self.text[n:]
+def _entry(
+    text: str, opening: str
+) -> tuple[tuple | None, int]:  # (key, value) or the object's end, its place
+    "Read an entry and the brace or comma before it; `JSONDecodeError` where that is not possible."
 
-    def peek(self) -> str:
-        "The next character that is no space."
-        while True:
-            self.drop(len(self.text) - len(self.text.lstrip()))
-            if self.text:
-                return self.text[0]
-            self.more()
+    def after(wanted: str, at: int) -> int:
+        if text[at : at + 1] != wanted:
+            raise json.JSONDecodeError(f"{wanted} should be here", text, at)
+        return _SPACE.match(text, at + 1).end()
 
-    def take(self, wanted: str, why: str) -> str:
-        "Drop the next character, which should be one of `wanted`."
-        found = self.peek()
-        if found not in wanted:
-            raise self.error(f"{why}, not {self.text[:20]!r}")
-        self.drop(1)
-        return found
-
-    def value(self):
-        "The next JSON value."
-        self.peek()
-        while True:
-            try:
-                value, n = json.JSONDecoder().raw_decode(self.text)
-            except json.JSONDecodeError as e:
-                if not e.msg.startswith("Unterminated string") and e.pos < len(self.text) - 16:
-                    self.drop(e.pos)
-                    raise self.error(f"not JSON ({e.msg})") from None
-            except (ValueError, RecursionError) as e:
-                raise self.error(f"not JSON ({e})") from None
-            else:
-                # a number may go on in the next chunk
-                if n < len(self.text) or self.ended or isinstance(value, (dict, list, str)):
-                    self.drop(n)
-                    return value
-            self.more()
-
-    def end(self) -> None:
-        "Nothing but space may follow."
-        while not self.ended and not self.text.strip():
-            self.more()
-        if self.text.strip():
-            raise self.error(f"the object ended, and {self.text.strip()[:20]!r} follows")
+    at = _SPACE.match(text).end()
+    if opening == "," and text[at : at + 1] == "}":
+        return None, at + 1
+    at = after(opening, at)
+    if opening == "{" and text[at : at + 1] == "}":
+        return None, at + 1
+    after('"', at)
+    key, at = json.JSONDecoder().raw_decode(text, at)
+    value, at = json.JSONDecoder().raw_decode(text, after(":", _SPACE.match(text, at).end()))
+    if at == len(text):  # a number may go on
+        raise json.JSONDecodeError("a comma or } should be here", text, at)
+    return (key, value), at
 
 
 def json_entries(path, chunk: int = 1 << 20) -> Iterator[tuple]:
-    """Yield (key, value) of a large JSON object, plain or .gz, holding one entry at a time.
+    """Yield (key, value) of a large JSON object, plain or .gz, holding little more than one entry at a time.
 
     `ValueError` names file and line where it breaks."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: this file is missing")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        stream = _JsonStream(path, file, chunk)
-        stream.take("{", "a JSON object should begin here")
-        separator = ","
-        if stream.peek() == "}":
-            stream.drop(1)
-            separator = "}"
-        while separator == ",":
-            quote = stream.peek() == '"'
-            key = stream.value() if quote else None
-            stream.take(":" if quote else "", "a key in quotes and a colon should be here")
-            yield key, stream.value()
-            separator = stream.take(",}", f"a comma or a closing brace should follow the entry {key!r}")
-            if separator == "," and stream.peek() == "}":
-                raise stream.error("a comma before the closing brace")
-        stream.end()
+    pieces, text, line, opening, entry = _pieces(path, chunk), "", 1, "{", ()
+    while entry is not None:
+        try:
+            entry, end = _entry(text, opening)
+        except (ValueError, RecursionError) as e:
+            at = getattr(e, "pos", 0)
+            where = f"{path}, line {line + text.count(chr(10), 0, at)}"
+            goes_on = at > len(text) - 16 or str(e).startswith("Unterminated string")
+            if not isinstance(e, json.JSONDecodeError) or not goes_on:
+                raise ValueError(f"{where}: not JSON ({getattr(e, 'msg', e)})") from None
+            more = next(pieces, None)
+            if more is None:
+                raise ValueError(f"{where}: not JSON ({e.msg}); is the file cut off?") from None
+            text += more
+            continue
+        line += text.count("\n", 0, end)
+        text, opening = text[end:], ","
+        if entry is not None:
+            yield entry
+    for rest in itertools.chain([text], pieces):
+        if rest.strip():
+            raise ValueError(f"{path}, line {line}: the object ended, and {rest.strip()[:20]!r} follows")
 
 # %% ../../nbs/17_data.howto100m.ipynb #678fb201
+def _caption_files(source) -> list[Path]:
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no captions here, neither a JSON file nor a folder of csv files")
+    files = sorted(path.glob("*.csv*")) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"{path}: no csv file of captions here")
+    return files
+
+
 def _number(x) -> float:
     try:
         return float(x)
@@ -186,12 +158,10 @@ def _json_captions(path):
 
 
 def _csv_captions(folder):
-    files = sorted(Path(folder).glob("*.csv*"))
-    if not files:
-        raise FileNotFoundError(f"{folder}: no csv file of captions here")
-    for f in files:
-        rows = _csv_rows(f, ("start", "end", "text"))
-        yield f.name.split(".csv")[0], [(where, _number(a), _number(b), t) for where, (a, b, t) in rows]
+    for f in _caption_files(folder):
+        rows = read_table(f, ("start", "end", "text"), empty=True)[["start", "end", "text"]]
+        captions = [(f"{f}, line {n}", _number(a), _number(b), t) for n, a, b, t in rows.itertuples()]
+        yield f.name.split(".csv")[0], captions
 
 
 def read_captions(
@@ -209,17 +179,14 @@ def caption_fault(
     slack: float = 1.0,  # seconds beyond the end that count as rounding
 ) -> str:  # empty where it is sound
     "What is wrong with a caption."
-    if not isinstance(text, str) or not text.strip():
-        return "empty text"
-    if not (math.isfinite(start) and math.isfinite(end)):
-        return "time is not a number"
-    if start < 0:
-        return "negative start"
-    if end <= start:
-        return "end not after start"
-    if seconds is not None and (start >= seconds or end > seconds + slack):
-        return "beyond the video"
-    return ""
+    faults = {
+        "empty text": not isinstance(text, str) or not text.strip(),
+        "time is not a number": not (math.isfinite(start) and math.isfinite(end)),
+        "negative start": start < 0,
+        "end not after start": end <= start,
+        "beyond the video": seconds is not None and (start >= seconds or end > seconds + slack),
+    }
+    return next((fault for fault, found in faults.items() if found), "")
 
 # %% ../../nbs/17_data.howto100m.ipynb #358d9214
 class _Lazy(Sequence):
@@ -301,15 +268,6 @@ class CaptionTable:
         return np.stack([self.start[rows.start : rows.stop], self.end[rows.start : rows.stop]], 1)
 
 # %% ../../nbs/17_data.howto100m.ipynb #70537a57
-def _identity(source) -> list:
-    "Name, size and time of what the captions come from."
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no captions here, neither a JSON file nor a folder of csv files")
-    files = sorted(path.glob("*.csv*")) if path.is_dir() else [path]
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-
-
 def _sound_captions(captions, seconds: float | None, wrong: str, slack: float, dropped: Counter) -> list:
     "The (start, end, UTF-8 text) of captions without a fault; faults are errors, or counted in `dropped`."
     sound = []
@@ -372,7 +330,7 @@ def caption_table(
         raise ValueError(f"wrong {wrong!r}: it should be error or drop")
     out = Path(out)
     head = dict(
-        source=fingerprint(_identity(source)),
+        source=fingerprint(files_identity(_caption_files(source))),
         lengths=None if seconds is None else fingerprint(sorted((k, float(seconds[k])) for k in seconds)),
         wrong=wrong,
         slack=slack,
@@ -383,13 +341,8 @@ def caption_table(
             sha256 = {name: sha256_file(part / name) for name in CaptionTable.files}
             manifest = dict(head, dropped=dict(dropped), sha256=sha256)
             write_json(part / "captions.json", manifest, checksum=True)
-    table = CaptionTable(out)
-    if any(table.manifest[k] != v for k, v in head.items()):
-        raise ValueError(
-            f"{out} holds captions made from another file or with other arguments:"
-            " give another folder, or delete this one"
-        )
-    return table
+    open_manifest(out / "captions.json", head, "captions")
+    return CaptionTable(out)
 
 # %% ../../nbs/17_data.howto100m.ipynb #d0cf8ff8
 class LazyArray:
@@ -526,13 +479,6 @@ _nouns = (
 _verbs = ("take", "wash", "cut", "turn", "press", "heat", "fix", "lift", "move", "hold")
 
 
-def _write_csv(f: Path, head: tuple, rows) -> None:
-    with atomic(f) as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(head)
-        writer.writerows(rows)
-
-
 def _synthetic_video(r, number: int, captions: int, dim: int) -> tuple[dict, np.ndarray]:
     "Captions (start, end, text) and features (seconds, dim) of one video."
     noun = r.integers(len(_nouns), size=captions)
@@ -572,11 +518,12 @@ def _write_howto(folder: Path, r, samples: int, dim: int) -> list[str]:  # the c
         name = f"video{v:05d}"
         videos.append((name, "Home", "Synthetic", 1 + v % 3, 100 + v // 3))
         captions[name], features[name] = _synthetic_video(r, v, min(25, samples - 25 * v), dim)
-    head = ("video_id", "category_1", "category_2", "rank", "task_id")
-    _write_csv(folder / "HowTo100M_v1.csv", head, videos)
-    for name, c in captions.items():
-        rows = zip(c["start"], c["end"], c["text"], strict=True)
-        _write_csv(folder / "captions" / f"{name}.csv", ("start", "end", "text"), rows)
+    head = ["video_id", "category_1", "category_2", "rank", "task_id"]
+    tables = {"HowTo100M_v1.csv": pd.DataFrame(videos, columns=head)}
+    tables |= {f"captions/{name}.csv": pd.DataFrame(c) for name, c in captions.items()}
+    for name, table in tables.items():
+        with atomic(folder / name) as f:
+            table.to_csv(f, index=False)
     with atomic(folder / "caption.json") as f:
         json.dump(captions, f)
     _write_features(folder / "features", features)

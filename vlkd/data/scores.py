@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['majority', 'bag_of_words_baseline', 'hypothesis_only_baseline', 'matthews', 'two_way', 'category_scores',
-           'comparisons', 'tracie_scores', 'prior', 'uniform_prior']
+           'comparisons', 'tracie_scores', 'prior']
 
 # %% ../../nbs/19_data.scores.ipynb #02d706dc
 import re
@@ -12,7 +12,6 @@ import re
 import numpy as np
 import pandas as pd
 
-from ..core.files import rng
 from .readers import content_words
 from .tasks import CATEGORIES, Task, canonical, get_task
 
@@ -24,78 +23,48 @@ def majority(df: pd.DataFrame) -> dict:  # label, rate, chance, n
     return {"label": int(counts.idxmax()), "rate": rate, "chance": 1 / len(counts), "n": int(counts.sum())}
 
 # %% ../../nbs/19_data.scores.ipynb #bd2d3393
-def _counter(texts):
-    "A function from texts to their word counts, with the vocabulary of `texts`."
-    from sklearn.feature_extraction.text import CountVectorizer
-
-    return CountVectorizer(token_pattern=r"\w+").fit([*texts, "x"]).transform  # never an empty vocabulary
-
-
-def _shared_words(a, b) -> list[str]:
-    return [" ".join(content_words(x) & content_words(y)) for x, y in zip(a, b, strict=True)]
-
-
-class _PairCounts:
-    "Word counts of texts and, where there are two, of the words they share."
-
-    def __init__(self, texts: list, compare: bool):  # texts: one list for each column
-        self.counters = [_counter(column) for column in texts]
-        self.shared = _counter(_shared_words(*texts)) if compare else None
-
-    def __call__(self, texts):  # sparse (N, words)
-        from scipy.sparse import csr_matrix, hstack
-
-        counts = [counter(column) for counter, column in zip(self.counters, texts, strict=True)]
-        if self.shared is None:
-            return hstack(counts).tocsr()
-        shared = _shared_words(*texts)
-        overlap = csr_matrix([[len(words.split())] for words in shared], dtype=float)
-        return hstack([*counts, self.shared(shared), overlap]).tocsr()
+def _words(texts: list, compare: bool) -> list[list[str]]:  # texts: one list for each column
+    "The words of each example, marked with their column; with `compare` also those that all columns share."
+    examples = []
+    for row in zip(*texts, strict=True):
+        marked = [f"{k} {word}" for k, text in enumerate(row) for word in re.findall(r"\w+", text.lower())]
+        shared = set.intersection(*map(content_words, row)) if compare else ()
+        examples.append([*marked, *(f"shared {word}" for word in shared), *["shared"] * len(shared)])
+    return examples
 
 
-class _ChoiceCounts:
-    "Word counts of each solution and of the words it shares with the goal."
-
-    def __init__(self, goal, solutions: list, compare: bool):
-        self.solution = _counter([text for texts in solutions for text in texts])
-        shared = [words for texts in solutions for words in _shared_words(goal, texts)]
-        self.shared = _counter(shared) if compare else None
-
-    def __call__(self, goal, solution):  # sparse (N, words)
-        from scipy.sparse import csr_matrix, hstack
-
-        if self.shared is None:
-            return self.solution(solution).tocsr()
-        shared = _shared_words(goal, solution)
-        overlap = csr_matrix([[len(words.split())] for words in shared], dtype=float)
-        return hstack([self.solution(solution), self.shared(shared), overlap]).tocsr()
-
-
-def _choose(task: Task, train, dev, hypothesis_only: bool) -> np.ndarray:
+def _choose(task: Task, train, dev, compare: bool) -> np.ndarray:
     "Choices of a linear model of the right solution against each of the others."
     from scipy.sparse import vstack
+    from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
 
     goal, *names = task.columns
-    counts = _ChoiceCounts(train[goal], [train[name] for name in names], not hypothesis_only)
-    x, y = [counts(train[goal], train[name]) for name in names], train["label"].to_numpy()
+
+    def words(df, name):  # those of the goal are the same for all solutions
+        return _words([df[name], df[goal]] if compare else [df[name]], compare)
+
+    counter = CountVectorizer(analyzer=list).fit([row for name in names for row in words(train, name)])
+    x, y = [counter.transform(words(train, name)) for name in names], train["label"].to_numpy()
     duels = [(a, b, np.flatnonzero((y == a) | (y == b))) for b in range(len(x)) for a in range(b)]
     model = LogisticRegression(fit_intercept=False, max_iter=2000)
     differences = vstack([x[b][rows] - x[a][rows] for a, b, rows in duels])
     model.fit(differences, np.concatenate([y[rows] == b for _, b, rows in duels]))
-    return np.stack([counts(dev[goal], dev[name]) @ model.coef_[0] for name in names], 1).argmax(1)
+    return np.stack([counter.transform(words(dev, name)) @ model.coef_[0] for name in names], 1).argmax(1)
 
 
-def _classify(task: Task, train, dev, hypothesis_only: bool) -> np.ndarray:
+def _classify(task: Task, train, dev, compare: bool) -> np.ndarray:
+    from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
 
-    names = task.columns[-1:] if hypothesis_only else task.columns
-    counts = _PairCounts([train[name] for name in names], len(names) == 2)
-    model = LogisticRegression(max_iter=2000).fit(counts([train[name] for name in names]), train["label"])
-    return model.predict(counts([dev[name] for name in names]))
+    names = task.columns if compare else task.columns[-1:]
+    model = make_pipeline(CountVectorizer(analyzer=list), LogisticRegression(max_iter=2000))
+    model.fit(_words([train[name] for name in names], len(names) == 2), train["label"])
+    return model.predict(_words([dev[name] for name in names], len(names) == 2))
 
 
-def _linear_accuracy(task: Task, train, dev, hypothesis_only: bool) -> float:
+def _linear_accuracy(task: Task, train, dev, compare: bool) -> float:
     train, dev = canonical(task, train, "train"), canonical(task, dev, "dev")
     labels = train["label"].unique()
     if len(labels) < 2:
@@ -104,12 +73,12 @@ def _linear_accuracy(task: Task, train, dev, hypothesis_only: bool) -> float:
             "a baseline needs two"
         )
     predict = _choose if task.kind == "choice" else _classify
-    return float(np.mean(predict(task, train, dev, hypothesis_only) == dev["label"].to_numpy()))
+    return float(np.mean(predict(task, train, dev, compare) == dev["label"].to_numpy()))
 
 
 def bag_of_words_baseline(task: str | Task, train, dev) -> float:  # accuracy on dev, 0 to 1
     "Accuracy of logistic regression on word counts."
-    return _linear_accuracy(get_task(task), train, dev, False)
+    return _linear_accuracy(get_task(task), train, dev, True)
 
 
 def hypothesis_only_baseline(task: str | Task, train, dev) -> float:  # accuracy on dev, 0 to 1
@@ -118,7 +87,7 @@ def hypothesis_only_baseline(task: str | Task, train, dev) -> float:  # accuracy
     task = get_task(task)
     if task.kind == "single":
         raise ValueError(f"{task.name} has one text column, so there is no hypothesis to take alone")
-    return _linear_accuracy(task, train, dev, True)
+    return _linear_accuracy(task, train, dev, False)
 
 # %% ../../nbs/19_data.scores.ipynb #1a74a2b7
 def matthews(label, prediction) -> float:  # -1 to 1
@@ -157,27 +126,21 @@ def category_scores(
     "Accuracy and Matthews correlation of the diagnostics; a pair of several categories counts in each."
     y, p = df["label"].to_numpy(), _in_order(df, prediction)
     members = {c: np.array([c in text.split(";") for text in df["category"]], bool) for c in CATEGORIES}
-    rows = []
-    for category, rows_of in (members | {"all": np.ones(len(df), bool)}).items():
-        accuracy = correlation = np.nan
-        if rows_of.any():
-            accuracy = 100 * float((y == p)[rows_of].mean())
-            correlation = 100 * matthews(y[rows_of], p[rows_of])
-        rows.append((category, int(rows_of.sum()), accuracy, correlation))
-    return pd.DataFrame(rows, columns=["category", "examples", "accuracy", "matthews"]).set_index("category")
+    rows = {}
+    for category, of_it in (members | {"all": np.ones(len(df), bool)}).items():
+        scores = (np.nan, np.nan)
+        if of_it.any():
+            scores = (100 * float((y == p)[of_it].mean()), 100 * matthews(y[of_it], p[of_it]))
+        rows[category] = (int(of_it.sum()), *scores)
+    columns = ["examples", "accuracy", "matthews"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("category")
 
 # %% ../../nbs/19_data.scores.ipynb #ed382d4c
-_COMPARED = re.compile(r"\b(starts|ends) (before|after)\b")
-
-
-def _comparison(event: str) -> str:
-    found = _COMPARED.search(event)
-    return found[0] if found else ""
-
-
 def comparisons(df: pd.DataFrame) -> pd.Series:  # "starts before", ..., "" where there is none
     "What a TRACIE hypothesis compares."
-    return df["event"].map(_comparison).rename("comparison")
+    return (
+        df["event"].str.extract(r"\b((?:starts|ends) (?:before|after))\b")[0].fillna("").rename("comparison")
+    )
 
 
 def tracie_scores(df: pd.DataFrame, prediction) -> dict:  # per cent, None where there are no such examples
@@ -192,15 +155,3 @@ def tracie_scores(df: pd.DataFrame, prediction) -> dict:  # per cent, None where
 def prior(df: pd.DataFrame) -> pd.Series:  # comparison -> share of positive labels
     "How often each comparison is right."
     return df.groupby(comparisons(df)).label.mean().rename("positive")
-
-
-def uniform_prior(df: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    "The largest subset in which each comparison is as often right as wrong, in the order of `df`."
-    r, keep = rng("uniform prior", seed), []
-    compared = comparisons(df)
-    for comparison in sorted(compared.unique()):
-        rows = [np.flatnonzero((compared == comparison) & (df["label"] == label)) for label in (0, 1)]
-        drawn = [r.permutation(of_label) for of_label in rows]
-        fewest = min(len(of_label) for of_label in drawn)
-        keep += [*drawn[0][:fewest], *drawn[1][:fewest]]
-    return df.iloc[np.sort(np.array(keep, int))].reset_index(drop=True)

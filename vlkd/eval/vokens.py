@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import normalize
 
+from .examples import clip_matches
 from ..models.bert import hidden_states
 from ..models.video_text import Teacher, video_states
 from ..tabletop.language import PAST
@@ -45,12 +46,10 @@ def voken_errors(
 ) -> pd.DataFrame:  # pool, error, error_all_tokens; noun, event, outcome: right in per cent
     "Approximation error of vokens, and what the vokens of nouns show, for pools of several sizes."
     named = noun_event_sentences(data)
-    nouns, clips = data.world.nouns, data.world.clips
     ids, mask = data.tokens[list(named.row)]
     states = normalize(hidden_states(teacher.lm, ids, mask), dim=-1)
     tokens = torch.tensor(data.tokenizer.convert_tokens_to_ids(list(named.noun)))
     at_noun = states[torch.arange(len(states)), (ids == tokens[:, None]).float().argmax(1)]
-    outcome = [nouns.loc[n, e] for n, e in zip(named.noun, named.event, strict=True)]
     rows = []
     for size in sizes:
         if size > len(np.unique(data.pairs.clip[data.pairs.train])):
@@ -58,16 +57,9 @@ def voken_errors(
         pool = voken_pool(data.pairs, size, seed)
         videos = normalize(video_states(teacher.video, data.pairs, pool), dim=-1)
         cosine, nearest = (at_noun @ videos.T).max(1)
-        shown = clips.iloc[pool[nearest.numpy()]]
-        right_event = shown.event.to_numpy() == named.event.to_numpy()
-        rows.append(
-            dict(
-                pool=size,
-                error=1 - float(cosine.mean()),
-                error_all_tokens=1 - float((states[mask] @ videos.T).max(1).values.mean()),
-                noun=100 * (shown.noun.to_numpy() == named.noun.to_numpy()).mean(),
-                event=100 * right_event.mean(),
-                outcome=100 * (right_event & (shown.outcome.to_numpy() == np.array(outcome))).mean(),
-            )
-        )
+        error = 1 - float(cosine.mean())
+        error_all_tokens = 1 - float((states[mask] @ videos.T).max(1).values.mean())
+        shown = clip_matches(data.world, pool[nearest.numpy()], named.noun, named.event)
+        errors = dict(pool=size, error=error, error_all_tokens=error_all_tokens)
+        rows.append(errors | (100 * shown.mean()).to_dict())
     return pd.DataFrame(rows)

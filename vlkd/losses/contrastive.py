@@ -32,18 +32,14 @@ def cyclic_negatives(
 def _given(negatives: torch.Tensor, B: int) -> torch.Tensor:
     "Checked indices of negatives on the CPU; a compiled graph does not look at their values."
     if negatives.dtype not in (torch.int64, torch.int32, torch.int16) or negatives.shape != (B,):
-        raise ValueError(
-            f"negatives should be a LongTensor of shape ({B},), "
-            f"got {negatives.dtype} {tuple(negatives.shape)}"
-        )
+        found = f"{negatives.dtype} {tuple(negatives.shape)}"
+        raise ValueError(f"negatives should be a LongTensor of shape ({B},), got {found}")
     negatives = negatives.long().cpu()
     if torch.compiler.is_compiling():
         return negatives
     if ((negatives < 0) | (negatives >= B) | (negatives == torch.arange(B))).any():
-        raise ValueError(
-            f"negatives should be indices from 0 to {B - 1}, none its own, "
-            f"got {negatives.tolist()} for shape ({B},)"
-        )
+        wanted = f"indices from 0 to {B - 1}, none its own"
+        raise ValueError(f"negatives should be {wanted}, got {negatives.tolist()} for shape ({B},)")
     return negatives
 
 
@@ -108,10 +104,7 @@ def _check_hinge(negatives, sides, reduction):
     check_choice(("mean", "sum", "none"), reduction=reduction)
     if isinstance(negatives, torch.Tensor):
         return
-    if negatives not in ("random", "all", "hardest", "paired"):
-        raise ValueError(
-            f"negatives should be random, all, hardest, paired or a LongTensor (B,), not {negatives!r}"
-        )
+    check_choice(("random", "all", "hardest", "paired"), negatives=negatives)
     if negatives == "random" and joined() > 1:
         raise ValueError(
             "token_hinge: processes that train together have to draw the same negatives: "

@@ -54,7 +54,7 @@ class CRD(nn.Module):
         self.temperature, self.momentum = temperature, momentum
         self.f1 = nn.Linear(student_dim, feature_dim)
         self.f2 = nn.Linear(teacher_dim, feature_dim)
-        self.generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+        self.generator = torch.Generator().manual_seed(torch.randint(2**62, (), device="cpu").item())
         for name in ("memory_v1", "memory_v2"):  # of students, of teachers
             self.register_buffer(name, self._first_memory(feature_dim))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # samples stored so far
@@ -74,10 +74,6 @@ class CRD(nn.Module):
 
     def set_extra_state(self, state):
         self.generator.set_state(state.cpu().to(torch.uint8))
-
-    def extra_repr(self):
-        names = ("negatives", "bank", "bank_size", "temperature", "momentum")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def features(self, student=None, teacher=None) -> tuple:  # (N, F) each, None where none was given
         "f1(student) and f2(teacher), of unit length."

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUICK_DROPOUT', 'ATTENTION', 'bert_config', 'drop', 'Dropout', 'quick_dropout', 'language_model', 'rows_of',
-           'hidden_states', 'masked_mean', 'mlm_loss', 'DistillationHead', 'save_model', 'check_bert_folder',
-           'load_model']
+           'hidden_states', 'masked_mean', 'mlm_loss', 'DistillationHead', 'save_model', 'load_bert', 'load_model']
 
 # %% ../../nbs/35_models.bert.ipynb #a69774c6
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,22 +27,16 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 # %% ../../nbs/35_models.bert.ipynb #ba70e89e
 def bert_config(s: Scale, vocab_size: int, **more) -> BertConfig:
     "BERT's configuration at a scale; `more` replaces what the scale says."
-    config = dict(
-        vocab_size=vocab_size,
-        hidden_size=s.hidden,
-        num_hidden_layers=s.layers,
-        num_attention_heads=s.heads,
-        intermediate_size=s.intermediate,
-        max_position_embeddings=max(s.max_tokens, s.ft_tokens, s.max_frames),
-        hidden_dropout_prob=s.dropout,
-        attention_probs_dropout_prob=s.dropout,
-        initializer_range=s.init_std,
-    )
-    return BertConfig(**(config | more))
+    config = dict(hidden_size=s.hidden, num_hidden_layers=s.layers, num_attention_heads=s.heads)
+    config |= dict(intermediate_size=s.intermediate, vocab_size=vocab_size, initializer_range=s.init_std)
+    config |= dict(hidden_dropout_prob=s.dropout, attention_probs_dropout_prob=s.dropout)
+    positions = max(s.max_tokens, s.ft_tokens, s.max_frames)
+    return BertConfig(**(config | dict(max_position_embeddings=positions) | more))
 
 
 QUICK_DROPOUT = [True]  # on a CPU; False: torch's own, to compare with
@@ -213,43 +207,62 @@ def save_model(folder, lm, tokenizer) -> Path:
     return folder
 
 
-def check_bert_folder(folder: Path) -> None:
-    "An error unless a folder holds a BERT."
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type") if isinstance(config, dict) else config
-    if kind != "bert":
-        raise ValueError(f"{folder} holds a {kind!r} model; it should be a BERT")
+@contextmanager
+def _quiet_transformers():
+    "A context in which `transformers` reports errors alone: that a head is new is expected."
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
-def load_model(folder, **options) -> tuple[BertForMaskedLM, object]:  # model, tokeniser
-    """Load what `save_model` wrote; no code that comes with a folder is run.
+def load_bert(
+    kind: type,  # a `transformers` class
+    folder,
+    head: tuple[str, ...],  # how the names of weights begin that may be missing
+    seed: int = 0,  # from which these are drawn
+    **config,
+) -> tuple[nn.Module, object]:  # model, tokeniser
+    """Load a BERT and its tokeniser; no code that comes with a folder is run.
 
     `ValueError` where it is no BERT, its tokeniser does not fit, or its files were changed."""
     folder = Path(folder)
-    check_bert_folder(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no model: config.json is missing")
+    about = read_json(folder / "config.json")
+    family = about.get("model_type") if isinstance(about, dict) else about
+    if family != "bert":
+        raise ValueError(f"{folder} holds a {family!r} model; it should be a BERT")
     problem = checksum_problem(folder)
-    note = f" ({problem})" if problem else ""
     try:
-        lm, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True, **options)
+        with torch.random.fork_rng(devices=[]), _quiet_transformers():
+            torch.manual_seed(seed)
+            net, info = kind.from_pretrained(folder, output_loading_info=True, **config)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:
         reason = str(e).partition("\n")[0][:200]
         raise ValueError(
             problem or f"{folder}: model or tokeniser cannot be loaded ({type(e).__name__}: {reason})"
         ) from None
-    lost = [name for name in info["missing_keys"] if not name.startswith("cls.")]
+    note = f" ({problem})" if problem else ""
+    lost = sorted(name for name in info["missing_keys"] if not name.startswith(head))
     if lost:
         raise ValueError(
             f"{folder}: the checkpoint lacks {len(lost)} weights, {lost[0]} among them: "
             f"it belongs to another architecture{note}"
         )
-    if len(tokenizer) != lm.config.vocab_size:
+    if len(tokenizer) != net.config.vocab_size:
         raise ValueError(
             f"{folder}: the tokeniser has {len(tokenizer)} vocabulary entries, the model "
-            f"{lm.config.vocab_size}: they do not belong together{note}"
+            f"{net.config.vocab_size}: they do not belong together{note}"
         )
     if problem:
         raise ValueError(problem)
-    return lm, tokenizer
+    return net, tokenizer
+
+
+def load_model(folder) -> tuple[BertForMaskedLM, object]:  # model, tokeniser
+    "Load what `save_model` wrote; errors as in `load_bert`."
+    return load_bert(BertForMaskedLM, folder, ("cls.",))

@@ -75,16 +75,13 @@ def _load_encoder(folder, s: Scale) -> VisualEncoder:
     verify_checksums(folder)
     try:
         state = load_file(file)
-        feature_dim = len(state["mean"])
-    except Exception as e:
-        raise ValueError(
-            f"{file}: not the weights of a visual encoder ({type(e).__name__}: {str(e)[:120]})"
-        ) from None
-    encoder = VisualEncoder(s, feature_dim)
-    try:
+        encoder = VisualEncoder(s, len(state["mean"]))
         encoder.load_state_dict(state)
-    except RuntimeError as e:
-        raise ValueError(f"{file} does not fit scale {s.name!r}: {str(e).splitlines()[1].strip()}") from None
+    except Exception as e:
+        reason = f"{type(e).__name__}: {str(e)[:300]}"
+        raise ValueError(
+            f"{file} holds no visual encoder, or does not fit scale {s.name!r} ({reason})"
+        ) from None
     return encoder
 
 
@@ -127,13 +124,9 @@ def clip_batch(pairs, rows) -> tuple[torch.Tensor, torch.Tensor]:  # features (B
 
 
 @torch.no_grad()
-def video_states(video: VisualEncoder, pairs, clips, batch: int = 256) -> torch.Tensor:  # (N, D)
+def video_states(video: VisualEncoder, pairs, clips) -> torch.Tensor:  # (N, D)
     "The visual encoder's vectors of clips."
     dev = next(video.parameters()).device
     video.eval()
-    clips = np.asarray(clips)
-    out = []
-    for k in range(0, len(clips), batch):
-        features, frames = clip_batch(pairs, clips[k : k + batch])
-        out.append(video(features.to(dev), frames.to(dev)).float().cpu())
-    return torch.cat(out)
+    batches = (clip_batch(pairs, clips[k : k + 256]) for k in range(0, len(clips), 256))
+    return torch.cat([video(features.to(dev), frames.to(dev)).float().cpu() for features, frames in batches])

@@ -378,8 +378,6 @@ def predicted_days(
     scale: str = "paper",
     seeds=1,
     slots=(1, 8, 64),  # numbers of GPUs
-    gpu: str = "A100",
-    utilisation: float = 0.3,  # share of the peak that is assumed
 ):
     "Days that the graph would take with one GPU a run, by the cost model; evaluation is not counted."
     import pandas as pd
@@ -388,7 +386,7 @@ def predicted_days(
 
     nodes = graph(ids, scale, seeds, need_data=False)
     runs = list(run_parameters(nodes.values()).items())
-    cost = plan_cost(runs, scale, name=gpu, utilisation=utilisation).set_index("run").GPU_hours
+    cost = plan_cost(runs, scale).set_index("run").GPU_hours
     hours = {name: float(cost[n.entry["id"]]) for name, n in nodes.items() if n.entry["id"] in cost.index}
     total, rows = sum(hours.values()), []
     for number in slots:

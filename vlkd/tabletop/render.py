@@ -133,34 +133,9 @@ def _scenery(events: np.ndarray, centre_x: np.ndarray, dice: np.ndarray) -> np.n
         image[k, 1:5, 14:22, 0:4] = (225, 180, 150)  # a hand
     return image
 
-# %% ../../nbs/21_tabletop.render.ipynb #08d33fea
-@dataclass
-class _Things:
-    "The things of many clips, of one shape and texture, whole or one of their halves."
-
-    shape: str
-    texture: str
-    x: np.ndarray  # centre, float32 (clips, FRAMES)
-    y: np.ndarray
-    width: np.ndarray  # half of it
-    height: np.ndarray
-    angle: np.ndarray
-    brightness: np.ndarray
-    colour: np.ndarray  # (clips, 3)
-
-    def draw(self, image: np.ndarray):  # float32 (clips, FRAMES, SIDE, SIDE, 3), changed in place
-        rows, columns = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
-        u = (columns - self.x[..., None, None]) / self.width[..., None, None]
-        v = (rows - self.y[..., None, None]) / self.height[..., None, None]
-        cos, sin = np.cos(self.angle[..., None, None]), np.sin(self.angle[..., None, None])
-        tone = _texture(self.texture, u * cos - v * sin, u * sin + v * cos)
-        tone = tone * self.brightness[..., None, None]
-        pixels = (self.colour[:, None, None, None] * tone[..., None]).astype(np.float32)
-        np.copyto(image, pixels, where=_inside(self.shape, u, v)[..., None])
-
 # %% ../../nbs/21_tabletop.render.ipynb #7530cad9
 def _draw_things(
-    image: np.ndarray,  # (clips, FRAMES, SIDE, SIDE, 3), changed in place
+    image: np.ndarray,  # float32 (clips, FRAMES, SIDE, SIDE, 3), changed in place
     nouns: pd.DataFrame,  # columns shape, size
     motion: Motion,  # float32
     centre: tuple,  # x and y of each take
@@ -169,6 +144,7 @@ def _draw_things(
     angle: np.ndarray,  # (clips, FRAMES)
 ):
     "Draw every thing, whole or in two halves, those of one shape and texture at a time."
+    rows, columns = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
     shapes = nouns["shape"].to_numpy()
     half = nouns["size"].map(SIZES).to_numpy(np.float32)
     for shape, surface in sorted(set(zip(shapes, texture, strict=True))):
@@ -179,19 +155,18 @@ def _draw_things(
                 continue
             gap = motion.gap[clips]
             shrunk = np.where(gap > 0, 0.75, 1.0) if side else np.ones_like(gap)
-            things = _Things(
-                shape,
-                surface,
-                x=centre[0][clips, None] + motion.x[clips] + side * gap,
-                y=centre[1][clips, None] + motion.y[clips],
-                width=half[clips, None] * motion.width[clips] * shrunk,
-                height=half[clips, None] * motion.height[clips] * shrunk,
-                angle=angle[clips],
-                brightness=motion.brightness[clips],
-                colour=colour[clips],
-            )
+            x = centre[0][clips, None] + motion.x[clips] + side * gap
+            y = centre[1][clips, None] + motion.y[clips]
+            width = half[clips, None] * motion.width[clips] * shrunk
+            height = half[clips, None] * motion.height[clips] * shrunk
+            u = (columns - x[..., None, None]) / width[..., None, None]
+            v = (rows - y[..., None, None]) / height[..., None, None]
+            cos, sin = np.cos(angle[clips, :, None, None]), np.sin(angle[clips, :, None, None])
+            tone = _texture(surface, u * cos - v * sin, u * sin + v * cos)
+            tone = tone * motion.brightness[clips, :, None, None]
+            pixels = (colour[clips][:, None, None, None] * tone[..., None]).astype(np.float32)
             part = image[clips]
-            things.draw(part)
+            np.copyto(part, pixels, where=_inside(shape, u, v)[..., None])
             image[clips] = part
 
 # %% ../../nbs/21_tabletop.render.ipynb #d097d3d4

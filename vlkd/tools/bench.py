@@ -17,7 +17,6 @@ import random
 import re
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import pandas as pd
 import torch
 
 from ..core.device import device
-from ..core.files import fingerprint, read_json, write_json
+from ..core.files import atomic_folder, fingerprint, read_json, write_json
 from ..core.records import Run, record, run_folder, versions
 from ..core.settings import path, unknown_name
 from ..plots import table_md
@@ -58,9 +57,8 @@ def interleave(
     repeats: int = 5,  # rounds that count
     warmup: int = 1,  # rounds before them
     *,
-    base: str | None = None,  # variant that ratios refer to; None: the first
-    seconds: float | None = None,  # no new round after so much time, once two are done
-    seed: int = 0,  # of the order within rounds
+    base: str = "",  # variant that ratios refer to; empty: the first
+    seconds: float = math.inf,  # no new round after so much time, once two are done
     clock=time.perf_counter,
 ) -> pd.DataFrame:  # as `summary`; `attrs["times"]` holds the seconds of all rounds
     """Times of variants that run in turns.
@@ -68,21 +66,17 @@ def interleave(
     A ratio is the median over rounds of the base's time by the variant's in the same round,
     so that a load which lasts longer than a round does not change it.
     """
-    if not variants:
-        raise ValueError("interleave: no variants to measure")
-    base = base or next(iter(variants))
+    order, shuffle = list(variants), random.Random(0)
+    base = base or order[0]
     if base not in variants:
-        raise ValueError(f"interleave: no variant {base!r}; there are {', '.join(variants)}")
-    if repeats < 1:
-        raise ValueError(f"interleave: repeats should be at least 1, got {repeats}")
-    order, shuffle = list(variants), random.Random(seed)
+        raise unknown_name("variant", base, variants)
     times = {name: [] for name in variants}
     for _ in range(warmup):
         for name in order:
             variants[name]()
     began = clock()
     for done in range(repeats):
-        if seconds is not None and done >= 2 and clock() - began > seconds:
+        if done >= 2 and clock() - began > seconds:
             break
         shuffle.shuffle(order)
         gc.collect()
@@ -96,21 +90,16 @@ def summary(
     base: str,  # variant that ratios refer to
 ) -> pd.DataFrame:  # a row a variant: median, q25, q75 (seconds), ratio, ratio_q25, ratio_q75, rounds
     "Medians and quartiles of times and of how many times faster than `base` they are within rounds."
-    base_times = np.asarray(times[base], float)
-    rows = []
-    for name, values in times.items():
-        values = np.asarray(values, float)
-        with np.errstate(all="ignore"):
-            ratios = base_times / values
-        row = dict(variant=name)
-        for column, x in (("", values), ("ratio", ratios)):
-            prefix = f"{column}_" if column else ""
-            numbers = np.percentile(x, [50, 25, 75])
-            row |= dict(zip((column or "median", f"{prefix}q25", f"{prefix}q75"), numbers, strict=True))
-        rows.append(row | dict(rounds=len(values)))
-    out = pd.DataFrame(rows)
-    out.attrs = dict(times={name: list(map(float, x)) for name, x in times.items()})
-    return out
+    seconds = pd.DataFrame(times, dtype=float)
+    ratios = seconds.rdiv(seconds[base], axis=0)
+    out = pd.DataFrame({"variant": seconds.columns})
+    for numbers, names in (
+        (seconds, ("median", "q25", "q75")),
+        (ratios, ("ratio", "ratio_q25", "ratio_q75")),
+    ):
+        out[list(names)] = numbers.quantile([0.5, 0.25, 0.75]).T.to_numpy()
+    out.attrs = dict(times=times)
+    return out.assign(rounds=len(seconds))
 
 # %% ../../nbs/78_tools.bench.ipynb #a2ec040b
 @contextlib.contextmanager
@@ -146,27 +135,21 @@ def peak_memory(function) -> int:  # bytes
     return int(max(0, *np.cumsum(sizes))) if sizes else 0
 
 # %% ../../nbs/78_tools.bench.ipynb #23368709
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.is_file() else None
-    name = named[1] if named else platform.processor() or platform.machine()
-    return " ".join(name.split())
-
-
 def machine() -> dict:
     "What a measurement depends on: processor, cores, memory, accelerator, threads, versions."
-    on_gpu = device().type == "cuda"
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.is_file() else None
     out = dict(
-        cpu=_cpu_name(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        device=torch.cuda.get_device_name(device()) if on_gpu else "cpu",
+        cpu=" ".join((named[1] if named else platform.processor()).split()),
+        cores=len(os.sched_getaffinity(0)),
+        device="cpu",
         threads=torch.get_num_threads(),
         system=f"{platform.system()} {platform.machine()}",
+        memory_GB=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
     )
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        out["memory_GB"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
-    if on_gpu:
-        out["device_GB"] = round(torch.cuda.get_device_properties(device()).total_memory / 2**30)
+    if device().type == "cuda":
+        gpu = torch.cuda.get_device_properties(device())
+        out |= dict(device=gpu.name, device_GB=round(gpu.total_memory / 2**30))
     return out | dict(versions=versions())
 
 
@@ -193,29 +176,21 @@ def target(
     "A target beside what was measured."
     if (at_least is None) == (at_most is None):
         raise ValueError(f"target {text!r}: give at_least or at_most")
-    out = dict(target=text, limit="", measured="not measured here", met=None, note=note)
-    if at_least is not None:
-        out["limit"] = f"at least {at_least:g}{unit}"
-    else:
-        out["limit"] = f"at most {at_most:g}{unit}"
-    if measured is not None and math.isfinite(measured):
-        out["measured"] = f"{measured:.3g}{unit}"
-        out["met"] = bool(measured >= at_least if at_least is not None else measured <= at_most)
-    return out
+    limit = f"at least {at_least:g}{unit}" if at_most is None else f"at most {at_most:g}{unit}"
+    if measured is None or not math.isfinite(measured):
+        return dict(target=text, limit=limit, measured="not measured here", met=None, note=note)
+    met = measured >= at_least if at_most is None else measured <= at_most
+    return dict(target=text, limit=limit, measured=f"{measured:.3g}{unit}", met=bool(met), note=note)
 
 
 EFFORTS = ("toy", "quick", "full")  # a test of the code; minutes; the papers' sizes
-
-
-def _load_average() -> float | None:
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def begin_benchmark(effort: str) -> dict:
     "Check the effort and note how busy the machine is."
     if effort not in EFFORTS:
         raise unknown_name("effort", effort, EFFORTS)
-    return dict(effort=effort, load=[_load_average()])
+    return dict(effort=effort, load=[round(os.getloadavg()[0], 2)])
 
 
 def record_benchmark(
@@ -235,7 +210,7 @@ def record_benchmark(
         dict(zip(stems, tables.values(), strict=True)),
         title=title,
         effort=begun["effort"],
-        load=[*begun["load"], _load_average()],
+        load=begun["load"] + begin_benchmark(begun["effort"])["load"],
         targets=list(targets),
         method=method,
         machine=machine(),
@@ -266,10 +241,9 @@ def run_benchmarks(
 ) -> dict:  # as `reproduce`: done (names), failed (name -> why)
     "Run benchmarks one after the other and print what they measured. An unknown name is a ValueError."
     known, scale = benchmarks(quick), bench_scale(quick)
-    for name in names:
-        if name not in known:
-            raise unknown_name("benchmark", name, known)
     names = list(names or known)
+    if unknown := set(names) - known.keys():
+        raise unknown_name("benchmark", unknown.pop(), known)
     for name in names:
         shutil.rmtree(run_folder(name, scale), ignore_errors=True)
     result = reproduce(names, scale, jobs=1, plan=bench_plan())
@@ -281,16 +255,9 @@ def run_benchmarks(
     return result
 
 
-def _shown(df: pd.DataFrame) -> pd.DataFrame:
+def _number(x: float):
     "Three significant digits, thousands kept."
-
-    def text(x):
-        if math.isnan(x):
-            return x
-        return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
-
-    floats = df.select_dtypes("float").columns
-    return df.assign(**{str(c): [text(x) for x in df[c]] for c in floats})
+    return x if math.isnan(x) else f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
 def targets_md(targets: list) -> str:
@@ -306,7 +273,9 @@ def benchmark_md(
     "What one benchmark measured, in Markdown."
     out = [f"### {result['title']}", result["method"]]
     for title, df in frames.items():
-        out += [f"#### {title}" if title else "", table_md(_shown(df))]
+        floats = df.select_dtypes("float").columns
+        shown = df.assign(**{c: df[c].map(_number) for c in floats})
+        out += [f"#### {title}" if title else "", table_md(shown)]
     if result["targets"]:
         out.append(targets_md(result["targets"]))
     return "\n\n".join(filter(None, out))
@@ -320,11 +289,11 @@ take. Made by `vlkd bench --publish`."""
 
 def _finished() -> dict[str, Run]:  # name -> run
     "Benchmarks that have run, full runs before quick ones."
-    folders = {}
-    for quick in (True, False):
-        found = {name: run_folder(name, bench_scale(quick)) for name in benchmarks(quick)}
-        folders |= {name: f for name, f in found.items() if (f / "run.json").is_file()}
-    return {name: Run(folders[name]) for name in benchmarks() if name in folders}
+    folders = {
+        name: [run_folder(name, bench_scale(quick)) for quick in (False, True)] for name in benchmarks()
+    }
+    finished = {name: [f for f in both if (f / "run.json").is_file()] for name, both in folders.items()}
+    return {name: Run(found[0]) for name, found in finished.items() if found}
 
 
 def _publish_run(folder: Path, name: str, run: Run) -> None:
@@ -378,33 +347,15 @@ def benchmarks_page(folder: Path) -> str:
     return "\n\n".join(out) + "\n"
 
 
-@contextlib.contextmanager
-def _replaced(folder: Path):
-    "A copy of a folder to change, which takes its place if nothing fails."
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as d:
-        new, old = Path(d) / "new", Path(d) / "old"
-        new.mkdir()
-        if folder.is_dir():
-            shutil.copytree(folder, new, dirs_exist_ok=True)
-        yield new
-        if folder.is_dir():
-            os.rename(folder, old)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            if old.is_dir():
-                os.rename(old, folder)
-            raise
-
-
 def publish_benchmarks() -> Path:  # reports/bench
     "Enter finished runs into `reports/bench` and write its page; nothing changes where it fails."
     runs = _finished()
     if not runs:
         raise ValueError("nothing to publish: no benchmark has run; run `vlkd bench` first")
     folder = path("reports") / "bench"
-    with _replaced(folder) as new:
+    with atomic_folder(folder) as new:
+        if folder.is_dir():
+            shutil.copytree(folder, new, dirs_exist_ok=True)
         for name, run in runs.items():
             _publish_run(new, name, run)
         (new / "README.md").write_text(benchmarks_page(new), encoding="utf-8")

@@ -248,40 +248,27 @@ def cost(
     frames: Annotated[float, Option(help="Frames of a clip as padded in a batch.")] = 8,
 ):
     "Say which data a scale lacks; predict steps, FLOPs, GPU hours, memory and storage of its trainings."
+    from vlkd.tools.cost import Assumed
     from vlkd.tools.preflight import dry_run
 
-    assumed = dict(utilisation=utilisation, caption_tokens=caption_tokens, frames=frames)
-    show(dry_run(scale, large=large, name=gpu, gpus=gpus, **assumed))
+    assumed = Assumed(gpu, utilisation, caption_tokens, frames)
+    show(dry_run(scale, large=large, gpus=gpus, assumed=assumed))
 
 # %% ../../nbs/79_tools.cli.ipynb #c8af3bb2
 @app.command()
 def preflight(
     samples: Annotated[int, Option(help="Size of the synthetic fixture.")] = 1000,
     steps: Annotated[
-        int,
-        Option(
-            help="Steps of each training; 0: 4, and 40 with --notebooks, whose pages need falling losses."
-        ),
+        int, Option(help="Steps of a student; 0: 4, and 40 with --pages, which need falling losses.")
     ] = 0,
     out: Annotated[str, Option(help="Folder to keep what it makes; empty: nothing is kept.")] = "",
-    notebooks: Annotated[
-        bool,
-        Option("--notebooks", help="Through vlkd reproduce: runner, notebooks, all tasks, pages (minutes)."),
-    ] = False,
+    pages: Annotated[bool, Option("--pages", help="The tables as well, not only trainings.")] = False,
 ):
     "Run the trainings of scale paper at toy sizes, on a synthetic fixture in place of its data."
-    import time
+    from vlkd.tools.preflight import preflight
 
-    from vlkd.reproduce.plan import plan_runs
-    from vlkd.tools.preflight import preflight, preflight_plan
-
-    if notebooks:
-        raise typer.Exit(preflight_plan(out or None, samples=samples, steps=steps or 40))
-    began = time.time()
-    runs = plan_runs(scale="paper")
-    done = preflight(out or None, samples=samples, steps=steps or 4, runs=runs, say=show)
-    seconds = time.time() - began
-    show(f"{len(done)} runs of scale paper done on {samples:,} samples in {seconds:.0f} s; losses are finite")
+    ids, usual = (["all"], 40) if pages else (None, 4)
+    raise typer.Exit(preflight(out or None, ids, samples=samples, steps=steps or usual))
 
 # %% ../../nbs/79_tools.cli.ipynb #e0b8e080
 @app.command()

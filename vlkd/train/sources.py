@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OFFICIAL_TASKS', 'FEATURES', 'TEXTS', 'FEATURE_FOLDERS', 'FEATURE_WIDTHS', 'REQUIRED', 'TIMES', 'DataSource',
            'official_files', 'read_official', 'tabletop_features', 'TabletopSource', 'middle_frame', 'PublicSource',
-           'text_of', 'columns_2d', 'MiddleFrames', 'PaperSource', 'read_clip_captions', 'clip_videos',
-           'padded_features', 'OwnSource', 'load_data']
+           'text_of', 'columns_2d', 'MiddleFrames', 'PaperSource', 'read_clip_captions', 'clip_videos', 'OwnSource',
+           'load_data']
 
 # %% ../../nbs/50_train.sources.ipynb #b4d9c188
 from functools import cached_property, partial
@@ -37,9 +37,10 @@ from vlkd.data.howto100m import (
     howto_pairs,
 )
 from ..data.public import bert_vocab, real_pairs, real_sentences
+from ..data.readers import check_columns, read_table
 from ..data.squad import SQUAD_FOLDER, SQUAD_VERSIONS, qnli_from_squad, read_squad, squad_files
 from ..data.tasks import TASKS, Task, get_task, read_task
-from ..data.text import Tokens, VideoText, load_vocabulary, tokenize, train_tokenizer
+from ..data.text import Tokens, VideoText, load_vocabulary, padded_clips, tokenize, train_tokenizer
 from ..data.video import Features
 from ..features.extract import VideoItem, extract_videos
 from ..tabletop.encoders import load_tabletop_encoder
@@ -414,21 +415,16 @@ class PaperSource(_RealSource):
 REQUIRED, TIMES = ["path", "caption"], ["start", "end"]
 
 
-def _check_columns(file: Path, columns) -> None:
-    missing = [c for c in REQUIRED if c not in columns]
-    unknown = [c for c in columns if c not in REQUIRED + TIMES]
-    if missing or unknown:
-        raise ValueError(
-            f"{file}, line 1: the columns should be path,caption (and start,end if you like), "
-            f"got {','.join(map(str, columns))}"
-        )
-
-
 def _clip_name(path: str, start: float, end: float) -> str:
     "A clip's name: its video, and its times where there are any."
     if np.isnan(start) and np.isnan(end):
         return path
     return f"{path} ({0 if np.isnan(start) else start:g}-{'end' if np.isnan(end) else f'{end:g}'} s)"
+
+
+def _check_rows(file: Path, right: pd.Series, what: str) -> None:
+    for n in right.index[~right]:
+        raise ValueError(f"{file}, line {n}: {what}")
 
 
 def read_clip_captions(file) -> pd.DataFrame:  # clip, path, caption, start, end: a row a caption
@@ -437,31 +433,22 @@ def read_clip_captions(file) -> pd.DataFrame:  # clip, path, caption, start, end
     A missing column, an empty path or caption, or a time that is none is a ValueError that names the line.
     """
     file = Path(file)
-    df = pd.read_csv(file, dtype=str, keep_default_na=False, skipinitialspace=True)
-    _check_columns(file, df.columns)
-    for column in TIMES:
-        if column not in df:
-            df[column] = ""
-        text = df[column].str.strip()
-        df[column] = pd.to_numeric(text.replace("", "nan"), errors="coerce")
-        wrong = (df[column].isna() & (text != "")) | (df[column] < 0)
-        _check_rows(file, ~wrong, f"{column} should be seconds, 0 or more, or empty")
+    df = read_table(file).rename(columns=str.strip).apply(lambda cells: cells.str.strip())
+    check_columns(file, list(df), REQUIRED)
+    for name in set(df) - {*REQUIRED, *TIMES}:
+        raise ValueError(f"{file}, line 1: {unknown_name('column', name, REQUIRED + TIMES)}")
     for column in REQUIRED:
-        df[column] = df[column].str.strip()
         _check_rows(file, df[column] != "", f"the {column} is empty")
+    for column in TIMES:
+        text = df.get(column, pd.Series("", df.index))
+        df[column] = pd.to_numeric(text.replace("", "nan"), errors="coerce")
+        right = (text == "") | (df[column] >= 0)
+        _check_rows(file, right, f"{column} should be seconds, 0 or more, or empty")
     in_order = df.end.isna() | (df.end > df.start.fillna(0))
     _check_rows(file, in_order, "end should be later than start")
-    if not len(df):
-        raise ValueError(f"{file}: no captions are listed")
     df["clip"] = [_clip_name(*row) for row in zip(df.path, df.start, df.end, strict=True)]
     df["path"] = [file.parent / path for path in df.path]
-    return df[["clip", "path", "caption", "start", "end"]]
-
-
-def _check_rows(file: Path, right: pd.Series, what: str) -> None:
-    "ValueError that names the first line where something is wrong."
-    if not right.all():
-        raise ValueError(f"{file}, line {2 + int(np.argmin(right.to_numpy()))}: {what}")
+    return df[["clip", "path", "caption", "start", "end"]].reset_index(drop=True)
 
 
 def clip_videos(captions: pd.DataFrame) -> dict[str, VideoItem]:  # clip -> what to read
@@ -471,22 +458,6 @@ def clip_videos(captions: pd.DataFrame) -> dict[str, VideoItem]:  # clip -> what
     return {clip: VideoItem(rows.path[clip], *times.loc[clip]) for clip in rows.index}
 
 # %% ../../nbs/50_train.sources.ipynb #63df0c88
-def padded_features(
-    features: Features,  # clip -> (T, F)
-    clips: list[str],
-    max_frames: int,
-) -> tuple[np.ndarray, np.ndarray]:  # (clips, max_frames, F), (clips, max_frames) true where a frame is
-    "The features of clips in one array; of a longer clip, evenly spaced rows."
-    out = np.zeros((len(clips), max_frames, features.dim), np.float16)
-    mask = np.zeros(out.shape[:2], bool)
-    for i, clip in enumerate(clips):
-        rows = features[clip]
-        if len(rows) > max_frames:
-            rows = rows[np.linspace(0, len(rows) - 1, max_frames).round().astype(int)]
-        out[i, : len(rows)], mask[i, : len(rows)] = rows, True
-    return out, mask
-
-
 class OwnSource(_RealSource):
     "Clips and captions of a csv, text of a file, and tasks."
 
@@ -517,6 +488,8 @@ class OwnSource(_RealSource):
             if clip not in errors:
                 raise ValueError(f"{self.features.folder} has no features of {clip!r}; extract them first")
             print(f"{clip} is left out, since it could not be read: {errors[clip]}")
+        if not known.any():
+            raise ValueError(f"{self.features.folder}: not one of the clips that have captions could be read")
         return captions[known].reset_index(drop=True)
 
     @cached_property
@@ -536,7 +509,7 @@ class OwnSource(_RealSource):
         number, clips = pd.factorize(self.captions["clip"])
         order = rng("own clips", self.seed).permutation(len(clips))
         away = np.isin(number, order[: max(1, round(self.held_out * len(clips)))])
-        features, mask = padded_features(self.features, list(clips), self.s.max_frames)
+        features, mask = padded_clips([self.features[clip] for clip in clips], self.s.max_frames)
         return VideoText(
             self.captions.caption.tolist(),
             number,

@@ -4,24 +4,21 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'SquadRecipe', 'squad_recipe', 'best_span', 'decode_spans', 'SpanObjective', 'span_batch',
-           'quiet_transformers', 'bert_with_head', 'span_classifier', 'span_logits', 'finetune_squad', 'record_columns',
-           'span_records', 'squad_summary']
+           'span_classifier', 'span_logits', 'finetune_squad', 'record_columns', 'span_records']
 
 # %% ../../nbs/57_train.squad.ipynb #53c24192
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from ..core.device import mend_torchvision, seed_everything
-from ..core.settings import Scale, unknown_name
-from ..data.squad import Windows, best_threshold, evaluate_squad, squad_scores, squad_windows
-from ..models.bert import check_bert_folder
+from ..core.settings import Scale
+from ..data.squad import Windows, best_threshold, squad_scores, squad_windows
+from ..models.bert import load_bert
 from .trainer import Objective, fit
 
 # %% ../../nbs/57_train.squad.ipynb #c6243782
@@ -29,7 +26,6 @@ mend_torchvision()  # transformers imports torchvision
 
 # %% ../../nbs/57_train.squad.ipynb #88f85d90
 from transformers import AutoTokenizer, BertForQuestionAnswering
-from transformers.utils import logging
 
 # %% ../../nbs/57_train.squad.ipynb #08ceb814
 @dataclass(frozen=True)
@@ -65,26 +61,18 @@ RECIPES = dict(
 )
 
 
-def squad_recipe(s: Scale | str = "paper", **changes) -> SquadRecipe:
-    """A recipe by name (`paper`, `released`) or from a scale's fine-tuning settings, with changes.
+def squad_recipe(s: Scale, **changes) -> SquadRecipe:
+    """The recipe of a scale's fine-tuning settings, with changes.
 
     `squad_steps` and `squad_lr` of a scale count where they are not 0, else `ft_steps` and `ft_lr`."""
-    for name in changes:
-        if name not in SquadRecipe.__dataclass_fields__:
-            raise unknown_name("setting of a SQuAD recipe", name, SquadRecipe.__dataclass_fields__)
-    if not isinstance(s, str):
-        recipe = SquadRecipe(
-            lr=s.squad_lr or s.ft_lr,
-            epochs=s.ft_epochs,
-            steps=s.squad_steps or s.ft_steps,
-            batch=s.ft_batch,
-            weight_decay=s.weight_decay,
-            max_answer=s.squad_answer,
-        )
-    elif s in RECIPES:
-        recipe = RECIPES[s]
-    else:
-        raise unknown_name("recipe", s, RECIPES)
+    recipe = SquadRecipe(
+        lr=s.squad_lr or s.ft_lr,
+        epochs=s.ft_epochs,
+        steps=s.squad_steps or s.ft_steps,
+        batch=s.ft_batch,
+        weight_decay=s.weight_decay,
+        max_answer=s.squad_answer,
+    )
     return replace(recipe, **changes)
 
 # %% ../../nbs/57_train.squad.ipynb #86330f09
@@ -166,48 +154,9 @@ def span_batch(windows: Windows, rows, labels: bool = False) -> dict:
     return batch
 
 # %% ../../nbs/57_train.squad.ipynb #3fef5e40
-@contextmanager
-def quiet_transformers():
-    "A context in which `transformers` reports errors alone: that a head is new is expected."
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-def bert_with_head(
-    kind: type,  # a `transformers` class
-    folder,
-    seed: int,
-    head: tuple[str, ...],  # how the names of the new weights begin
-    **config,
-) -> nn.Module:
-    "A saved BERT with a new head drawn from `seed`."
-    folder = Path(folder)
-    check_bert_folder(folder)
-    with torch.random.fork_rng(devices=[]), quiet_transformers():
-        torch.manual_seed(seed)
-        net, info = kind.from_pretrained(folder, output_loading_info=True, **config)
-    entries = len(AutoTokenizer.from_pretrained(folder))
-    if entries != net.config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokeniser has {entries} vocabulary entries, the model {net.config.vocab_size}: "
-            "they do not belong together"
-        )
-    lost = sorted(name for name in info["missing_keys"] if not name.startswith(head))
-    if lost:
-        raise ValueError(
-            f"{folder}: the checkpoint lacks {len(lost)} weights, {lost[0]} among them: "
-            "it belongs to another architecture"
-        )
-    return net
-
-
 def span_classifier(folder, seed: int) -> SpanObjective:
     "A saved BERT with a new span head drawn from `seed`."
-    return SpanObjective(bert_with_head(BertForQuestionAnswering, folder, seed, ("qa_outputs.",)))
+    return SpanObjective(load_bert(BertForQuestionAnswering, folder, ("qa_outputs.",), seed)[0])
 
 
 @torch.no_grad()
@@ -326,13 +275,3 @@ def span_records(
             best_exact=best.exact,
         )
     )
-
-
-def squad_summary(test: pd.DataFrame, records: pd.DataFrame) -> dict:  # per cent
-    "The official script's numbers for the records of one run; for squad2 with the best threshold."
-    by_id = records.set_index("id")
-    if not by_id.index.is_unique:
-        raise ValueError("the records hold a question twice: give those of one run and seed")
-    if (records.task == "squad2").any():
-        return evaluate_squad(test, by_id.span, by_id.no_answer, 0.5)
-    return evaluate_squad(test, by_id.span)

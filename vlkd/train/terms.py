@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'CRD_TOKENS', 'Outputs', 'TermSetup', 'StepSize', 'encoder_flops', 'mlm_flops', 'voken_flops', 'Term',
-           'register_term', 'term_class', 'term_names', 'reads_masked', 'reads_vokens', 'SoftLabel', 'Regression',
-           'NST', 'NTXent', 'Voken', 'ContrastiveRepresentation']
+           'register_term', 'term_class', 'term_names', 'any_reads', 'SoftLabel', 'Regression', 'NST', 'NTXent',
+           'Voken', 'ContrastiveRepresentation']
 
 # %% ../../nbs/54_train.terms.ipynb #d7116d7d
 import importlib
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import nn
 
 from ..core.settings import Scale
+from ..losses.base import check_choice
 from ..losses.crd import CRD
 from ..losses.kd import nst, nt_xent, regression, soft_label, voken
 from ..models.bert import DistillationHead, hidden_states, masked_mean
@@ -77,14 +78,11 @@ class TermSetup:
 class StepSize:
     "One training step, whose cost is asked for."
 
-    scale: Scale
     batch: int  # sentences
     tokens: float  # of a sentence, padding included
     vocab: int = 0  # words; 0: the scale's
-    head: bool = True  # whether states pass a distillation head
     known_vokens: bool = False  # whether vokens were retrieved before training
-    bytes_per_value: int = 4  # of an activation: 2 under bfloat16 autocast
-    args: dict = field(default_factory=dict)  # arguments of the term
+    half: bool = False  # whether activations take 16 bits
 
 
 def encoder_flops(s: Scale, tokens: float, layers: int = 0) -> float:
@@ -109,38 +107,29 @@ class Term(nn.Module):
 
     name = ""  # as it is written in a plan, and the section of its arguments in a preset
     weight = 1.0  # in the total loss, where nothing else is given
-    reads = ("states",)  # of the teacher: "states", "logits", "vokens"
-    couples = (
-        False  # whether it compares the samples of a batch, so that no part of the batch can be left out
-    )
+    reads = "states"  # of the teacher: states of the masked sentences, or vokens
+    couples = False  # whether it compares the samples of a batch, none of which can then be left out
     one_width = True  # whether, without a head, student and teacher must have the same width
-    learns_start = False  # whether `start` wants a first batch
+    start = None  # start(student, teacher, batch) may set initial values from a first batch
     retrieval_rank = 1  # of a student's terms the highest gives the space of retrieval; 0: it has none
     state_traffic = 4  # values moved for each value of the student's states, about
     operations = 60  # kernels started forward and backward, about
 
     def __init__(self, setup: TermSetup, **args):
         super().__init__()
-        if not setup.head and self.one_width and setup.student != setup.teacher:
+        widths = setup.student, setup.teacher
+        if not setup.head and self.one_width and len(set(widths)) > 1:
             raise ValueError(
-                f"{self.name}: without a head, student and teacher must have one width; "
-                f"they have {setup.student} and {setup.teacher}"
+                f"{self.name}: without a head, student and teacher must have one width; they have {widths}"
             )
-        self.args = args
+        self.scale, self.args = setup.scale, args
         self.head = self.build_head(setup)
 
-    def build_head(self, setup: TermSetup) -> nn.Module | None:
+    def build_head(self, setup: TermSetup) -> nn.Module:
         "The map from the student's states to what the loss compares."
         if not setup.head:
             return nn.Identity()
         return DistillationHead(setup.student, setup.scale.head_hidden, setup.teacher)
-
-    def forward(self, student: Outputs, teacher: Outputs, batch: dict) -> torch.Tensor:
-        "The loss."
-        raise NotImplementedError(f"{type(self).__name__} has no forward(student, teacher, batch)")
-
-    def start(self, student: Outputs, teacher: Outputs, batch: dict) -> None:
-        "Set initial values from a first batch, before training."
 
     def count(self, batch: dict) -> torch.Tensor | None:
         "The number of tokens that the loss is a mean over; None where it is a mean over sentences."
@@ -150,39 +139,15 @@ class Term(nn.Module):
         "Mean head outputs of sentences and vectors of videos, in the space that the loss compares in."
         return sentences, videos
 
-    @classmethod
-    def head_width(cls, s: Scale) -> int:
-        "Values that the head gives for a token; 0: there is no head."
-        return s.hidden
-
-    @classmethod
-    def head_parameters(cls, s: Scale) -> int:
-        width = cls.head_width(s)
-        return (s.hidden + 1) * s.head_hidden + (s.head_hidden + 1) * width if width else 0
-
-    @classmethod
-    def parameters_added(cls, s: Scale) -> int:
-        "Trained parameters that the term adds to a student."
-        return cls.head_parameters(s)
-
-    @classmethod
-    def values_stored(cls, s: Scale) -> int:
-        "Values that the term keeps between steps and does not train."
-        return 0
-
-    @classmethod
-    def head_flops(cls, size: StepSize, tokens: float) -> float:
+    def head_flops(self, tokens: float) -> float:
         "Forward and backward FLOPs of the head for `tokens` tokens."
-        s, width = size.scale, cls.head_width(size.scale)
-        return 3 * tokens * 2 * (s.hidden * s.head_hidden + s.head_hidden * width) * size.head
+        return 6 * tokens * sum(p.numel() for p in self.head.parameters() if p.dim() == 2)
 
-    @classmethod
-    def flops(cls, size: StepSize) -> float:
+    def flops(self, size: StepSize) -> float:
         "FLOPs that the term adds to a step, without the teacher's reading of the masked sentences."
-        return cls.head_flops(size, size.batch * size.tokens)
+        return self.head_flops(size.batch * size.tokens)
 
-    @classmethod
-    def peak_bytes(cls, size: StepSize) -> float:
+    def peak_bytes(self, size: StepSize) -> float:
         "Bytes that the loss holds for its backward pass."
         return 0
 
@@ -225,14 +190,9 @@ def term_names(kd: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def reads_masked(names: Iterable[str]) -> bool:
-    "Whether any of the terms needs the teacher to read the masked sentences in every step."
-    return any({"states", "logits"} & set(term_class(name).reads) for name in names)
-
-
-def reads_vokens(names: Iterable[str]) -> bool:
-    "Whether any of the terms needs vokens, and so a pool of clips."
-    return any("vokens" in term_class(name).reads for name in names)
+def any_reads(names: Iterable[str], what: str) -> bool:
+    "Whether any of the terms reads the teacher's `states`, or `vokens`, for which a pool of clips is needed."
+    return any(term_class(name).reads == what for name in names)
 
 # %% ../../nbs/54_train.terms.ipynb #8b6a0de6
 @register_term
@@ -240,29 +200,22 @@ class SoftLabel(Term):
     "Cross entropy with the teacher's tempered distribution over words (Eq. 5)."
 
     name = "soft_label"
-    reads = ("logits",)
     one_width = False
     retrieval_rank = 0
 
     def build_head(self, setup):
-        return None
+        return nn.Identity()
 
     def forward(self, student, teacher, batch):
         mask = batch["mask"]
         wanted = teacher.logits(teacher.states[mask])
         return soft_label(student.logits(student.states[mask]), wanted, **self.args)
 
-    @classmethod
-    def head_width(cls, s):
-        return 0
+    def flops(self, size):  # the teacher's head, the student's head with its gradients
+        return 4 * mlm_flops(self.scale, size.batch * size.tokens, size.vocab)
 
-    @classmethod
-    def flops(cls, size):  # the teacher's head, the student's head with its gradients
-        return 4 * mlm_flops(size.scale, size.batch * size.tokens, size.vocab)
-
-    @classmethod
-    def peak_bytes(cls, size):
-        return size.batch * size.tokens * size.scale.vocab_size * 20
+    def peak_bytes(self, size):
+        return size.batch * size.tokens * self.scale.vocab_size * 20
 
 # %% ../../nbs/54_train.terms.ipynb #f3dd05c7
 @register_term
@@ -294,20 +247,14 @@ class NST(Term):
     def count(self, batch):
         return None
 
-    @classmethod
-    def flops(cls, size):
-        B, L, d = size.batch, size.tokens, size.scale.hidden
-        grams = 4 * B * 2 * L * L * d if cls.polynomial(size) else 5 * B * 2 * d * d * L
+    def flops(self, size):
+        B, L, d = size.batch, size.tokens, self.scale.hidden
+        grams = 4 * B * 2 * L * L * d if self.args.get("kernel") == "poly" else 5 * B * 2 * d * d * L
         return super().flops(size) + grams
 
-    @classmethod
-    def peak_bytes(cls, size):
+    def peak_bytes(self, size):
         B, L = size.batch, size.tokens
-        return 16 * B * L * L if cls.polynomial(size) else 8 * B * L * size.scale.hidden + 2**23
-
-    @staticmethod
-    def polynomial(size):
-        return size.args.get("kernel", "gaussian") == "poly"
+        return 16 * B * L * L if self.args.get("kernel") == "poly" else 8 * B * L * self.scale.hidden + 2**23
 
 
 @register_term
@@ -324,9 +271,8 @@ class NTXent(Term):
     def count(self, batch):
         return None
 
-    @classmethod
-    def flops(cls, size):
-        return super().flops(size) + 3 * size.tokens * 2 * (2 * size.batch) ** 2 * size.scale.hidden
+    def flops(self, size):
+        return super().flops(size) + 3 * size.tokens * 2 * (2 * size.batch) ** 2 * self.scale.hidden
 
 # %% ../../nbs/54_train.terms.ipynb #86d17f5f
 @register_term
@@ -334,7 +280,7 @@ class Voken(Term):
     "Cross entropy with the clip that the teacher retrieves for a token (Eq. 9)."
 
     name = "voken"
-    reads = ("vokens",)
+    reads = "vokens"
     one_width = False
     retrieval_rank = 0
 
@@ -352,20 +298,12 @@ class Voken(Term):
             return batch["mask"].sum()
         return (batch["mask"] & (batch["vokens"] != -100)).sum()
 
-    @classmethod
-    def head_width(cls, s):
-        return s.vokens
+    def flops(self, size):
+        retrieval = 0 if size.known_vokens else voken_flops(self.scale, size.batch, size.tokens)
+        return super().flops(size) + retrieval
 
-    @classmethod
-    def flops(cls, size):
-        s, tokens = size.scale, size.batch * size.tokens
-        head = 3 * tokens * 2 * (s.hidden * s.head_hidden + s.head_hidden * s.vokens)
-        return head + (0 if size.known_vokens else voken_flops(s, size.batch, size.tokens))
-
-    @classmethod
-    def peak_bytes(cls, size):
-        values = size.batch * size.tokens * size.scale.vokens
-        return values * (10 if size.bytes_per_value == 2 else 8)
+    def peak_bytes(self, size):
+        return size.batch * size.tokens * self.scale.vokens * (10 if size.half else 8)
 
 # %% ../../nbs/54_train.terms.ipynb #57eee88d
 CRD_TOKENS = 4  # tokens of a sentence that CRD compares
@@ -378,24 +316,18 @@ class ContrastiveRepresentation(Term):
     name = "crd"
     couples = True
     one_width = False
-    learns_start = True
+
     retrieval_rank = 4
     operations = 140
 
     def __init__(self, setup: TermSetup, crd_keys: str = "tokens", **args):
         super().__init__(setup)
-        if crd_keys not in ("tokens", "sentence"):
-            raise ValueError(f"crd_keys {crd_keys!r}: it should be tokens or sentence")
+        check_choice(("tokens", "sentence"), crd_keys=crd_keys)
         self.crd_keys = crd_keys
         s = setup.scale
-        self.loss = CRD(
-            setup.teacher if setup.head else setup.student,
-            setup.teacher,
-            s.crd_dim,
-            negatives=s.crd_negatives,
-            bank_size=s.crd_bank,
-            **args,
-        )
+        mapped = setup.teacher if setup.head else setup.student
+        memory = dict(negatives=s.crd_negatives, bank_size=s.crd_bank)
+        self.loss = CRD(mapped, setup.teacher, s.crd_dim, **memory, **args)
 
     def forward(self, student, teacher, batch):
         if self.crd_keys == "sentence":
@@ -409,10 +341,8 @@ class ContrastiveRepresentation(Term):
     @torch.no_grad()
     def start(self, student, teacher, batch):
         mask = batch["mask"]
-        for linear, states in (
-            (self.loss.f1, self.head(student.states)),
-            (self.loss.f2, teacher.states),
-        ):
+        pairs = (self.loss.f1, self.head(student.states)), (self.loss.f2, teacher.states)
+        for linear, states in pairs:
             linear.bias.copy_(-linear.weight @ states[mask].float().mean(0))
 
     def count(self, batch):
@@ -421,20 +351,10 @@ class ContrastiveRepresentation(Term):
     def embed(self, sentences, videos):
         return self.loss.features(sentences, videos)
 
-    @classmethod
-    def parameters_added(cls, s):
-        return cls.head_parameters(s) + 2 * (s.hidden * s.crd_dim + s.crd_dim)
-
-    @classmethod
-    def values_stored(cls, s):
-        return 2 * s.crd_bank * s.crd_dim
-
-    @classmethod
-    def flops(cls, size):
-        s, keys = size.scale, size.batch * CRD_TOKENS
+    def flops(self, size):
+        s, keys = self.scale, size.batch * CRD_TOKENS
         projections = 5 * 2 * keys * s.hidden * s.crd_dim
-        return cls.head_flops(size, keys) + projections + 2 * 2 * 2 * keys * s.crd_negatives * s.crd_dim
+        return self.head_flops(keys) + projections + 2 * 2 * 2 * keys * s.crd_negatives * s.crd_dim
 
-    @classmethod
-    def peak_bytes(cls, size):
-        return 2 * size.batch * CRD_TOKENS * size.scale.crd_negatives * 8
+    def peak_bytes(self, size):
+        return 2 * size.batch * CRD_TOKENS * self.scale.crd_negatives * 8
