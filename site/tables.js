@@ -38,7 +38,7 @@ function addSortKeys(table) {
 document.addEventListener("DOMContentLoaded", async () => {
   const tables = [...document.querySelectorAll("article table, div.body table")].filter(isPlain);
   if (!tables.length) return;
-  const { DataTable } = await import(datatables);
+  const { default: DataTable } = await import(datatables);
   const options = { paging: false, searching: false, info: false, autoWidth: false, order: [] };
   for (const table of tables) {
     addSortKeys(table);

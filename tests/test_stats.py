@@ -9,7 +9,6 @@ from scipy import stats as sp
 from simulated import records, worlds
 
 from vlkd.eval.stats import (
-    accuracy_table,
     check_examples,
     equivalence,
     holm,
@@ -34,7 +33,6 @@ from vlkd.eval.stats import (
     "function",
     [
         check_examples,
-        accuracy_table,
         mean_interval,
         lambda d: paired_difference(d, records("b", [1, 1, 1])),
         lambda d: paired_difference(records("b", [1, 1, 1]), d),
@@ -43,15 +41,6 @@ from vlkd.eval.stats import (
 def test_bad_records(function, change, message):
     with pytest.raises(ValueError, match=message):
         function(change(records("a", [1, 0, 1])))
-
-
-def test_accuracy_table():
-    first, second = records("a", [1, 1, 0, 0]), records("a", [1, 1, 1, 0], seed=2)
-    other = records("b", [1, 0, 0, 0], task="sst2")
-    table = accuracy_table(pd.concat([first, second, other])).set_index(["run", "task"])
-    assert table.loc[("a", "piqa")].tolist() == [62.5, pytest.approx(12.5 * 2**0.5), 2, 8]
-    assert table.loc[("b", "sst2"), "accuracy"] == 25
-    assert np.isnan(table.loc[("b", "sst2"), "sd"])
 
 
 # ---- the bootstrap

@@ -99,15 +99,14 @@ def bars_with_ci(
     return ax
 
 # %% ../nbs/05_plots.ipynb #ba3c8202
-def _per_seed(name: str, history, y: str) -> list[pd.DataFrame]:
-    "A history as frames, one a seed, after a check that each has something to draw."
-    several = isinstance(history, (list, tuple)) and len(history) and not isinstance(history[0], dict)
+def _by_step(name: str, history, y: str) -> pd.DataFrame:  # a row a step, a column a seed
+    "The number `y` of a history, or of one history a seed."
+    several = isinstance(history, (list, tuple)) and history and not isinstance(history[0], dict)
     frames = [pd.DataFrame(h) for h in (history if several else [history])]
     for frame in frames:
-        if not {"step", y} <= set(frame) or not frame[y].notna().any():
-            columns = ", ".join(map(str, frame.columns)) or "nothing"
-            raise ValueError(f"history {name!r} has no step and {y} to draw; it has {columns}")
-    return frames
+        if not {"step", y} <= set(frame):
+            raise ValueError(f"history {name!r} has no step and {y}; it has {', '.join(frame) or 'nothing'}")
+    return pd.concat([f.dropna(subset=[y]).groupby("step")[y].mean() for f in frames], axis=1)
 
 
 def curves(
@@ -120,15 +119,14 @@ def curves(
     """Lines of a number against the step, one colour a name; records without that number are left out.
 
     ValueError where a name has none."""
-    seeds = {name: _per_seed(name, history, y) for name, history in histories.items()}
+    lines = {name: _by_step(name, history, y) for name, history in histories.items()}
     ax = _axes(ax, (7, 3.2))
-    for i, (name, frames) in enumerate(seeds.items()):
-        by_step = pd.concat([f.dropna(subset=[y]).groupby("step")[y].mean() for f in frames], axis=1)
-        dashes = ["-", "--", ":"][i // 8 % 3]
-        (line,) = ax.plot(by_step.index, by_step.mean(axis=1), color=palette[i % 8], ls=dashes, label=name)
-        if len(frames) > 1:
-            low, high = by_step.min(axis=1), by_step.max(axis=1)
-            ax.fill_between(by_step.index, low, high, color=line.get_color(), alpha=0.18, lw=0)
+    for i, (name, seeds) in enumerate(lines.items()):
+        look = dict(color=palette[i % 8], ls=["-", "--", ":"][i // 8 % 3], label=name)
+        ax.plot(seeds.index, seeds.mean(axis=1), **look)
+        if seeds.shape[1] > 1:
+            low, high = seeds.min(axis=1), seeds.max(axis=1)
+            ax.fill_between(seeds.index, low, high, color=look["color"], alpha=0.18, lw=0)
     if histories:
         _legend_beside(ax)
     ax.set(xlabel="step", ylabel=ylabel or y, title=title)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .files import fingerprint
 
@@ -189,9 +190,7 @@ class _Gather(torch.autograd.Function):
 
 def _padded(x: torch.Tensor, length: int) -> torch.Tensor:
     "Zeros appended along dimension 1, if there is one."
-    if x.dim() < 2:
-        return x
-    return torch.cat([x, x.new_zeros(len(x), length - x.shape[1], *x.shape[2:])], 1)
+    return x if x.dim() < 2 else F.pad(x, [0, 0] * (x.dim() - 2) + [0, length - x.shape[1]])
 
 
 def gathered(

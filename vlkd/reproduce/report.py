@@ -53,17 +53,10 @@ def _with_needs(name: str, nodes: dict) -> dict:  # name -> node
     return found | {name: nodes[name]}
 
 # %% ../../nbs/73_reproduce.report.ipynb #136acd57
-def _world_sets(table: str, scale: str, seeds) -> list[tuple]:
-    "Sets of worlds for which a table may have been computed."
-    if seeds is not None:
-        return [tuple(world_seeds(seeds))]
-    receipts = (path("runs") / scale).glob(f"{table}@*/run.json")
-    return sorted({tuple(map(int, f.parent.name.split("@")[1].split("-"))) for f in receipts})
-
-
 def finished_tables(scale: str, seeds=None, plan=None) -> list[FinishedTable]:
     "Finished tables of a scale, in the plan's order."
     confirmation = set(read_sections(settings_file()).get("worlds", {}).get("confirmation", []))
+    wanted, runs = seeds and tuple(world_seeds(seeds)), path("runs") / scale
 
     def rank(table):
         worlds = table.node.seeds
@@ -74,13 +67,13 @@ def finished_tables(scale: str, seeds=None, plan=None) -> list[FinishedTable]:
         if entry["kind"] != "table" or scale not in entry.get("scales", [scale]):
             continue
         candidates = []
-        for worlds in _world_sets(id, scale, seeds):
+        for name in sorted(receipt.parent.name for receipt in runs.glob(f"{id}@*/run.json")):
+            worlds = tuple(map(int, name.split("@")[1].split("-")))
+            if wanted and worlds != wanted:
+                continue
             if worlds not in graphs:
                 graphs[worlds] = graph(["all"], scale, list(worlds), plan)
-            name = f"{id}@{'-'.join(map(str, worlds))}"
-            if (path("runs") / scale / name / "run.json").is_file():
-                runs = _with_needs(name, graphs[worlds])
-                candidates.append(FinishedTable(runs[name], runs))
+            candidates.append(FinishedTable(graphs[worlds][name], _with_needs(name, graphs[worlds])))
         if candidates:
             chosen.append(max(candidates, key=rank))
     return chosen
@@ -107,23 +100,14 @@ def _page_cells(node: Node) -> list[dict]:  # kind, source, outputs
     return list(filter(_is_shown, cells))
 
 # %% ../../nbs/73_reproduce.report.ipynb #8693a79c
-def _is_noise(output: dict) -> bool:
-    text = "".join(output.get("data", {}).get("text/plain", ""))
-    return output.get("name") == "stderr" or re.match(r"(Posix|Windows)Path\(", text) is not None
-
-
 def _portable(text: str, table: FinishedTable) -> str:
     "Replace folders of this machine by their names."
-    node, key = table.node, table.receipt["key"]
-    names = {
-        node.root / ".partial" / f"{node.name}-{key[:8]}": f"runs/{node.scale}/{node.name}",
-        path("runs"): "runs",
-        path("reports"): "reports",
-        settings_file().parent: ".",
-    }
-    for folder, name in names.items():
-        text = text.replace(str(folder), name)
-    return text
+    node = table.node
+    partial = node.root / ".partial" / f"{node.name}-{table.receipt['key'][:8]}"
+    text = text.replace(str(partial), f"runs/{node.scale}/{node.name}")
+    for name in ("runs", "reports"):
+        text = text.replace(str(path(name)), name)
+    return text.replace(str(settings_file().parent), ".")
 
 
 def _output_markdown(data: dict) -> str:
@@ -138,17 +122,10 @@ def _output_markdown(data: dict) -> str:
     ticks = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text) or [""]))  # longer than any inside
     return f"{ticks}\n{text}\n{ticks}" if text else ""
 
-
-def _figure_name(png: str, folder: Path) -> str:
-    "The name of a new file of a figure that a cell has shown."
-    name = f"output-{len(list(folder.glob('output-*.png'))) + 1}"
-    (folder / f"{name}.png").write_bytes(base64.b64decode(png))
-    return name
-
 # %% ../../nbs/73_reproduce.report.ipynb #9858df97
 def _notebook_markdown(cells: list[dict], table: FinishedTable, folder: Path) -> str:
     "Prose and outputs of cells, with figures as files in `folder`."
-    blocks = []
+    blocks, unnamed = [], 0
     for cell in cells:
         if cell["kind"] == "markdown":
             blocks.append(cell["source"])
@@ -156,10 +133,12 @@ def _notebook_markdown(cells: list[dict], table: FinishedTable, folder: Path) ->
             data = output.get("data") or {"text/plain": output.get("text", "")}
             figure = output.get("metadata", {}).get("figure")
             if not figure and "image/png" in data:
-                figure = _figure_name("".join(data["image/png"]), folder)
+                unnamed += 1
+                figure = f"output-{unnamed}"
+                (folder / f"{figure}.png").write_bytes(base64.b64decode("".join(data["image/png"])))
             if figure:
                 blocks.append(f"![{folder.name}, {figure}]({folder.name}/{figure}.png)")
-            elif not _is_noise(output):
+            elif output.get("name") != "stderr":
                 blocks.append(_portable(_output_markdown(data), table))
     return "\n\n".join(filter(None, blocks))
 
@@ -168,15 +147,8 @@ VERDICTS = ("holds", "fails", "undecided", "not tested")
 
 
 def claims_of(table: dict, result: dict) -> list[dict]:
-    "Claims that a table judges, with paper and table; `ValueError` where one has no text or verdict."
-    claims = result.get("claims") or []
-    for claim in claims:
-        if not isinstance(claim, dict) or claim.get("verdict") not in VERDICTS or not claim.get("text"):
-            raise ValueError(
-                f"{table['id']}: result.json: a claim needs a text and a verdict ({', '.join(VERDICTS)}), "
-                f"got {claim!r}"
-            )
-    paper = result.get("paper") or table["paper"]
+    "Claims that a table judges, with paper and table."
+    paper, claims = result.get("paper") or table["paper"], result.get("claims") or []
     return [dict(claim, paper=claim.get("paper") or paper, table=table["id"]) for claim in claims]
 
 
@@ -226,41 +198,35 @@ def _head(entry: dict, result: dict, scale: str) -> str:
     return "\n\n".join(filter(None, blocks))
 
 # %% ../../nbs/73_reproduce.report.ipynb #473c082c
-def _copy_files(folder: Path, run: Run) -> list[str]:
-    "Copy a table's record, its tables and its figures; names of the latter two."
-    folder.mkdir()
-    shutil.copyfile(run.folder / "result.json", folder / "result.json")
-    shown = [name for name in run.result["files"] if name.startswith(("tables/", "figures/"))]
-    for name in shown:
-        shutil.copyfile(run.file(name), folder / Path(name).name)
-    return [Path(name).name for name in shown]
-
-
 def _write_table(folder: Path, table: FinishedTable, entry: dict, latest: bool) -> dict:  # its result
     "Copy the files of a table, and write its page: title, head, the notebook's prose and outputs."
     run, id = Run(table.node.folder), entry["id"]
-    files = _copy_files(folder / id, run)
+    (folder / id).mkdir()
+    shutil.copyfile(run.folder / "result.json", folder / id / "result.json")
+    files = [name for name in run.result["files"] if name.startswith(("tables/", "figures/"))]
+    for name in files:
+        shutil.copyfile(run.file(name), folder / id / Path(name).name)
     if latest or not entry["private"]:
         cells = _page_cells(table.node)
-        titled = bool(cells) and cells[0]["kind"] == "markdown"
+        titled = int(bool(cells) and cells[0]["kind"] == "markdown")
+        links = " · ".join(f"[{Path(name).name}]({id}/{Path(name).name})" for name in files)
         blocks = [
             *(cell["source"] for cell in cells[:titled]),
             _head(entry, run.result, table.node.scale),
             _notebook_markdown(cells[titled:], table, folder / id),
+            links and f"Files: {links}",
         ]
-        if files:
-            blocks.append("Files: " + " · ".join(f"[{name}]({id}/{name})" for name in files))
-        (folder / f"{id}.md").write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+        page = "\n\n".join(filter(None, blocks)) + "\n"
+        (folder / f"{id}.md").write_text(page, encoding="utf-8")
     return run.result
 
 # %% ../../nbs/73_reproduce.report.ipynb #cc8197aa
 def _footer(report: dict) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items())
-    commits = set()
+    devices, commits = {entry["device"] for entry in report["tables"]}, set()
     for entry in report["tables"]:
         commit = f"commit {entry['commit'][:10]}" if entry["commit"] else "no commit"
         commits.add(commit + (" with local changes" if entry["dirty"] else ""))
-    devices = {entry["device"] for entry in report["tables"]}
     return (
         f"Scale {report['scale']}. Executed at {', '.join(sorted(commits))} "
         f"on {', '.join(sorted(devices))}. {versions}."
@@ -318,35 +284,27 @@ def _run_rows(tables: list[FinishedTable]) -> dict[str, dict]:  # name -> row
     for name, node in (item for table in tables for item in table.runs.items()):
         with contextlib.suppress(FileNotFoundError):
             receipt = read_json(node.folder / "run.json")
-            rows[name] = dict(
-                run=name,
-                table=node.is_table,
-                **{k: receipt[k] for k in ("seconds", "device")},
-                **{k: receipt["git"].get(k, "") for k in ("commit", "dirty")},
-                **{k: receipt[k] for k in ("started", "key")},
-            )
+            facts = dict(run=name, table=node.is_table, **receipt, commit="", dirty="") | receipt["git"]
+            columns = ("run", "table", "seconds", "device", "commit", "dirty", "started", "key")
+            rows[name] = {column: facts[column] for column in columns}
     return rows
 
 
 def _entry(table: FinishedTable, rows: dict, latest: bool) -> dict:
     "What report.json says about a table."
-    node, receipt, notebook = table.node, table.receipt, table.node.entry["file"].resolve()
-    in_checkout = notebook.is_relative_to(path("nbs"))
+    node, stated, nbs = table.node, table.node.entry, path("nbs")
+    notebook = stated["file"].resolve()
+    published = path("reports") / node.scale / stated["id"] / "result.json"
     entry = dict(
-        id=node.entry["id"],
-        title=node.entry["title"],
-        paper=node.entry.get("paper", ""),
-        claim=node.entry.get("claim", ""),
-        notebook=f"nbs/{notebook.relative_to(path('nbs'))}" if in_checkout else notebook.name,
+        **{k: stated.get(k, "") for k in ("id", "title", "paper", "claim")},
+        notebook=f"nbs/{notebook.relative_to(nbs)}" if notebook.is_relative_to(nbs) else notebook.name,
         seeds=list(node.seeds),
         fresh=table.fresh,
         seconds=round(sum(rows[name]["seconds"] for name in table.runs if name in rows), 1),
-        commit=receipt["git"].get("commit", ""),
-        dirty=receipt["git"].get("dirty", False),
         private=bool(Run(node.folder).result.get("private")),
-        **{k: receipt[k] for k in ("key", "device", "started")},
+        **(dict(commit="", dirty=False) | table.receipt["git"]),
+        **{k: table.receipt[k] for k in ("key", "device", "started")},
     )
-    published = path("reports") / node.scale / node.entry["id"] / "result.json"
     if latest and published.is_file():
         entry["reference"] = read_json(published).get("headline")
     return entry
@@ -374,10 +332,10 @@ def render_html(folder: Path) -> Path | None:  # index.html; None where there is
     "Render the Markdown pages of a report into `folder/html` with Sphinx, where it is installed."
     index = folder / "html" / "index.html"
     if not index.is_file() and importlib.util.find_spec("sphinx"):
-        configuration = ["-c", shipped("site"), "-D", "extensions=myst_parser"]
+        configuration = ["-c", str(shipped("site")), "-D", "extensions=myst_parser"]
         with tempfile.TemporaryDirectory() as doctrees:
             command = [sys.executable, "-m", "sphinx", "-Q", *configuration, "-d", doctrees]
-            subprocess.run([*map(str, command), str(folder), str(index.parent)], stderr=subprocess.DEVNULL)
+            subprocess.run([*command, folder, index.parent], stderr=subprocess.DEVNULL)
     return index if index.is_file() else None
 
 # %% ../../nbs/73_reproduce.report.ipynb #eff63702
@@ -392,8 +350,11 @@ def report(
     tables = finished_tables(scale, seeds, plan)
     folder = path("reports") / (scale if publish else "latest")
     before = read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
-    if publish:
-        _need_fresh(tables, scale)
+    if publish and (old := [table.node for table in tables if not table.fresh]):
+        raise ValueError(
+            f"not published: {', '.join(n.name for n in old)} was made by other code than the present; "
+            f"run `vlkd reproduce {' '.join(n.entry['id'] for n in old)} --scale {scale}` first"
+        )
     if not tables and not (publish and before):
         if publish:
             raise ValueError(f"nothing to publish: no table is finished at scale {scale}")
@@ -422,14 +383,6 @@ def report(
     return folder
 
 # %% ../../nbs/73_reproduce.report.ipynb #3639b8d3
-def _need_fresh(tables: list[FinishedTable], scale: str):
-    if old := [table.node for table in tables if not table.fresh]:
-        raise ValueError(
-            f"not published: {', '.join(n.name for n in old)} was made by other code than the present; "
-            f"run `vlkd reproduce {' '.join(n.entry['id'] for n in old)} --scale {scale}` first"
-        )
-
-
 def _need_unchanged(folder: Path, files: dict):  # name -> SHA-256
     for name, sha256 in files.items():
         if file_problem(folder / name, sha256):
@@ -444,10 +397,10 @@ def _keep_published(old: Path, new: Path, report: dict, results: dict, rows: dic
     before = read_json(old / "report.json")
     kept = [entry for entry in before["tables"] if entry["id"] not in results and entry["id"] in plan]
     for id in (entry["id"] for entry in kept):
-        mine = {k: v for k, v in before["files"].items() if k == f"{id}.md" or k.startswith(f"{id}/")}
-        _need_unchanged(old, mine)
-        for name in mine:
-            (new / name).parent.mkdir(exist_ok=True)
+        files = {k: v for k, v in before["files"].items() if k == f"{id}.md" or k.startswith(f"{id}/")}
+        _need_unchanged(old, files)
+        (new / id).mkdir()
+        for name in files:
             shutil.copyfile(old / name, new / name)
         results[id] = read_json(new / id / "result.json")
     # Whether the code of kept tables is the present one, only their runs could tell.
@@ -455,8 +408,7 @@ def _keep_published(old: Path, new: Path, report: dict, results: dict, rows: dic
     report["tables"] = sorted(everything, key=lambda entry: list(plan).index(entry["id"]))
     if kept and (old / "runs.csv").is_file():
         known = pd.read_csv(old / "runs.csv", dtype=str, keep_default_na=False)
-        for row in known.to_dict("records"):
-            rows.setdefault(row["run"], row)
+        rows |= {row["run"]: row for row in known.to_dict("records") if row["run"] not in rows}
 
 # %% ../../nbs/73_reproduce.report.ipynb #5d5ea8cb
 def check_reports() -> list[str]:  # the scales that were checked

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL_TASKS', 'FEATURES', 'TEXTS', 'FEATURE_FOLDERS', 'FEATURE_WIDTHS', 'REQUIRED', 'TIMES', 'DataSource',
-           'official_files', 'read_official', 'tabletop_features', 'TabletopSource', 'middle_frame', 'PublicSource',
-           'text_of', 'columns_2d', 'MiddleFrames', 'PaperSource', 'read_clip_captions', 'clip_videos', 'OwnSource',
-           'load_data']
+           'official_files', 'read_official', 'RealSource', 'tabletop_features', 'TabletopSource', 'middle_frame',
+           'PublicSource', 'text_of', 'columns_2d', 'MiddleFrames', 'PaperSource', 'read_clip_captions', 'clip_videos',
+           'OwnSource', 'load_data']
 
 # %% ../../nbs/50_train.sources.ipynb #b4d9c188
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -49,25 +48,48 @@ from ..tabletop.render import FRAMES
 from ..tabletop.world import World
 
 # %% ../../nbs/50_train.sources.ipynb #64e99f26
-class DataSource(Protocol):
-    "The data of a training."
+class DataSource:
+    "The data of a training. A subclass has these members, and `named_task(name, split)` for the known tasks."
 
     s: Scale  # sizes of data, models and trainings
     seed: int  # of the data; a world at Tabletop
-    tasks: tuple  # names of the tasks that `finetune_all` runs where none are named
+    tasks = (
+        "sst2",
+        "qnli",
+        "qqp",
+        "mnli",
+        "piqa",
+        "tracie",
+    )  # which `finetune_all` runs where none are named
 
     tokenizer: object  # fast tokeniser of BERT's kind, for captions, sentences and tasks
     pairs: VideoText  # captions and the features of their clips: the teacher trains on them
-    caption_tokens: Tokens | CorpusTokens  # row i is caption i of `pairs`
     sentences: object  # the student's text: a list, or a `Source` that is read from files
-    tokens: Tokens | CorpusTokens  # of `sentences`
+    caption_table: CaptionTable | None = None  # videos and times of captions; None: clips come without times
+    world: World | None = None  # what is known of every noun; None for data of the real world
 
-    caption_table: CaptionTable | None  # videos and times of captions; None where clips come without times
-    world: World | None  # what is known of every noun; None for data of the real world
+    def __init__(self, s: Scale, seed: int):
+        self.s, self.seed = s, seed
+
+    @cached_property
+    def tokens(self) -> Tokens | CorpusTokens:
+        "Tokens of `sentences`."
+        return tokenize(self.tokenizer, self.sentences, self.s.max_tokens)
+
+    @cached_property
+    def caption_tokens(self) -> Tokens | CorpusTokens:
+        "Tokens of captions; row i is caption i of `pairs`."
+        return tokenize(self.tokenizer, self.pairs.captions, self.s.max_tokens)
 
     def task(self, task: str | Task, split: str = "test") -> pd.DataFrame:
         """Examples of a task in the columns of `data.tasks` or `data.squad`; `split` is train, dev or test.
         An unknown task is a ValueError, one whose files are missing a FileNotFoundError."""
+        if isinstance(task, Task) and task != TASKS.get(task.name):
+            return read_official(task, data_dir(need=False) or ".", _official_split(split))
+        name = task.name if isinstance(task, Task) else task
+        if name not in OFFICIAL_TASKS:
+            raise unknown_name("task", name, OFFICIAL_TASKS)
+        return self.named_task(name, split)
 
 # %% ../../nbs/50_train.sources.ipynb #81ef2c8c
 OFFICIAL_TASKS = (*TASKS, *SQUAD_VERSIONS)  # names of the tasks that have official files
@@ -90,39 +112,12 @@ def read_official(task: str | Task, root, split: str, folder: str = "") -> pd.Da
     return read_task(task, Path(root) / folder if folder else task.path(root), split)
 
 
-class _Source:
-    "What sources share: tokens of texts in memory, and where tasks come from."
-
-    tasks = ("sst2", "qnli", "qqp", "mnli", "piqa", "tracie")
-    caption_table = None
-    world = None
-
-    def __init__(self, s: Scale, seed: int):
-        self.s, self.seed = s, seed
-
-    @cached_property
-    def tokens(self) -> Tokens:
-        return tokenize(self.tokenizer, self.sentences, self.s.max_tokens)
-
-    @cached_property
-    def caption_tokens(self) -> Tokens:
-        return tokenize(self.tokenizer, self.pairs.captions, self.s.max_tokens)
-
-    def task(self, task: str | Task, split: str = "test") -> pd.DataFrame:
-        if isinstance(task, Task) and task != TASKS.get(task.name):
-            return read_official(task, data_dir(need=False) or ".", _official_split(split))
-        name = task.name if isinstance(task, Task) else task
-        if name not in OFFICIAL_TASKS:
-            raise unknown_name("task", name, OFFICIAL_TASKS)
-        return self._named_task(name, split)
-
-
-class _RealSource(_Source):
+class RealSource(DataSource):
     "Sources whose tasks are official files under `root`."
 
-    folders: dict[str, str] = {}  # noqa: RUF012 a constant; folders of tasks that are not in their own
+    folders: dict = {}  # noqa: RUF012 a constant; folders of tasks that are not in their own
 
-    def _named_task(self, name, split):
+    def named_task(self, name, split):
         split = _official_split(split)
         try:
             return read_official(name, self.root, split, self.folders.get(name, ""))
@@ -159,7 +154,7 @@ def tabletop_features(
     return np.load(f, mmap_mode="r")
 
 
-class TabletopSource(_Source):
+class TabletopSource(DataSource):
     "A Tabletop world; one tokeniser for all words of both corpora."
 
     def __init__(
@@ -212,7 +207,7 @@ class TabletopSource(_Source):
             [f"{row.event} {row.noun} ({row.take})" for row in clips.itertuples()],
         )
 
-    def _named_task(self, name, split):
+    def named_task(self, name, split):
         if name not in QUESTIONS:
             raise FileNotFoundError(
                 f"Tabletop has no questions of {name!r}; there are {', '.join(QUESTIONS)}"
@@ -230,15 +225,11 @@ def middle_frame(pairs: VideoText) -> VideoText:
     return VideoText(pairs.captions, pairs.clip, features, mask, pairs.train, pairs.valid, pairs.names)
 
 
-class PublicSource(_RealSource):
+class PublicSource(RealSource):
     "Public data under `VLKD_DATA`."
 
     tasks = ("sst2", "qnli", "piqa", "tracie")
-    folders = {  # noqa: RUF012 a constant
-        "mnli": "mnli_1k",
-        "mnli_mm": "mnli_1k",
-        "swag": "swag_fixture_21rows",
-    }
+    folders = dict(mnli="mnli_1k", mnli_mm="mnli_1k", swag="swag_fixture_21rows")  # noqa: RUF012 a constant
     train_limit = 20_000  # examples of SQuAD, and of QNLI from it
 
     def __init__(self, s: Scale, seed: int, features: str = "video"):
@@ -263,18 +254,18 @@ class PublicSource(_RealSource):
     def sentences(self) -> list[str]:
         return real_sentences(limit=self.s.sentences, max_tokens=self.s.max_tokens)[0]
 
-    def _named_task(self, name, split):
+    def named_task(self, name, split):
         if name == "qnli" and split == "train":
             squad = self.root / "squad" / "train-v1.1.json.gz"
             return qnli_from_squad(squad, seed=0, limit=self.train_limit)
-        df = super()._named_task(name, split)
+        df = super().named_task(name, split)
         if split != "train":
             return df
         if name in SQUAD_VERSIONS:
             order = rng("squad", 0).permutation(len(df))
             return df.iloc[order[: self.train_limit]].reset_index(drop=True)
         texts = list(TASKS[name].columns)  # one PIQA training row recurs in the validation set
-        held_out = set(map(tuple, super()._named_task(name, "dev")[texts].to_numpy()))
+        held_out = set(map(tuple, super().named_task(name, "dev")[texts].to_numpy()))
         return df[[tuple(row) not in held_out for row in df[texts].to_numpy()]].reset_index(drop=True)
 
 # %% ../../nbs/50_train.sources.ipynb #eadb3013
@@ -282,11 +273,7 @@ TEXTS = {  # file, how it is cleaned
     "wikitext103": ("wikitext103/wiki.train.raw", "wikitext"),
     "wikipedia_en": ("wikipedia_en/en.train.raw", "plain"),
 }
-FEATURE_FOLDERS = {
-    "video": "howto100m/features",
-    "clip": "howto100m/features-clip",
-    "image": "howto100m/features",
-}
+FEATURE_FOLDERS = {name: f"howto100m/features{'-clip' if name == 'clip' else ''}" for name in FEATURES}
 # columns of the 2-D and of the 3-D encoder
 FEATURE_WIDTHS = {"video": (2048, 2048), "clip": (512, 2048), "image": (2048, 0)}
 
@@ -298,15 +285,11 @@ def text_of(s: Scale) -> str:  # a key of `TEXTS`
 
 def columns_2d(features: Features) -> int:
     "How many of a folder's columns, the first ones, are 2-D: `dims` of its manifest, else the paper's 2,048."
-    f = features.folder / "manifest.json"
+    f, paper = features.folder / "manifest.json", list(FEATURE_WIDTHS["video"])
     manifest = read_json(f) if f.is_file() else {}
-    dims = manifest.get("dims", [])
-    if len(dims) == 2 and sum(dims) == features.dim:
+    dims = manifest.get("dims") or (paper if features.dim == sum(paper) else [])
+    if sum(dims) == features.dim and (len(dims) == 2 or not manifest.get("clips")):
         return dims[0]
-    if len(dims) == 1 and not manifest.get("clips"):
-        return dims[0]
-    if not dims and features.dim == sum(FEATURE_WIDTHS["video"]):
-        return FEATURE_WIDTHS["video"][0]
     raise ValueError(
         f"{f}: which of the {features.dim} columns are 2-D features is not stated; `dims` should be their "
         "number and that of the 3-D ones, as `vlkd extract` writes it"
@@ -329,7 +312,7 @@ class MiddleFrames(LazyArray):
         return out
 
 # %% ../../nbs/50_train.sources.ipynb #095baecb
-class PaperSource(_RealSource):
+class PaperSource(RealSource):
     "HowTo100M and Wikipedia on disk. Missing data sets are a FileNotFoundError that lists their files."
 
     def __init__(
@@ -339,7 +322,6 @@ class PaperSource(_RealSource):
         *,
         features: str = "video",  # of `FEATURES`
         text: str = "",  # of `TEXTS`; "": that of the model's size
-        wrong: str = "drop",  # what becomes of captions that cannot be right, see `caption_table`
         root=None,  # folder of data sets
         cache=None,
     ):
@@ -347,8 +329,8 @@ class PaperSource(_RealSource):
         text = text or text_of(s)
         for given, known, what in ((features, FEATURE_FOLDERS, "features"), (text, TEXTS, "text")):
             if given not in known:
-                raise ValueError(f"{what} {given!r}: it should be one of {', '.join(known)}")
-        self.text, self.wrong, self.root, self.features = text, wrong, Path(root or data_dir()), features
+                raise unknown_name(what, given, known)
+        self.text, self.root, self.features = text, Path(root or data_dir()), features
         require("howto100m", text, data=self.root)
         self.cache = Path(cache or path("cache")) / "paper"
         folder = self.root / FEATURE_FOLDERS[features]
@@ -380,7 +362,7 @@ class PaperSource(_RealSource):
             self.root / "howto100m/caption.json",
             self.cache / self._captions,
             seconds=self.mapped.seconds(),
-            wrong=self.wrong,
+            wrong="drop",
         )
         dropped = ", ".join(f"{n:,} ({fault})" for fault, n in table.dropped.items())
         print(table, f"left out: {dropped or 'none'}")
@@ -458,7 +440,7 @@ def clip_videos(captions: pd.DataFrame) -> dict[str, VideoItem]:  # clip -> what
     return {clip: VideoItem(rows.path[clip], *times.loc[clip]) for clip in rows.index}
 
 # %% ../../nbs/50_train.sources.ipynb #63df0c88
-class OwnSource(_RealSource):
+class OwnSource(RealSource):
     "Clips and captions of a csv, text of a file, and tasks."
 
     def __init__(
@@ -531,17 +513,14 @@ def load_data(
 ) -> DataSource:
     "The data of a scale."
     if features not in FEATURES:
-        raise ValueError(f"features {features!r}: it should be {', '.join(FEATURES)}")
+        raise unknown_name("features", features, FEATURES)
     if s.data_kind == "tabletop":
         return TabletopSource(s, seed, counterfactual, features, stated_for_test)
-    if counterfactual:
-        raise ValueError(f"scale {s.name!r} has no counterfactual: real videos cannot be filmed again")
-    if stated_for_test:
-        raise ValueError(f"scale {s.name!r} has no share of stated outcomes: its text is what it is")
+    for asked, what in ((counterfactual, "counterfactual"), (stated_for_test, "share of stated outcomes")):
+        if asked:
+            raise ValueError(f"scale {s.name!r} has no {what}: real videos and texts are what they are")
     if s.data_kind == "paper":
         return PaperSource(s, seed, features=features)
     if features == "clip":
-        raise ValueError(
-            f"scale {s.name!r} has no CLIP features here; extract them with vlkd extract, give their folder"
-        )
+        raise ValueError(f"scale {s.name!r} has no CLIP features here")
     return PublicSource(s, seed, features)
