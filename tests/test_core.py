@@ -89,6 +89,23 @@ def test_files_have_the_permissions_of_the_umask(umask, file_mode, folder_mode, 
         assert f.stat().st_mode & 0o777 == (folder_mode if f.is_dir() else file_mode), f
 
 
+def test_a_folder_stays_where_none_can_take_its_place(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").touch()
+    replace, calls = os.replace, []
+
+    def fail_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError("disk gone")
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", fail_second)
+    with pytest.raises(OSError, match="disk gone"), atomic_folder(tmp_path / "a") as part:
+        (part / "new").touch()
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["a", "a/old"]
+
+
 def test_equal_tensors_make_equal_files(tmp_path):
     tensors, written = dict(b=np.ones(3), a=np.zeros(2, bool)), set()
     for names in ("abcde", "ebcda", "dceab", "abcde"):
