@@ -263,9 +263,6 @@ class CaptionTable:
     def fingerprint(self) -> str:
         return fingerprint(self.manifest["sha256"])
 
-    def __contains__(self, video):
-        return video in self._number
-
     def rows(self, video: str) -> range:
         "Captions of a video."
         if video not in self._number:

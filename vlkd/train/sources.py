@@ -106,10 +106,10 @@ def official_files(task: str | Task, root) -> tuple[Path, dict[str, list[str]]]:
 
 def read_official(task: str | Task, root, split: str, folder: str = "") -> pd.DataFrame:
     "A split of a task from its official files; `folder` is where they lie if not in the task's own folder."
+    where = Path(root) / folder if folder else official_files(task, root)[0]
     if task in SQUAD_VERSIONS:
-        return read_squad(Path(root) / SQUAD_FOLDER, split, SQUAD_VERSIONS[task])
-    task = get_task(task)
-    return read_task(task, Path(root) / folder if folder else task.path(root), split)
+        return read_squad(where, split, SQUAD_VERSIONS[task])
+    return read_task(task, where, split)
 
 
 class RealSource(DataSource):
