@@ -27,15 +27,16 @@ def pytest_configure():
     mend_torchvision()  # before a test imports what imports torchvision
 
 
-FIRST = "unbreakable distributed training cluster reproduce losses bad_inputs extract routes package".split()
+FIRST = "notebook[25_tabletop.clip] distributed cluster unbreakable training reproduce losses extract".split()
 
 
 def pytest_collection_modifyitems(items):
     "What takes long begins first, and notebooks, which are many small things, come last."
 
     def rank(item):
-        name = item.path.stem.removeprefix("test_")
-        return len(FIRST) + (name == "notebooks") if name not in FIRST else FIRST.index(name)
+        names = item.name.removeprefix("test_"), item.path.stem.removeprefix("test_")
+        found = [FIRST.index(name) for name in names if name in FIRST]
+        return found[0] if found else len(FIRST) + ("notebooks" in names)
 
     items.sort(key=rank)
 

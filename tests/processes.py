@@ -114,6 +114,17 @@ def tree(process) -> list:
     return [root, *root.children(recursive=True)]
 
 
+def holder(toy, name: str) -> psutil.Process:
+    "The process that computes a run: it has the lock from its worker, and its kernel may have it from it."
+    lock = str(toy.d / "runs/smoke/.locks" / name)
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(file.path == lock for file in process.open_files()):
+                found.append(process)
+    return sorted(found, key=psutil.Process.create_time)[1]
+
+
 def content(folder) -> dict:
     "Bytes of the files of a folder, by name."
     files = Path(folder).iterdir() if Path(folder).exists() else []

@@ -12,11 +12,10 @@ import sys
 import threading
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
-from processes import gone, tree, vlkd, wait_for
-from toys import end, endless, params, plain, start, training
+from processes import gone, holder, tree, vlkd, wait_for
+from toys import end, endless, params, start, training, use_plain
 
 from vlkd.core.files import read_json
 from vlkd.core.records import run_folder
@@ -80,8 +79,8 @@ def dask(tmp_path):
 @pytest.fixture
 def preload(tmp_path) -> tuple:
     "Options of a worker whose runs execute cells in plain Python: for what does not depend on kernels."
-    file = tmp_path / "plain.py"
-    file.write_text(f"import sys; from vlkd.reproduce import run; run.run_command[2] = {plain!r}\n")
+    file = tmp_path / "use_plain.py"
+    file.write_text(use_plain)
     return ("--preload", file)
 
 
@@ -103,18 +102,6 @@ def records(toy) -> dict:
         receipt["files"]["notebook.ipynb"] = receipt["seconds"] = receipt["started"] = 0
         found[file.parent.name] = (receipt, (file.parent / "result.json").read_bytes())
     return found
-
-
-def holder(toy, name: str) -> psutil.Process:
-    "The process that computes a run."
-    lock = str(toy.d / "runs/smoke/.locks" / f"{name}.run")
-    for process in psutil.process_iter():
-        try:
-            if any(file.path == lock for file in process.open_files()):
-                return process
-        except psutil.Error:
-            continue
-    raise AssertionError(f"nobody computes {name}")
 
 
 def test_a_killed_worker_and_the_same_records(toy, dask, capfd):
@@ -208,7 +195,7 @@ def test_no_scheduler(toy):
             ("localhost", "no such file"),
             ("local:4", "--jobs N"),
             ("tcp://localhost", "a host and a port"),
-            (f"tcp://127.0.0.1:{deaf.getsockname()[1]}", "is no Dask scheduler"),
+            (f"tcp://127.0.0.1:{deaf.getsockname()[1]}", "no scheduler answers"),
         ]:
             with pytest.raises((ValueError, OSError), match=message):
                 toy.run(["other"], cluster=Cluster(where))
@@ -251,15 +238,16 @@ def test_workers_that_come_later(quick, dask, preload, other_library, capfd):
 
 def test_other_code_than_the_key_has(toy):
     node = graph(["other"], "smoke", 1, toy.plan)["other@1"]
-    job = dict(notebook=str(node.entry["file"]), code=node.parts["code"], modules=node.parts["modules"])
-    assert other_code(job, 0) == ""
+    assert other_code(node, 0) == ""
     toy.edit("other", "score = seed", "score  =  seed # one")
-    assert other_code(job, 0) == ""
+    assert other_code(node, 0) == ""
     toy.edit("other", "score  =  seed", "score = seed + 1")
-    assert re.fullmatch("another .*other.ipynb", other_code(job, 0))
+    assert re.fullmatch("another .*other.ipynb", other_code(node, 0))
     toy.edit("other", "score = seed + 1", "score = seed")
-    assert other_code(job | dict(modules={"vlkd.core.files": "x"}), 0) == "another vlkd.core.files"
-    assert other_code(job | dict(notebook="gone.ipynb"), 0) == "no gone.ipynb"
+    node.parts["modules"] = {"vlkd.core.files": "x"}
+    assert other_code(node, 0) == "another vlkd.core.files"
+    node.entry["file"] = Path("gone.ipynb")
+    assert other_code(node, 0) == "no gone.ipynb"
 
 
 # Ends
@@ -283,15 +271,15 @@ def test_the_runner_goes_and_its_runs_end(quick, dask, preload, how):
     runner = reproduce_on(dask)
     wait_for(lambda: toy.has_steps("teacher@1"), 90)
     run = holder(toy, "teacher@1")
-    lock = toy.d / "runs/smoke/.locks/teacher@1.run"
     runner.send_signal(how)
     out = runner.communicate(timeout=60)[0]
-    taken = acquire(graph(["teacher"], "smoke", 1, toy.plan)["teacher@1"])
+    lock = toy.d / "runs/smoke/.locks/teacher@1"
+    taken = acquire(lock)
     assert taken is None or gone([run])  # while it writes nobody else may
     if taken is not None:
         os.close(taken)
-    wait_for(lambda: gone([run]), 15)
-    assert worker.poll() is None and not is_locked(lock)
+    wait_for(lambda: gone([run]) and not is_locked(lock), 15)
+    assert worker.poll() is None
     assert toy.why(ids=["teacher"]) == {"teacher@1": "was interrupted, goes on"}
     if how == signal.SIGINT:
         assert runner.returncode == 130 and "Traceback" not in out and "Error" not in out, out

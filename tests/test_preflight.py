@@ -14,7 +14,7 @@ from vlkd.core.files import read_json
 from vlkd.core.records import Run
 from vlkd.core.settings import scale
 from vlkd.reproduce.keys import graph
-from vlkd.reproduce.plan import load_plan, plan_files, plan_runs
+from vlkd.reproduce.plan import load_plan, plan_files, plan_nodes, run_parameters
 from vlkd.tools.cost import Assumed, plan_cost
 from vlkd.tools.preflight import preflight
 from vlkd.train.text_student import corpus_tokens
@@ -24,7 +24,7 @@ TABLES = {"m1", "m2", "m3", "m4", "m5", "m6", "m7", "a1", "a2-a6", "a-fig1"}
 
 @pytest.fixture(scope="module")
 def runs():
-    return plan_runs(scale="paper")
+    return run_parameters(plan_nodes(["all"], "paper"))
 
 
 def trains(params) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import gone, tree, vlkd, wait_for
+from processes import gone, holder, tree, vlkd, wait_for
 from toys import end, endless, params, plan, start, training
 
 from vlkd.core.files import read_json
@@ -22,8 +22,6 @@ from vlkd.reproduce import keys
 from vlkd.reproduce.keys import graph
 from vlkd.reproduce.plan import load_plan
 from vlkd.reproduce.run import longest_chains
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="runs are forked on Linux only")
 
 
 def score(name, seed=1):
@@ -146,35 +144,29 @@ def test_failure_stops_only_what_needs_it(toy, capfd):
     assert list((toy.d / "runs/smoke/.partial").iterdir()) == []  # the attempt of another key is gone
 
 
-def test_dead_kernel_and_missing_record_are_failures(toy):
-    toy.edit("teacher", "score = seed", "os.kill(os.getpid(), 9)")
-    toy.edit("other", end.replace('"', '\\"'), "pass")
-    failed = toy.run(["teacher", "other"])["failed"]
-    assert sorted(failed) == ["other@1", "teacher@1"]
-    assert "cell 4: DeadKernelError" in failed["teacher@1"] and "no result.json" in failed["other@1"]
-
-
-full_disk = "raise OSError(28, 'No space left on device', str(o))"
-no_file = "open(o/'clips.csv')"
-
-
-@linux
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("score = seed", "os.kill(os.getpid(), 9)", "teacher.ipynb, cell 4: DeadKernelError"),
+        (
+            "score = seed",
+            "raise OSError(28, 'No space left', str(o))",
+            "cell 4: OSError: [Errno 28] No space left",
+        ),
+        ("score = seed", "open(o/'clips.csv')", "cell 4: FileNotFoundError: [Errno 2] No such file"),
+        (end.replace('"', '\\"'), "pass", "no result.json"),
+    ],
+)
 @pytest.mark.parametrize("mode", ["toy", "forked"])
-def test_the_text_of_a_failure_is_the_error(request, mode):
-    "Also in the default mode, in which runs are forked."
+def test_the_text_of_a_failure_is_the_error(request, mode, old, new, message):
     toy = request.getfixturevalue(mode)
-    toy.edit("teacher", "score = seed", full_disk)
-    toy.edit("other", "score = seed", no_file)
-    failed = toy.run(["teacher", "other", "student"], jobs=1)["failed"]
-    assert "teacher.ipynb, cell 4: OSError: [Errno 28] No space left on device" in failed["teacher@1"]
-    assert "other.ipynb, cell 4: FileNotFoundError: [Errno 2] No such file" in failed["other@1"]
-    assert "clips.csv" in failed["other@1"]
+    toy.edit("teacher", old, new)
+    assert message in toy.run(["teacher", "other"], jobs=1)["failed"]["teacher@1"]
 
 
 # Kills
 
 
-@linux
 @pytest.mark.parametrize("mode", ["toy", "forked"])
 @pytest.mark.parametrize("victim", ["runner", "run"])
 def test_kill_and_resume(request, mode, victim):
@@ -183,7 +175,7 @@ def test_kill_and_resume(request, mode, victim):
     process = toy.runner("t1", jobs=1)
     wait_for(lambda: toy.has_steps("teacher@1", 5))
     below = tree(process)[1:]
-    (process if victim == "runner" else run_process(below)).kill()
+    (process if victim == "runner" else holder(toy, "teacher@1")).kill()
     out = process.communicate(timeout=120)[0]
     assert victim == "runner" or "teacher@1 FAILED: teacher.ipynb: its process ended with code -9" in out
     wait_for(lambda: gone(below), 10)  # nothing is left behind that writes
@@ -193,11 +185,6 @@ def test_kill_and_resume(request, mode, victim):
     assert toy.run(["teacher"])["done"] == ["teacher@1"]
     first, again = (int(line.split(":")[1]) for line in sorted(toy.log.read_text().split()) if ":" in line)
     assert min(first, again) == 0 and max(first, again) >= 5 and toy.partial("teacher@1") is None
-
-
-def run_process(processes) -> psutil.Process:
-    "The one that holds the run's lock."
-    return next(p for p in processes if any(f.path.endswith(".run") for f in p.open_files()))
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
@@ -212,8 +199,7 @@ def test_a_stopped_runner_stops_its_runs(toy, how):
     wait_for(lambda: gone(below), 3)
 
 
-@linux
-def test_without_its_fork_server_a_runner_goes_on_with_interpreters(forked):
+def test_a_fork_server_that_is_killed_is_started_again(forked):
     toy = forked
     toy.nb("teacher", params, start, training, end)
     process = toy.runner("t1", jobs=1)
@@ -221,6 +207,21 @@ def test_without_its_fork_server_a_runner_goes_on_with_interpreters(forked):
     next(p for p in tree(process) if "multiprocessing.forkserver" in " ".join(p.cmdline())).kill()
     out = process.communicate(timeout=120)[0]
     assert "teacher@1 FAILED" in out and "other@1 done" in out, out
+
+
+def test_a_forked_kernel_has_what_the_fork_server_has_imported(forked):
+    forked.edit("teacher", "score = seed", "import sys; score = int('papermill' in sys.modules)")
+    assert forked.run(["teacher", "other"], jobs=1)["failed"] == {} and score("teacher") == 1
+
+
+def test_a_forked_kernel_ends_with_its_run_before_it_has_a_command():
+    code = "import time; from vlkd.reproduce.run import fork_kernel; print(fork_kernel().pid, flush=True); "
+    process = subprocess.Popen([sys.executable, "-c", code + "time.sleep(60)"], stdout=subprocess.PIPE)
+    kernel = psutil.Process(int(process.stdout.readline()))
+    assert kernel.ppid() == process.pid
+    process.kill()
+    process.communicate()
+    wait_for(lambda: gone([kernel]), 5)
 
 
 def test_two_runners_compute_each_run_once(toy):
@@ -241,7 +242,6 @@ def test_a_complete_partial_folder_is_only_renamed(quick):
     assert toy.run(["other"])["done"] == ["other@1"] and toy.ran() == [] and node.folder.is_dir()
 
 
-@linux
 def test_nothing_listens_to_other_machines(forked):
     "A whole process tree, with fork server, runs and kernels."
     toy = forked

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import plain
 import pytest
 
 from vlkd.core.settings import path, settings_file
@@ -119,8 +120,9 @@ class Toy:
     def runner(self, *ids, jobs=2, **environment) -> subprocess.Popen:
         "A runner in a process of its own."
         call = f"reproduce({list(ids)!r}, scale='smoke', jobs={jobs}, plan={str(self.plan)!r})"
-        code = "import sys; from vlkd.reproduce.run import preloaded, reproduce, run_command"
-        code = f"{code}\n{self.setup}\nsys.exit(bool({call}['failed']))"
+        code = (
+            f"import sys\nfrom vlkd.reproduce import run\n{self.setup}\nsys.exit(bool(run.{call}['failed']))"
+        )
         return subprocess.Popen(
             [sys.executable, "-c", code],
             stdout=subprocess.PIPE,
@@ -143,34 +145,26 @@ class Toy:
 def toy(tmp_path, monkeypatch):
     for name, value in dict(VLKD_RUNS="runs", VLKD_REPORTS="reports", VLKD_NBS=".", TOY_LOG="log").items():
         monkeypatch.setenv(name, str(tmp_path / value))
-    monkeypatch.setenv("VLKD_CARDS", str(path("cards")))
     monkeypatch.setenv("VLKD_FORK", "0")  # loading torch would be most of a toy's time
+    monkeypatch.setenv("VLKD_CARDS", str(path("cards")))
     monkeypatch.setenv("VLKD_SETTINGS", str(shutil.copy(settings_file(), tmp_path)))
     return Toy(tmp_path)
 
 
-plain = """
-import fcntl, json, sys
-from vlkd.core.files import open_lock
-from vlkd.reproduce.run import end_with
-job = json.loads(sys.stdin.readline())
-end_with(sys.stdin.fileno())
-lock = open_lock(job["lock"])
-fcntl.flock(lock, fcntl.LOCK_EX)
-notebook = json.load(open(job["notebook"]))
-names = {}
-for cell in notebook["cells"]:
-    if cell["cell_type"] == "code": exec(cell["source"], names)
-    if "parameters" in cell["metadata"].get("tags", []): names.update(job["parameters"])
-json.dump(notebook, open(job["output"], "w"))
+use_plain = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import plain
+from vlkd.reproduce import run
+run.execute = plain.execute
 """
 
 
 @pytest.fixture
 def quick(toy, monkeypatch):
     "The toy graph with cells executed in plain Python: for what does not depend on kernels."
-    monkeypatch.setattr(runs, "run_command", [sys.executable, "-c", plain])
-    toy.setup = f"run_command[:] = [sys.executable, '-c', {plain!r}]"
+    monkeypatch.setattr(runs, "execute", plain.execute)
+    toy.setup = use_plain
     return toy
 
 
@@ -179,5 +173,5 @@ def forked(toy, monkeypatch):
     "The toy graph with runs that are forked, from a process that has imported little."
     monkeypatch.setenv("VLKD_FORK", "1")
     monkeypatch.setattr(runs, "preloaded", ["papermill"])
-    toy.setup = "preloaded[:] = ['papermill']"
+    toy.setup = "run.preloaded = ['papermill']"
     return toy

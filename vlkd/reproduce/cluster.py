@@ -10,8 +10,10 @@ __all__ = ['scheduler_address', 'is_exposed', 'connect_client', 'worker_facts', 
 import asyncio
 import contextlib
 import fcntl
-import ipaddress
+import heapq
+import itertools
 import os
+import re
 import shutil
 import socket
 import time
@@ -24,91 +26,67 @@ from urllib.parse import urlsplit
 from ..core.files import open_lock, read_json, sha256_file
 from ..core.records import versions
 from ..core.settings import data_dir, settings_file
-from .keys import graph, library_code
+from .keys import differing, graph, library_code
 from .plan import run_parameters
-from vlkd.reproduce.run import (
-    available_cores,
-    given_environment,
-    is_locked,
-    longest_chains,
-    resource,
-    run_device,
-    visible_gpus,
-)
+from .run import is_locked, longest_chains, resource, visible_gpus
 
 # %% ../../nbs/77_reproduce.cluster.ipynb #77aa0007
-def _from_file(file: Path) -> str:
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"--scheduler {file}: there is no such file; write tls://HOST:8786 or a scheduler file; "
-            "for this machine alone, --jobs N"
-        )
-    try:
-        return read_json(file)["address"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"--scheduler {file}: not a file that `dask scheduler --scheduler-file` has written: "
-            "no JSON with an address"
-        ) from None
-
-
 def _host_and_port(address: str) -> tuple[str, int]:
-    try:
+    with contextlib.suppress(ValueError):
         parts = urlsplit(address)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = None
-    if not host or not port:
-        raise ValueError(f"--scheduler {address}: an address has a host and a port: tls://HOST:8786")
-    return host, port
+        if parts.hostname and parts.port:
+            return parts.hostname, parts.port
+    raise ValueError(f"--scheduler {address}: an address has a host and a port: tls://HOST:8786")
 
 
 def scheduler_address(where: str) -> str:  # tls://host:port
-    "The address that `--scheduler` means: given, or in a file; an error where nothing answers there."
-    address = where if "://" in where else _from_file(Path(where).expanduser())
-    host, port = _host_and_port(address)
-    try:
-        socket.create_connection((host, port), 3).close()
-    except OSError as e:
-        raise ConnectionError(
-            f"no scheduler answers at {address} ({e}); `dask scheduler` starts one, and prints its address"
-        ) from None
+    "The address that `--scheduler` means: given, or in a file."
+    address, file = where, Path(where).expanduser()
+    if "://" not in where:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"--scheduler {file}: there is no such file; write tls://HOST:8786 or a scheduler file; "
+                "for this machine alone, --jobs N"
+            )
+        try:
+            address = read_json(file)["address"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"--scheduler {file}: no JSON with an address, as `dask scheduler --scheduler-file` writes it"
+            ) from None
+    _host_and_port(address)
     return address
 
 
 def is_exposed(address: str) -> bool:
     "Whether an address is open to other machines without encryption."
     host, _ = _host_and_port(address)
-    with contextlib.suppress(ValueError):
-        return not address.startswith("tls://") and not ipaddress.ip_address(host).is_loopback
-    return not address.startswith("tls://") and host != "localhost"
+    return not address.startswith("tls://") and not re.match(r"(localhost|127\.[\d.]+|::1)$", host)
 
 # %% ../../nbs/77_reproduce.cluster.ipynb #77aa0009
-def _greet(address: str, seconds=10):
+async def _greet(address: str, seconds=10):
     "Exchange Dask's greetings once: a client would wait for ever for something that listens and is silent."
     from distributed import Security
     from distributed.core import connect
 
-    async def hello():
-        arguments = Security().get_connection_args("client")
-        comm = await asyncio.wait_for(connect(address, timeout=seconds, **arguments), seconds)
-        await comm.close()
-
-    with ThreadPoolExecutor(1) as pool:  # in a thread, since a notebook has a loop already
-        pool.submit(asyncio.run, hello()).result()
+    arguments = Security().get_connection_args("client")
+    comm = await asyncio.wait_for(connect(address, timeout=seconds, **arguments), seconds)
+    await comm.close()
 
 
 def connect_client(address: str):
-    "A Dask client; ConnectionError where what answers is no scheduler."
+    "A Dask client; ConnectionError where no scheduler answers."
     from distributed import Client
 
     try:
-        _greet(address)
+        socket.create_connection(_host_and_port(address), 3).close()
+        with ThreadPoolExecutor(1) as pool:  # in a thread, since a notebook has a loop already
+            pool.submit(asyncio.run, _greet(address)).result()
         return Client(address, timeout=10, set_as_default=False, name="vlkd-reproduce")
     except Exception as e:
         raise ConnectionError(
-            f"what answers at {address} is no Dask scheduler of this version, or takes another certificate "
-            f"({type(e).__name__}: {e})"
+            f"no scheduler answers at {address} ({type(e).__name__}: {e}); `dask scheduler` starts one, and "
+            "prints its address; it has to be Dask of the same version, and to take this certificate"
         ) from None
 
 # %% ../../nbs/77_reproduce.cluster.ipynb #77aa0011
@@ -126,34 +104,29 @@ def _read_soon(file: Path, seconds=4.0) -> str:
 
 def worker_facts(worker, question: dict) -> dict:
     "On a worker: what it is, and what it sees of what should be shared."
-    probe = Path(question["probe"])
-    slots = min(worker.state.total_resources.get(resource, 0), worker.state.nthreads)
-    name = f"{socket.gethostname()}-{os.getpid()}"
+    probe, host = Path(question["probe"]), socket.gethostname()
     facts = dict(
-        host=socket.gethostname(),
-        slots=int(slots),
-        cores=available_cores(),
+        host=host,
+        slots=int(min(worker.state.total_resources.get(resource, 0), worker.state.nthreads)),
         gpus=visible_gpus(),
-        device=run_device(),
         library=library_code(),
         versions=versions(),
         files={file: _hash(file) for file in question["files"]},
         missing=[folder for folder in question["folders"] if not Path(folder).exists()],
         token=_read_soon(probe / "token"),
         locks=is_locked(probe / "lock"),
-        answer="",
+        answer=f"{host}-{os.getpid()}",
     )
     if facts["token"]:
         try:
-            (probe / name).write_text(facts["token"])
-            facts["answer"] = name
+            (probe / facts["answer"]).write_text(facts["token"])
         except OSError as e:
-            facts["problem"] = str(e)
+            facts["unwritten"] = str(e)
     return facts
 
 
 def _probe():
-    "The function that asks, sent by value: the worker may have another vlkd, or none."
+    "The function that asks, defined in here so that it is sent by value."
 
     def probe(question, dask_worker=None):
         try:
@@ -165,55 +138,50 @@ def _probe():
     return probe
 
 # %% ../../nbs/77_reproduce.cluster.ipynb #77aa0013
-def _storage_problem(facts: dict, question: dict) -> str:
-    probe = Path(question["probe"])
-    runs = probe.parent.parent
-    shared = "it has to be one shared folder, mounted at this path everywhere"
-    if facts["token"] != question["token"]:
-        return f"does not see what this machine writes into the runs folder {runs}; {shared}"
-    if not facts["answer"]:
-        return f"cannot write into the runs folder {runs} ({facts.get('problem')})"
-    if not _read_soon(probe / facts["answer"], 10):
-        return f"writes into the runs folder {runs} what this machine does not see; {shared}"
-    if not facts["locks"]:
-        return (
-            f"does not see locks that this machine holds in the runs folder {runs}; "
-            "mount it with locks (flock) on all machines"
-        )
-    if facts["missing"]:
-        return f"has no {facts['missing'][0]}; mount the data at the same path"
-    return ""
-
-
-def _code_problem(facts: dict, question: dict) -> str:
-    here, there = library_code(), facts["library"]
-    if modules := sorted(name for name in {*here, *there} if here.get(name) != there.get(name)):
-        shown = ", ".join(modules[:3]) + (" ..." if len(modules) > 3 else "")
-        verb = "differs" if len(modules) == 1 else "differ"
-        return f"has another vlkd: {shown} {verb} from the client's; give it the same version"
-    here, there = versions(), facts["versions"]
-    if packages := sorted(name for name in {*here, *there} if here.get(name) != there.get(name)):
-        shown = ", ".join(f"{p} {there.get(p, 'none')} (here {here.get(p, 'none')})" for p in packages)
-        return f"has other versions: {shown}; receipts would not be true"
-    for file, digest in question["files"].items():
-        if facts["files"].get(file) != digest:
-            which = "another" if facts["files"].get(file) else "no"
-            return f"has {which} {file}; mount the checkout at the same path"
-    return ""
-
-
-def _device_problem(facts: dict, others: dict) -> str:
+def _device_problems(facts: dict, others: dict):
     if facts["slots"] < 1:
-        return f"offers no slot; start it with `dask worker ... --nthreads 1 --resources {resource}=1`"
+        yield f"offers no slot; start it with `dask worker ... --nthreads 1 --resources {resource}=1`"
     if facts["gpus"] and facts["slots"] > 1:
-        return (
+        yield (
             f"sees GPUs and takes {facts['slots']} runs at a time; start one worker a GPU, "
             f"each with its own CUDA_VISIBLE_DEVICES and {resource}=1"
         )
     for name, other in others.items():
         if other["host"] == facts["host"] and {*other["gpus"]} & {*facts["gpus"]}:
-            return f"sees the same GPU as {name}; start each with its own CUDA_VISIBLE_DEVICES"
-    return ""
+            yield f"sees the same GPU as {name}; start each with its own CUDA_VISIBLE_DEVICES"
+
+
+def _storage_problems(facts: dict, question: dict):
+    probe = Path(question["probe"])
+    runs = probe.parent.parent
+    shared = "it has to be one shared folder, mounted at this path everywhere"
+    if facts["token"] != question["token"]:
+        yield f"does not see what this machine writes into the runs folder {runs}; {shared}"
+    if "unwritten" in facts:
+        yield f"cannot write into the runs folder {runs} ({facts['unwritten']})"
+    if not _read_soon(probe / facts["answer"], 10):
+        yield f"writes into the runs folder {runs} what this machine does not see; {shared}"
+    if not facts["locks"]:
+        yield (
+            f"does not see locks that this machine holds in the runs folder {runs}; "
+            "mount it with locks (flock) on all machines"
+        )
+    for folder in facts["missing"]:
+        yield f"has no {folder}; mount the data at the same path"
+
+
+def _code_problems(facts: dict, question: dict):
+    if modules := differing(library_code(), facts["library"]):
+        shown = ", ".join(modules[:3]) + (" ..." if len(modules) > 3 else "")
+        verb = "differs" if len(modules) == 1 else "differ"
+        yield f"has another vlkd: {shown} {verb} from the client's; give it the same version"
+    here, there = versions(), facts["versions"]
+    if packages := differing(here, there):
+        shown = ", ".join(f"{p} {there.get(p, 'none')} (here {here.get(p, 'none')})" for p in packages)
+        yield f"has other versions: {shown}; receipts would not be true"
+    for file in differing(question["files"], facts["files"]):
+        which = "another" if facts["files"].get(file) else "no"
+        yield f"has {which} {file}; mount the checkout at the same path"
 
 
 def refusal(
@@ -222,17 +190,18 @@ def refusal(
     question: dict,
     others: dict,  # address -> facts of the workers in use
 ) -> str:  # empty: it can be used
-    "Why a worker cannot be used beside others."
+    "Why a worker cannot be used beside others: the first problem that there is."
     if "none" in facts:
         return f"worker {address} has no vlkd for this ({facts['none']}); install the client's version there"
-    problem = (
-        _device_problem(facts, others) or _storage_problem(facts, question) or _code_problem(facts, question)
-    )
+    of_sharing = itertools.chain(_storage_problems(facts, question), _code_problems(facts, question))
+    problem = next(itertools.chain(_device_problems(facts, others), of_sharing), "")
     return f"worker {address} on {facts['host']} {problem}" if problem else ""
 
 # %% ../../nbs/77_reproduce.cluster.ipynb #77aa0017
 class Cluster:
     "The machines behind a scheduler, named by an address or by a file that the scheduler has written."
+
+    gpus, fork = (), False  # each worker sees its own GPU, which does not survive a fork
 
     def __init__(self, where: str, patience: float = 60.0):  # seconds to wait for a first worker
         self.where, self.patience = str(where), patience
@@ -242,14 +211,14 @@ class Cluster:
 
     @property
     def slots(self) -> int:
-        return sum(facts["slots"] for facts in self.workers.values())
+        return sum(self.hosts.values())
 
-    def job(self) -> dict:
-        "What the runs are given."
+    @property
+    def hosts(self) -> dict[str, int]:  # slots
         slots = Counter()
         for facts in self.workers.values():
             slots[facts["host"]] += facts["slots"]
-        return dict(fork=False, given=given_environment(), gpus=[], slots=dict(slots))
+        return dict(slots)
 
     @contextlib.contextmanager
     def open(self, nodes, say):
@@ -261,50 +230,42 @@ class Cluster:
                 "on its workers; give the cluster certificates and a tls:// address"
             )
         with connect_client(address) as self.client, _questions(nodes) as self.question:
-            self._wait_for_workers(address)
-            hosts = ", ".join(sorted({facts["host"] for facts in self.workers.values()}))
+            end = time.time() + self.patience
+            while not self._look(say, strict=True):
+                if time.time() > end:
+                    raise ConnectionError(
+                        f"the scheduler at {address} has no workers after {self.patience:.0f} s; start some "
+                        f"with `dask worker {address} --nthreads 1 --resources {resource}=1`"
+                    )
+                time.sleep(0.3)
+            hosts = ", ".join(sorted(self.hosts))
             say(f"{self.slots} slots on {len(self.workers)} workers of {address}: {hosts}")
             yield self
 
-    def _wait_for_workers(self, address: str):
-        end = time.time() + self.patience
-
-        def insist(problem):
-            raise ValueError(problem)
-
-        while not self._look(insist):
-            if time.time() > end:
-                raise ConnectionError(
-                    f"the scheduler at {address} has no workers after {self.patience:.0f} s; start some with "
-                    f"`dask worker {address} --nthreads 1 --resources {resource}=1`"
-                )
-            time.sleep(0.3)
-
-    def _call(self, function, *args, **options):
-        "An answer of the scheduler; ConnectionError where there is none."
+    def _look(self, say, strict=False) -> dict:
+        "Take note of workers that have come and gone; one that cannot be used is an error, or left alone."
+        client, answers = self.client, {}
         try:
-            return function(*args, **options)
+            here = client.nthreads()
+            new = [address for address in here if address not in {*self.workers, *self.refused}]
+            if new:
+                answers = client.run(_probe(), self.question, workers=new, on_error="return")
         except Exception as e:
             raise ConnectionError(
                 f"the scheduler at {self.where} does not answer any more ({type(e).__name__}: {e}); "
                 "the same command goes on from here"
             ) from None
-
-    def _look(self, refuse) -> dict:
-        "Take note of workers that have come and gone; `refuse` is called for those that cannot be used."
-        here = self._call(self.client.nthreads)
         self.workers = {address: facts for address, facts in self.workers.items() if address in here}
         self.refused &= {*here}
-        new = [address for address in here if address not in self.workers and address not in self.refused]
-        answers = {}
-        if new:
-            answers = self._call(self.client.run, _probe(), self.question, workers=new, on_error="return")
         for address, facts in answers.items():
             if isinstance(facts, Exception):
                 facts = dict(none=f"{type(facts).__name__}: {facts}")
-            if problem := refusal(address, facts, self.question, self.workers):
+            problem = refusal(address, facts, self.question, self.workers)
+            if problem and strict:
+                raise ValueError(problem)
+            if problem:
                 self.refused.add(address)
-                refuse(problem)
+                say(f"not used: {problem}")
             else:
                 self.workers[address] = facts
         self.checked = time.time()
@@ -315,7 +276,7 @@ class Cluster:
         if time.time() - self.checked < 0.5:
             return
         had = bool(self.workers)
-        if self._look(lambda problem: say(f"not used: {problem}")):
+        if self._look(say):
             self.alive = time.time()
         elif had:
             say("no worker is left; waiting for one")
@@ -335,8 +296,7 @@ def _questions(nodes):
         fcntl.flock(lock, fcntl.LOCK_EX)
         (probe / "token").write_text(probe.name)
         real = [node for node in nodes if node.parts["data"]]
-        data = data_dir() if real else None
-        folders = {str(data / name) for node in real for name in (node.entry.get("data") or [""])}
+        folders = {str(data_dir() / name) for node in real for name in (node.entry.get("data") or [""])}
         files = {settings_file(), *(node.entry["file"] for node in nodes)}
         yield dict(
             probe=str(probe),
@@ -355,8 +315,6 @@ def makespan(
     slots: int,
 ) -> float:
     "Hours until all nodes are done."
-    import heapq
-
     if slots < 1:
         raise ValueError(f"slots should be at least 1, got {slots}")
     hours = {name: hours.get(name, 0.0) for name in nodes}
@@ -385,12 +343,8 @@ def predicted_days(
     from vlkd.tools.cost import plan_cost
 
     nodes = graph(ids, scale, seeds, need_data=False)
-    runs = list(run_parameters(nodes.values()).items())
-    cost = plan_cost(runs, scale).set_index("run").GPU_hours
-    hours = {name: float(cost[n.entry["id"]]) for name, n in nodes.items() if n.entry["id"] in cost.index}
-    total, rows = sum(hours.values()), []
-    for number in slots:
-        time_taken = makespan(nodes, hours, number)
-        busy = total / (number * time_taken) if time_taken else 1.0
-        rows.append(dict(GPUs=number, days=time_taken / 24, busy=busy))
-    return pd.DataFrame(rows)
+    costs = plan_cost(run_parameters(nodes), scale)
+    of_run = dict(zip(costs.run, costs.GPU_hours, strict=True))
+    hours = {name: of_run.get(node.entry["id"], 0.0) for name, node in nodes.items()}
+    table = pd.DataFrame(dict(GPUs=slots, days=[makespan(nodes, hours, number) / 24 for number in slots]))
+    return table.assign(busy=sum(hours.values()) / 24 / (table.GPUs * table.days))

@@ -63,10 +63,9 @@ def _show_costs(ids, scale: str, seeds: str):
 
     if settings(scale)["data_kind"] != "paper":
         return
-    nodes = plan_nodes(ids, scale, seeds).values()
-    tables = [node.entry["id"] for node in nodes if node.is_table]
-    runs = list(run_parameters(nodes).items())
-    show("\n" + report_plan(runs, scale, tables=tables, seeds=len(world_seeds(seeds))))
+    nodes = plan_nodes(ids, scale, seeds)
+    tables = [node.entry["id"] for node in nodes.values() if node.is_table]
+    show("\n" + report_plan(run_parameters(nodes), scale, tables=tables, seeds=len(world_seeds(seeds))))
 
 
 @app.command()
@@ -82,7 +81,7 @@ def reproduce(
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Only say what would run, and why.")] = False,
     scheduler: Annotated[
-        str, Option(help="Dask cluster: tcp://HOST:8786, a scheduler file, or local:N for N workers here.")
+        str, Option(help="Dask cluster: tls://HOST:8786, or a file that `dask scheduler` has written.")
     ] = "",
 ):
     "Bring tables up to date: run what is missing or changed, then render reports/latest."

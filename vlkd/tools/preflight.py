@@ -22,7 +22,7 @@ from ..data.howto100m import write_fixture
 from ..data.squad import SQUAD_VERSIONS, write_squad
 from ..data.tasks import write_task
 from ..data.video import Features
-from ..reproduce.plan import plan_runs
+from ..reproduce.plan import plan_nodes, run_parameters
 from ..tabletop.world import World
 from .cost import PAPER, USUAL, Assumed, listed, plan_cost, report_cost, storage
 from ..train.sources import FEATURE_WIDTHS, PaperSource, official_files
@@ -205,7 +205,8 @@ def preflight(
     if steps < 1:
         raise ValueError(f"steps should be at least 1, got {steps}")
     if ids is None:
-        ids = [name for name, params in plan_runs(scale="paper") if {"contrast", "kd"} & set(params)]
+        runs = run_parameters(plan_nodes(["all"], "paper"))
+        ids = [name for name, params in runs if {"contrast", "kd"} & set(params)]
     every = dict(save_every=steps, eval_every=max(1, 5 * steps // 2))
     trained = dict(steps=steps, teacher_steps=10 * steps, warmup=max(1, steps // 4), teacher_lr=3e-3)
     with contextlib.ExitStack() as stack:
