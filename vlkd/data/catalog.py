@@ -216,25 +216,24 @@ def cards(folder=None) -> dict[str, Card]:
     return {card.id: card for card in map(read_card, files)}
 
 # %% ../../nbs/14_data.catalog.ipynb #fe26bfe8
-def _lacks(folder: Path, file: DataFile) -> str:  # empty: nothing
+def _lacks(folder: Path, path: str) -> str:  # empty: nothing
     "Why a file of a set is not usable."
-    f = folder / file.path
-    if file.path.endswith("/"):
-        there = f.is_dir() and any(f.iterdir())
-        return "" if there else f"{file.path} (no such folder, or an empty one)"
+    f = folder / path
+    if path.endswith("/"):
+        return "" if f.is_dir() and any(f.iterdir()) else f"{path} (no such folder, or an empty one)"
     if not f.is_file():
-        return file.path
-    return "" if f.stat().st_size else f"{file.path} (empty)"
+        return path
+    return "" if f.stat().st_size else f"{path} (empty)"
 
 
 def _state(card: Card, data: Path | None) -> tuple[str, list]:  # its state, missing required files
     "Whether the required files of a set are under `data`: present, partial or missing."
-    required = [file for file in card.files if file.required]
-    lacks = [_lacks(data / card.folder, file) if data else file.path for file in required]
-    missing = [why for why in lacks if why]
-    if not missing:
-        return "present", []
-    return "missing" if len(missing) == len(required) else "partial", missing
+    paths = [file.path for file in card.files if file.required]
+    missing = [path for path in paths if not data]
+    if data:
+        missing = [why for path in paths if (why := _lacks(data / card.folder, path))]
+    state = "partial" if len(missing) < len(paths) else "missing"
+    return state if missing else "present", missing
 
 
 def _data_folder(data=None) -> Path | None:

@@ -214,17 +214,13 @@ def _one_each(source, tokenizer, max_tokens: int, place=(0, 0)) -> Iterator[tupl
         row = [tokenizer.cls_token_id, *ids[: max_tokens - 2], tokenizer.sep_token_id]
         yield row, (number + 1, 0)
 
-
-def _no_text(source: Source) -> ValueError:
-    return ValueError(f"{source.name}: there is no text in it")
-
 # %% ../../nbs/16_data.corpus.ipynb #e5695e9f
 def pack(texts, tokenizer, max_tokens: int = 128) -> Tokens:
     "Pack a source, or texts, that fit in memory into rows of `max_tokens`; an empty corpus is an error."
     source = texts if isinstance(texts, Source) else text_list(texts)
     rows = [np.array(row, np.int32) for row, _ in _packed(source, tokenizer, max_tokens)]
     if not rows:
-        raise _no_text(source)
+        raise ValueError(f"{source.name}: there is no text in it")
     return Tokens(np.concatenate(rows), np.cumsum([0, *map(len, rows)]), tokenizer.pad_token_id)
 
 # %% ../../nbs/16_data.corpus.ipynb #9e578b80
@@ -390,7 +386,7 @@ def tokenize_corpus(
                 shards.append(dict(_write_shard(out, len(shards), rows), begin=place, end=end))
                 place = end
             if last and not shards:
-                raise _no_text(source)
+                raise ValueError(f"{source.name}: there is no text in it")
             manifest["finished"] = last
             write_json(f, manifest, checksum=True)
     return CorpusTokens(out, tokenizer)

@@ -326,22 +326,16 @@ class Windows:
 # %% ../../nbs/18_data.squad.ipynb #54db2e4e
 def _cut(n: int, room: int, stride: int) -> list[tuple[int, int, int, int]]:  # (first token, tokens, lo, hi)
     "Windows over `n` tokens, `room` at a time, and the range of tokens that each shows best."
-    firsts = [0]
-    while firsts[-1] + room < n:
-        firsts.append(firsts[-1] + min(stride, room))
-    sizes = [min(room, n - first) for first in firsts]
-    token = np.arange(n)
-    seen = []  # how well each window shows each token
-    for first, size in zip(firsts, sizes, strict=True):
-        within = (token >= first) & (token < first + size)
-        around = np.minimum(token - first, first + size - 1 - token) + 0.01 * size
-        seen.append(np.where(within, around, -1))
-    best = np.stack(seen).argmax(0)
+    step = min(stride, room)
+    first = np.arange(0, max(n - room, 0) + step, step)[:, None]
+    size = np.minimum(room, n - first)
+    left = np.arange(n) - first  # (windows, tokens)
+    around = np.minimum(left, size - 1 - left)
+    best = np.where(around >= 0, around + 0.01 * size, -1).argmax(0)
     out = []
-    for w, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
+    for w, (start, length) in enumerate(np.hstack([first, size]).tolist()):
         own = np.flatnonzero(best == w)
-        lo, hi = (int(own[0]), int(own[-1]) + 1) if len(own) else (first, first)
-        out.append((first, size, lo, hi))
+        out.append((start, length, own[0], own[-1] + 1) if len(own) else (start, length, start, start))
     return out
 
 
