@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from toys import cell
 
 from vlkd.core.records import run_folder
 from vlkd.core.settings import path, preset, scale
@@ -389,28 +390,28 @@ def test_command(args, code, text, capsys):
     assert text in out.out + out.err
 
 
-def write_plan(folder, cell: str):
-    "A plan of one benchmark, whose notebook records a number after a cell."
-    cells = [
-        ('effort: str = "toy"  # as ever\nout: str = ""  # folder of results', ["parameters"]),
-        (cell, []),
-        (
-            "import pandas as pd\nfrom vlkd.tools.bench import begin_benchmark, record_benchmark\n"
-            "begun = begin_benchmark(effort)\n"
-            'record_benchmark(out, begun, "Toy", {"": pd.DataFrame(dict(number=[42]))})',
-            [],
-        ),
-    ]
+RECORD = """import pandas as pd
+from vlkd.tools.bench import begin_benchmark, record_benchmark
+begun = begin_benchmark(effort)
+record_benchmark(out, begun, "Toy", {"": pd.DataFrame(dict(number=[42]))})"""
+PLAN = """[[table]]
+id = "toy"
+title = "Toy"
+notebook = "toy.ipynb"
+params = { effort = "full" }
+at = { smoke = { effort = "quick" } }
+scales = ["smoke", "micro"]
+"""
+
+
+def write_plan(folder, code: str):
+    "A plan of one benchmark, whose notebook records a number after some code."
+    parameters = 'effort: str = "toy"  # as ever\nout: str = ""  # folder of results'
+    cells = [cell(0, parameters, tags=["parameters"]), cell(1, code), cell(2, RECORD)]
     kernel = dict(name="python3", display_name="python3", language="python")
-    notebook = dict(cells=[], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
-    for i, (source, tags) in enumerate(cells):
-        about = dict(id=f"c{i}", cell_type="code", metadata=dict(tags=tags), execution_count=None, outputs=[])
-        notebook["cells"].append(about | dict(source=source))
+    notebook = dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
     (folder / "toy.ipynb").write_text(json.dumps(notebook))
-    (folder / "plan.toml").write_text(
-        '[[table]]\nid = "toy"\ntitle = "Toy"\nnotebook = "toy.ipynb"\nparams = { effort = "full" }\n'
-        'at = { smoke = { effort = "quick" } }\nscales = ["smoke", "micro"]\n'
-    )
+    (folder / "plan.toml").write_text(PLAN)
     return folder / "plan.toml"
 
 

@@ -301,12 +301,9 @@ def test_citation_names_the_papers():
 
     citation = yaml.safe_load(text("CITATION.cff"))
     assert citation["license"] == "Apache-2.0"
-    assert [r["title"].split(":")[0] for r in citation["references"]] == [
-        "VidLanKD",
-        "CLIP-TD",
-        "ADVL",
-        "Distilling Vision-Language Models on Millions of Videos",
-    ]
+    titles = [r["title"].split(":")[0] for r in citation["references"]]
+    millions = "Distilling Vision-Language Models on Millions of Videos"
+    assert titles == ["VidLanKD", "CLIP-TD", "ADVL", millions]
     for author in (a for r in citation["references"] for a in r["authors"]):
         assert "name" in author or {"given-names", "family-names"} <= set(author)
 
@@ -346,17 +343,17 @@ def test_tracked_files_are_free_of(what):
     assert found == [], f"{what}: " + "\n".join(found[:20])
 
 
-@pytest.mark.parametrize(
-    "what, yes, no",
-    [
-        ("a path of one machine", "see '/work/x'", "runs/work/x"),
-        ("a path of one machine", '"/tmp/a', "https://a.b/tmp/a"),
-        ("a package registry", "https://pypi.org/simple", "pypi"),
-        ("a note to oneself", "# TODO: x", "mastodont"),
-        ("how it was made", "this session", "obsession"),
-        ("how it was made", "Sessions", 'scope="session"'),
-    ],
-)
+FOUND = [
+    ("a path of one machine", "see '/work/x'", "runs/work/x"),
+    ("a path of one machine", '"/tmp/a', "https://a.b/tmp/a"),
+    ("a package registry", "https://pypi.org/simple", "pypi"),
+    ("a note to oneself", "# TODO: x", "mastodont"),
+    ("how it was made", "this session", "obsession"),
+    ("how it was made", "Sessions", 'scope="session"'),
+]
+
+
+@pytest.mark.parametrize("what, yes, no", FOUND)
 def test_the_search_finds_what_it_should(what, yes, no):
     assert re.search(FORBIDDEN[what], yes, re.M) and not re.search(FORBIDDEN[what], no, re.M)
 
@@ -488,11 +485,10 @@ def test_make_clean_keeps_results(make):
 @pytest.fixture
 def checks(tmp_path):
     "Run .ci/run beside a Makefile whose tests end with some exit code."
-    folder = tmp_path / "main"
-    (folder / ".ci").mkdir(parents=True)
+    folder, data = tmp_path / "main", tmp_path / "shared" / "data"
+    for new in (folder / ".ci", folder / ".venv" / "bin", data):
+        new.mkdir(parents=True)
     shutil.copy(ROOT / ".ci" / "run", folder / ".ci")
-    (folder / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / "shared" / "data").mkdir(parents=True)
     vlkd = folder / ".venv" / "bin" / "vlkd"
     vlkd.write_text('#!/bin/sh\necho vlkd "$@" $VLKD_DATA\n')
     vlkd.chmod(0o755)
@@ -502,7 +498,7 @@ def checks(tmp_path):
         (folder / "Makefile").write_text(makefile)
         return run("env", "-u", "VLKD_DATA", "bash", folder / ".ci" / "run", cwd=tmp_path)
 
-    call.data = tmp_path / "shared" / "data"
+    call.data = data
     return call
 
 
