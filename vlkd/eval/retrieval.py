@@ -16,11 +16,11 @@ from ..core.files import rng
 from ..data.text import Tokens
 from ..losses.base import unit
 from ..models.bert import hidden_states, masked_mean
-from ..models.video_text import Teacher
+from ..models.video_text import Teacher, video_states
 from ..retrieval.nearest import nearest
 from ..train.terms import Term
 from ..train.text_student import StudentObjective
-from ..train.video_teacher import held_out_clips, sentence_states, video_states
+from ..train.video_teacher import held_out_clips, sentence_states
 
 # %% ../../nbs/61_eval.retrieval.ipynb #429c2ec9
 def ridge(x, y, penalty: float = 1.0) -> tuple:  # (D, E) weights and (E,) bias of y = x w + b

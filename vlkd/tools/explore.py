@@ -37,13 +37,13 @@ from ..eval import examples
 from ..eval.probe import STATIC_ATTRIBUTES, attribute_sentence, fit_probe, noun_states
 from ..eval.retrieval import nearest_clips, ridge
 from ..models.bert import hidden_states, load_model
-from ..models.video_text import Teacher
+from ..models.video_text import Teacher, video_states
 from ..plots import bars_with_ci, palette, style, table_md
 from ..reproduce.run import reproduce
 from ..tabletop.language import OUTCOME_PHRASES, PAST, stated_counts
 from ..tabletop.nouns import EVENTS, NOUNS, STATIC
 from ..train.sources import load_data
-from ..train.video_teacher import held_out_clips, sentence_states, video_states
+from ..train.video_teacher import held_out_clips, sentence_states
 
 disable_progress_bar()  # in Jupyter every model that is opened would leave a bar above the figures
 
