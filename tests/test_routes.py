@@ -9,7 +9,7 @@ import pytest
 from vlkd.core.files import rng
 from vlkd.core.settings import scale
 from vlkd.data.tasks import Task
-from vlkd.data.video import load_features, write_mp4
+from vlkd.data.video import Features, write_mp4
 from vlkd.models.bert import language_model, save_model
 from vlkd.train.finetune import finetune_all
 from vlkd.train.sources import load_data
@@ -137,6 +137,6 @@ def test_own_encoder(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main([str(x) for x in arguments])
     assert not end.value.code
-    features = load_features(tmp_path / "out")
+    features = Features(tmp_path / "out")
     assert features.manifest["encoder"] == "brightness"
     assert np.allclose(features["white"], 1, atol=0.02)

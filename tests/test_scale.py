@@ -13,7 +13,7 @@ from vlkd.core.settings import scale
 from vlkd.data.corpus import CorpusTokens, open_text, pack, text_list, tokenize_corpus
 from vlkd.data.howto100m import caption_table, hold_out, howto_pairs, json_entries
 from vlkd.data.text import train_tokenizer
-from vlkd.data.video import Features, extract
+from vlkd.data.video import Features
 from vlkd.train.text_student import text_collator
 
 WORDS = "copper iron gold salt ice is soft hard and melts rusts never often".split()
@@ -114,17 +114,11 @@ def test_hold_out_is_by_video_and_exact(tmp_path):
     assert not np.array_equal(hold_out(table, 57, 0)[1], hold_out(table, 57, 1)[1])
 
 
-class Given:
-    name, dim = "given", 1
-
-    def encode(self, rows):
-        return rows
-
-
 def test_a_clip_at_the_end_of_its_video_has_a_frame(tmp_path):
     "Times may run a little over the end; no clip is empty, none reaches into the next video's rows."
-    rows = dict(a=np.full((3, 1), 97, np.float32), b=np.full((3, 1), 98, np.float32))
-    extract(dict(a="a", b="b"), Given(), tmp_path / "f", read=lambda name: (rows[str(name)], None))
+    (tmp_path / "f").mkdir()
+    for name, value in dict(a=97, b=98).items():
+        np.save(tmp_path / f"f/{name}.npy", np.full((3, 1), value, np.float32))
     found = Features(tmp_path / "f")
     times = dict(start=[0, 2.999, 0.5], end=[0.001, 3.9, 4], text=["x"] * 3)
     (tmp_path / "c.json").write_text(json.dumps(dict(a=times, b=times)))

@@ -11,7 +11,8 @@ import pytest
 
 from vlkd.core.files import rng
 from vlkd.core.settings import data_dir
-from vlkd.data.video import VideoError, VideoWarning, extract, load_features, read_frames, write_mp4
+from vlkd.data.video import Features, VideoError, VideoWarning, read_frames, write_mp4
+from vlkd.features.extract import extract_videos
 
 pytest.importorskip("av", reason="the `video` extra is not installed")
 ROOT = data_dir(need=False)
@@ -73,7 +74,7 @@ def test_all_msvd_clips_decode(tmp_path):
     lines = (ROOT / "msvd_clips/index.jsonl").read_text(encoding="utf-8").splitlines()
     rows = {row["clip"]: row for row in map(json.loads, lines)}
     assert len(clips) == 18 and {c.stem for c in clips} == set(rows)
-    feats = extract(clips, MeanColour(), tmp_path)
+    feats = extract_videos(ROOT / "msvd_clips", tmp_path, MeanColour(), workers=1)
     assert len(feats) == 18 and not feats.errors and not feats.manifest["warnings"]
     for c in clips:
         assert len(feats[c.stem]) == int(np.ceil(rows[c.stem]["kept"] / 4)), c  # kept frames at 4 a second
@@ -162,43 +163,36 @@ def test_two_runs_at_once_share_the_work(tmp_path):
         write_mp4(tmp_path / f"{i}.mp4", np.full((4, 16, 16, 3), 40 * i, np.uint8), 2)
     code = """if True:
         import sys, time; from pathlib import Path
-        from vlkd.data.video import extract
+        from vlkd.features.extract import extract_videos
         class Slow:
             name, dim, calls = "slow", 3, 0
             def encode(self, frames): self.calls += 1; time.sleep(.5); return frames.mean((1, 2))
         p, e = Path(sys.argv[1]), Slow(); (p/f"ready{sys.argv[2]}").touch()
         while len(list(p.glob("ready*"))) < 2: time.sleep(.01)
-        assert len(extract(sorted(p.glob("*.mp4")), e, p/"out", shard_size=1)) == 4; print(e.calls)"""
+        made = extract_videos(p, p / "out", e, shard_size=1, workers=1)
+        assert len(made) == 4; print("calls", e.calls)"""
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path), str(k)], stdout=subprocess.PIPE, text=True
         )
         for k in range(2)
     ]
-    assert sorted(int(r.communicate(timeout=60)[0]) for r in runs) == [0, 4]
-    feats = load_features(tmp_path / "out")
+    assert sorted(int(r.communicate(timeout=60)[0].split()[-1]) for r in runs) == [0, 4]
+    feats = Features(tmp_path / "out")
     assert [round(float(feats[str(i)].astype(float).mean()), -1) for i in range(4)] == [0, 40, 80, 120]
-
-
-def test_orphan_shards_of_a_killed_run_are_removed(tmp_path):
-    f = write_mp4(tmp_path / "a.mp4", np.zeros((4, 32, 32, 3), np.uint8), 2)
-    extract([f], MeanColour(), tmp_path / "out")
-    (tmp_path / "out/shard-0123.safetensors").write_bytes(b"half")
-    feats = extract([f], MeanColour(), tmp_path / "out")
-    assert [p.name for p in (tmp_path / "out").glob("shard-*")] == list(feats.manifest["shards"])
 
 
 def test_a_missing_shard_is_rebuilt_and_named(tmp_path, capsys):
     f = write_mp4(tmp_path / "a.mp4", np.full((4, 32, 32, 3), 90, np.uint8), 2)
-    a = extract([f], MeanColour(), tmp_path / "out")
-    want = a["a"]
-    (s := next((tmp_path / "out").glob("shard-*"))).unlink()
-    b = extract([f], MeanColour(), tmp_path / "out")
+    want = extract_videos(f, tmp_path / "out", MeanColour(), workers=1)["a"]
+    (s := next((tmp_path / "out").glob("shard-*.safetensors"))).unlink()
+    b = extract_videos(f, tmp_path / "out", MeanColour(), workers=1)
     assert s.name in capsys.readouterr().out and np.array_equal(b["a"], want)
 
 
 def test_only_unreadable_files(tmp_path, capsys):
     (tmp_path / "a.mp4").write_bytes(b"")
-    feats = extract([tmp_path / "a.mp4", tmp_path / "gone.mp4"], MeanColour(), tmp_path / "out")
+    files = {name: tmp_path / f"{name}.mp4" for name in ("a", "gone")}
+    feats = extract_videos(files, tmp_path / "out", MeanColour(), workers=1)
     assert len(feats) == 0 and set(feats.errors) == {"a", "gone"}
     assert "a.mp4: the file is empty" in capsys.readouterr().out

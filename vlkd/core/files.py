@@ -63,6 +63,8 @@ def atomic_folder(p):  # the folder to fill
         os.replace(part, p)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        if old.exists() and not p.exists():
+            os.replace(old, p)
         shutil.rmtree(part, ignore_errors=True)
         raise
 

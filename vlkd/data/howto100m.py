@@ -31,13 +31,14 @@ from vlkd.core.files import (
     open_manifest,
     read_json,
     rng,
+    save_safetensors,
     sha256_file,
     write_json,
 )
 from .corpus import CorpusTokens, Source, clean_paragraph, files_identity, tokenize_corpus
-from .readers import read_table, text_lines
+from .readers import read_table
 from .text import VideoText, train_tokenizer
-from .video import Features, extract
+from .video import Features
 
 # %% ../../nbs/17_data.howto100m.ipynb #cca79207
 def howto_videos(path):  # DataFrame: video, task
@@ -466,18 +467,6 @@ _nouns = (
 _verbs = ("take", "wash", "cut", "turn", "press", "heat", "fix", "lift", "move", "hold")
 
 
-class _Rows:
-    "An encoder whose frames are features already."
-
-    name = "synthetic"
-
-    def __init__(self, dim: int):
-        self.dim = dim
-
-    def encode(self, frames):
-        return np.asarray(frames, np.float32)
-
-
 def _synthetic_video(r, number: int, captions: int, dim: int) -> tuple[dict, np.ndarray]:
     "Captions (start, end, text) and features (seconds, dim) of one video."
     noun = r.integers(len(_nouns), size=captions)
@@ -496,6 +485,20 @@ def _synthetic_video(r, number: int, captions: int, dim: int) -> tuple[dict, np.
     return dict(start=start.tolist(), end=end.tolist(), text=text), x
 
 
+def _write_features(folder: Path, features: dict) -> None:
+    "Features (name -> (T, F)) as one shard and a manifest, as extraction leaves them."
+    file, items, row = folder / "shard-00000.safetensors", {}, 0
+    for name, x in features.items():
+        items[name] = dict(shard=file.name, row=row, length=len(x))
+        row += len(x)
+    rows = np.concatenate(list(features.values())).astype(np.float32).astype(np.float16)
+    save_safetensors({"features": rows}, file)
+    head = dict(encoder="synthetic", dim=rows.shape[1], fps=1.0)
+    shards = {file.name: dict(sha256=sha256_file(file), rows=row)}
+    manifest = dict(head, shards=shards, items=items, errors={}, warnings={})
+    write_json(folder / "manifest.json", manifest, checksum=True)
+
+
 def _write_howto(folder: Path, r, samples: int, dim: int) -> list[str]:  # the captions' texts
     "Videos, captions as JSON and csv, features."
     videos, captions, features = [], {}, {}
@@ -511,13 +514,7 @@ def _write_howto(folder: Path, r, samples: int, dim: int) -> list[str]:  # the c
             table.to_csv(f, index=False)
     with atomic(folder / "caption.json") as f:
         json.dump(captions, f)
-    extract(
-        {name: name for name in features},
-        _Rows(dim),
-        folder / "features",
-        read=lambda name: (features[name], None),
-        shard_size=16,
-    )
+    _write_features(folder / "features", features)
     return [text for c in captions.values() for text in c["text"]]
 
 

@@ -18,7 +18,7 @@ from ..core.files import rng
 from ..core.settings import data_dir, path
 from .readers import json_document, json_rows, read_table, sentences, text_lines
 from .text import VideoText, check_vocabulary, padded_clips
-from .video import Features, extract, load_features, read_photos
+from .video import Features
 
 # %% ../../nbs/15_data.public.ipynb #7b221beb
 def _marks(text: str) -> int:
@@ -209,22 +209,18 @@ class Calibration:
         return np.clip((np.asarray(features, np.float64) - self.mean) / self.std, -10, 10).astype(np.float16)
 
 # %% ../../nbs/15_data.public.ipynb #11f6c481
-def _encoded(name, items, encoder, cache, read=None) -> Features:
-    "Features of a source from the cache; encoded first where they are missing and there is an encoder."
-    folder = cache / f"features-{name}"
-    if encoder is not None:
-        return extract(items, encoder, folder, fps=1.0, shard_size=128, read=read)
-    features = load_features(folder) if (folder / "manifest.json").is_file() else None
+def _encoded(name, items, extract, cache) -> Features:
+    "Features of a source from the cache, where `extract` makes or mends them first."
+    folder = cache / f"encoded-{name}"
+    if extract:
+        return extract(items, folder)
+    features = Features(folder) if folder.is_dir() else None
     if features is None or any(key not in features and key not in features.errors for key in items):
         raise ValueError(
-            f"{folder}: the features of {name} are not (all) there; pass encoder=load_mobilenet() from "
-            "vlkd.features.encoders to make them once"
+            f"{folder}: the features of {name} are not (all) there; pass extract=extract_videos from "
+            "vlkd.features.extract to make them once"
         )
     return features
-
-
-def _photo_reader(encoder):
-    return lambda paths: read_photos(paths, size=getattr(encoder, "size", None))
 
 
 def _shared_photos(train) -> list[str]:
@@ -232,10 +228,10 @@ def _shared_photos(train) -> list[str]:
     return sorted(train[i] for i in rng("real-calibration").permutation(len(train))[:512])
 
 
-def _own_calibration(train, encoder, cache, root) -> Calibration:
+def _own_calibration(train, extract, cache, root) -> Calibration:
     "The calibration of this encoder's features, over the photos on which the published ones are calibrated."
-    items = {name: root / "flickr8k/images" / name for name in _shared_photos(train)}
-    features = _encoded("calibration", items, encoder, cache, _photo_reader(encoder))
+    items = {name: [root / "flickr8k/images" / name] for name in _shared_photos(train)}
+    features = _encoded("calibration", items, extract, cache)
     ours = np.concatenate([features[name] for name in items if name in features])
     width = flickr8k_features([], root).shape[1]
     if ours.shape[1] != width:
@@ -266,9 +262,9 @@ def _bundle(
     return VideoText(captions, clip, features, mask, train, valid, list(clips))
 
 
-def _encoded_clips(source, clips: dict, calibration, encoder, cache, read) -> tuple[dict, set]:
+def _encoded_clips(source, clips: dict, calibration, extract, cache) -> tuple[dict, set]:
     "Clips (name -> (features, captions)) of a source of files, and the names held out."
-    features = _encoded(source, {key: files for key, (files, _) in clips.items()}, encoder, cache, read)
+    features = _encoded(source, {key: files for key, (files, _) in clips.items()}, extract, cache)
     keys = [key for key in clips if key in features]
     if not keys:
         raise ValueError(
@@ -291,7 +287,7 @@ def real_pairs(
     cache_dir=None,  # where features are kept; None: `real` in the cache folder
     seed: int = 0,  # which captions stay under `limit`
     limit: int | None = None,  # training captions at most
-    encoder=None,  # needed once, to fill the cache: `load_mobilenet()`
+    extract=None,  # needed once, to fill the cache: `extract_videos`
     sources=SOURCES,
     retrieval: int = 1000,  # photos set apart for `real_retrieval`
     max_frames: int = 8,  # longer clips are thinned evenly
@@ -307,11 +303,10 @@ def real_pairs(
         clips |= _photo_clips(parts["train"] + parts["valid"], published, root)
         held |= {f"flickr8k/{name}" for name in parts["valid"]}
     if set(sources) - {"flickr8k"}:
-        ours = _own_calibration(parts["train"], encoder, cache, root)
-    readers = {"exercises": (exercise_clips, _photo_reader(encoder)), "msvd": (msvd_clips, None)}
-    for source, (load, read) in readers.items():
+        ours = _own_calibration(parts["train"], extract, cache, root)
+    for source, load in {"exercises": exercise_clips, "msvd": msvd_clips}.items():
         if source in sources:
-            found = _encoded_clips(source, load(root), ours, encoder, cache, read)
+            found = _encoded_clips(source, load(root), ours, extract, cache)
             clips |= found[0]
             held |= found[1]
     pairs = _bundle(clips, held, max_frames)

@@ -20,7 +20,7 @@ from ..core.files import rng
 from ..data.readers import sentences
 from ..data.tasks import get_task
 from .retrieval import nearest_clips, ridge, spaces
-from .stats import pair_examples
+from .stats import COLUMNS, pair_examples
 from ..models.video_text import Teacher
 from ..plots import film_strip, style
 from ..tabletop.language import BASE, OUTCOME_PHRASES, PAST, states_outcome
@@ -390,12 +390,11 @@ def clip_answers(
 ) -> pd.DataFrame:  # records like those of a student
     "Records of the answers that clips show."
     asked = zip(questions.to_dict("records"), clips, strict=True)
-    records = questions[["group", "kind", "label"]].reset_index(drop=True)
-    records.insert(0, "id", questions["id"].astype(str).to_numpy())
-    records = records.assign(run=run, seed=seed, task="piqa")
+    records = questions.reset_index(drop=True).assign(run=run, seed=seed, task="piqa")
+    records["id"] = records["id"].astype(str)
     records["prediction"] = [shown_answer(world, question, clip) for question, clip in asked]
     records["right"] = records.label == records.prediction
-    return records[["run", "seed", "task", "id", "group", "kind", "label", "prediction", "right"]]
+    return records[list(COLUMNS)]
 
 # %% ../../nbs/66_eval.examples.ipynb #82df8c09
 def sentences_of(task, row: dict) -> list[str]:
@@ -438,13 +437,11 @@ def text_retrieval(
     teacher: Teacher,
     students: dict,  # name -> StudentObjective
     n: int = 500,  # sentences of the students' text
-    k: int = 3,  # clips for each
     fit: int = 2000,  # sentences that fit the maps
 ) -> dict:  # queries, pool, top, among
     """Retrieve clips for sentences of the text by the teacher and by students.
 
-    `top` holds the nearest clips, `among` the nearest among clips of other nouns in the event (None without a
-    world).
+    `top` holds the three nearest clips; `among` (None without a world) that of another noun in its event.
     """
     world = getattr(data, "world", None)
     if world:
@@ -455,7 +452,7 @@ def text_retrieval(
         queries = pd.DataFrame(dict(row=rows, text=[data.sentences[i] for i in rows]))
         pool = held_out_clips(data.pairs, data.s.clip_pool)[0]
     found = _found_in_spaces(data, teacher, students, queries, pool, fit)
-    top = _top_clips(found, pool, world, queries, k=min(k, len(pool)))
+    top = _top_clips(found, pool, world, queries, k=min(3, len(pool)))
     others = dict(k=1, allowed=same_event_clips(world, queries, pool)) if world else None
     among = _top_clips(found, pool, world, queries, **others) if world else None
     return dict(queries=queries, pool=pool, top=top, among=among)
@@ -469,16 +466,14 @@ def retrieval_records(
     among: pd.DataFrame,  # first clips among those of other nouns in the event, likewise
 ) -> pd.DataFrame:  # run, seed, task, id, group, kind, label, prediction, right
     "Records of one model and space: retrieval-noun, -event and -outcome from `top`, -peer from `among`."
+    named = dict(id="text-" + queries["row"].astype(str), group=queries["noun"], label=1)
+    kind = np.where(queries["stated"], "stated", "video-only")
+    records = pd.DataFrame(named).assign(run=run, seed=seed, kind=kind)
     frames = []
     matches = dict(noun=top["noun"], event=top["event"], outcome=top["outcome"], peer=among["outcome"])
     for task, right in matches.items():
         if len(right) != len(queries):
             raise ValueError(f"{run}: {len(right)} first clips for {len(queries)} sentences")
-        frame = pd.DataFrame(
-            dict(run=run, seed=seed, task=f"retrieval-{task}", id="text-" + queries["row"].astype(str))
-        )
-        frame["group"] = queries["noun"]
-        frame["kind"] = np.where(queries["stated"], "stated", "video-only")
-        frame = frame.assign(label=1, prediction=right.to_numpy(int), right=right.to_numpy(bool))
-        frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+        answers = dict(prediction=right.to_numpy(int), right=right.to_numpy(bool))
+        frames.append(records.assign(task=f"retrieval-{task}", **answers))
+    return pd.concat(frames, ignore_index=True)[list(COLUMNS)]

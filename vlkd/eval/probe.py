@@ -21,7 +21,7 @@ STATIC_ATTRIBUTES = ("push", "shape", "size", "category")
 
 
 @torch.no_grad()
-def noun_states(lm, tokenizer, nouns, sentence: str = "the {noun} ") -> np.ndarray:  # (N, D)
+def noun_states(lm, tokenizer, nouns, sentence: str) -> np.ndarray:  # (N, D)
     "State of each noun's first vocabulary entry in a sentence with a place for it."
     tokens = tokenize(tokenizer, [sentence.format(noun=n) for n in nouns], 64)
     ids, mask = tokens[np.arange(len(tokens))]
@@ -41,43 +41,31 @@ def attribute_sentence(attribute: str) -> str:
     return f"let us {BASE[attribute][0]} the {{noun}}" if attribute in BASE else "the {noun} is"
 
 
-def fit_probe(
-    states: np.ndarray, values, penalty: float = 1.0
-):  # states (N, D); a classifier of scikit-learn
+def fit_probe(states: np.ndarray, values):  # states (N, D); a classifier of scikit-learn
     "A logistic regression from noun states to the values of an attribute."
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, C=penalty / 10))
-    return classifier.fit(states, values)
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, C=0.1)).fit(states, values)
 
 
-def probe(
-    lm, tokenizer, world: World, *, penalty: float = 1.0
-) -> pd.DataFrame:  # attribute, type, kind, accuracy, majority, n
+def probe(lm, tokenizer, world: World) -> pd.DataFrame:  # attribute, type, kind, accuracy, majority, n
     """Probe accuracy for every attribute on test nouns, filmed and never filmed apart.
 
     `majority` is the rate of the answer that is most frequent among train nouns.
     """
     nouns, rows = world.nouns, []
-    train = (nouns.split == "train").to_numpy()
+    train, test = ((nouns.split == split).to_numpy() for split in ("train", "test"))
     for attribute in (*EVENTS, *STATIC_ATTRIBUTES):
         states = noun_states(lm, tokenizer, nouns.noun, attribute_sentence(attribute))
         values = nouns[attribute].to_numpy()
-        classifier = fit_probe(states[train], values[train], penalty)
-        most_frequent = pd.Series(values[train]).mode()[0]
+        predicted = fit_probe(states[train], values[train]).predict(states)
+        right = predicted == values
+        frequent = values == pd.Series(values[train]).mode()[0]
         for kind, filmed in (("filmed", True), ("never filmed", False)):
-            tested = ((nouns.split == "test") & (nouns.filmed == filmed)).to_numpy()
-            predicted = classifier.predict(states[tested])
-            rows.append(
-                dict(
-                    attribute=attribute,
-                    type="dynamic" if attribute in EVENTS else "static",
-                    kind=kind,
-                    accuracy=float((predicted == values[tested]).mean()),
-                    majority=float((values[tested] == most_frequent).mean()),
-                    n=int(tested.sum()),
-                )
-            )
+            row = dict(attribute=attribute, type="dynamic" if attribute in EVENTS else "static", kind=kind)
+            tested = test & (nouns.filmed == filmed).to_numpy()
+            rates = dict(accuracy=float(right[tested].mean()), majority=float(frequent[tested].mean()))
+            rows.append(row | rates | dict(n=int(tested.sum())))
     return pd.DataFrame(rows)

@@ -16,11 +16,11 @@ from ..core.files import rng
 from ..data.text import Tokens
 from ..losses.base import unit
 from ..models.bert import hidden_states, masked_mean
-from ..models.video_text import Teacher
+from ..models.video_text import Teacher, video_states
 from ..retrieval.nearest import nearest
 from ..train.terms import Term
 from ..train.text_student import StudentObjective
-from ..train.video_teacher import held_out_clips, sentence_states, video_states
+from ..train.video_teacher import held_out_clips, sentence_states
 
 # %% ../../nbs/61_eval.retrieval.ipynb #429c2ec9
 def ridge(x, y, penalty: float = 1.0) -> tuple:  # (D, E) weights and (E,) bias of y = x w + b
@@ -38,14 +38,13 @@ def head_states(
     term: Term,  # whose head is meant
     tokens: Tokens,
     rows,
-    batch: int = 256,
 ) -> torch.Tensor:  # (N, D)
     "Masked mean of what the head of a term makes of a sentence's states."
     here = next(student.parameters()).device
     student.eval()
     means = []
-    for i in range(0, len(rows), batch):
-        ids, mask = (t.to(here) for t in tokens[rows[i : i + batch]])
+    for i in range(0, len(rows), 256):
+        ids, mask = (t.to(here) for t in tokens[rows[i : i + 256]])
         states = term.head(hidden_states(student.lm, ids, mask)).float()
         means.append(masked_mean(states, mask).cpu())
     return torch.cat(means)
@@ -79,8 +78,7 @@ def spaces(
 # %% ../../nbs/61_eval.retrieval.ipynb #f7aaa140
 def recall_table(
     found: dict,  # space -> (sentences, videos)
-    ks=(1, 5, 10),
-) -> pd.DataFrame:  # space, queries, pool, R@k in per cent, median rank
+) -> pd.DataFrame:  # space, queries, pool, R@1, R@5 and R@10 in per cent, median rank
     "Recall of each query's own clip: sentence i belongs to video i."
     rows = []
     for space, (sentences, videos) in found.items():
@@ -89,7 +87,7 @@ def recall_table(
         ties = (similarity == own).sum(1) - 1
         rank = (similarity > own).sum(1) + ties / 2
         row = dict(space=space, queries=len(sentences), pool=len(videos))
-        row |= {f"R@{k}": 100 * float((rank < k).float().mean()) for k in ks}
+        row |= {f"R@{k}": 100 * float((rank < k).float().mean()) for k in (1, 5, 10)}
         rows.append(row | dict(median_rank=float(rank.median()) + 1))
     return pd.DataFrame(rows)
 

@@ -13,11 +13,10 @@ from torch.nn.functional import normalize
 
 from .examples import clip_matches
 from ..models.bert import hidden_states
-from ..models.video_text import Teacher
+from ..models.video_text import Teacher, video_states
 from ..tabletop.language import PAST
 from ..tabletop.nouns import EVENTS
 from ..train.text_student import voken_pool
-from ..train.video_teacher import video_states
 
 # %% ../../nbs/67_eval.vokens.ipynb #5677f5b5
 POOL_SIZES = (30, 100, 300, 1000, 3000, 10000)

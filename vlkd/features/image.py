@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'short_side', 'centre_crop', 'ImageEncoder', 'find_weights', 'load_timm', 'load_clip', 'own_encoder',
-           'check_encoder', 'load_encoder']
+           'load_encoder']
 
 # %% ../../nbs/33_features.image.ipynb #787357e1
-import contextlib
 import difflib
 import importlib
 import logging
@@ -20,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.device import device, mend_torchvision, no_autocast
+from ..core.device import device, optional_package
 from ..core.files import fingerprint, sha256_file
 from ..core.settings import data_dir
-from .encoders import GridPixels, load_mobilenet
+from .encoders import FrozenEncoder, GridPixels, load_mobilenet
 from .video3d import check_state, load_resnext3d, read_weights
 from ..tabletop.encoders import tabletop_part
 
@@ -42,8 +41,8 @@ def centre_crop(x, size: int) -> np.ndarray:  # (..., size, size, 3)
     return x[..., i : i + size, j : j + size, :]
 
 # %% ../../nbs/33_features.image.ipynb #1ffaaa58
-class ImageEncoder(nn.Module):
-    "A frozen network of frames: `encode` uint8 (T, H, W, 3) -> float32 (T, dim)."
+class ImageEncoder(FrozenEncoder):
+    "A frozen network of frames, scaled to a shorter side (bicubic, antialiased)."
 
     def __init__(
         self,
@@ -55,41 +54,24 @@ class ImageEncoder(nn.Module):
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
     ):
-        super().__init__()
-        self.net, self.name, self.dim, self.short, self.crop = net, name, dim, size, crop
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.requires_grad_(False).eval()
-
-    def train(self, mode=True):
-        return super().train(False)  # frozen, whatever the model around it does
+        super().__init__(name, 255.0, mean, std)
+        self.net, self.dim, self.short, self.crop = net, dim, size, crop
+        self.freeze()
 
     def forward(self, x):
         return self.net(x)
 
-    def pixels(self, frames) -> torch.Tensor:  # float32 (T, 3, H, W), the shorter side `short`
-        "uint8 (T, H, W, 3) -> the network's input: scaled (bicubic, antialiased), cropped, normalised."
-        a = np.asarray(frames)
-        if a.dtype != np.uint8 or a.ndim != 4 or a.shape[-1] != 3 or 0 in a.shape:
-            raise ValueError(f"frames should be uint8 (T, H, W, 3), got {a.dtype} {a.shape}")
-        size = short_side(*a.shape[1:3], self.short)
-        if size == a.shape[1:3] and self.crop:
-            a = centre_crop(a, self.short)
-        x = torch.tensor(np.ascontiguousarray(a), device=self.mean.device).movedim(-1, 1).float()
-        if size != tuple(frames.shape[1:3]):
+    def resize(self, x):
+        size = short_side(*x.shape[-2:], self.short)
+        if size != tuple(x.shape[-2:]):
             x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-            if self.crop:
-                i, j = ((s - self.short) // 2 for s in size)
-                x = x[..., i : i + self.short, j : j + self.short]
-        return (x / 255 - self.mean) / self.std
+        if self.crop:
+            i, j = ((n - self.short) // 2 for n in size)
+            x = x[..., i : i + self.short, j : j + self.short]
+        return x
 
-    @torch.no_grad()
     def encode(self, frames, batch: int = 16) -> np.ndarray:  # float32 (T, dim)
-        "Features of uint8 frames (T, H, W, 3), `batch` frames at a time."
-        with no_autocast(self.mean):
-            starts = range(0, max(len(frames), 1), batch)
-            parts = [self(self.pixels(frames[i : i + batch])) for i in starts]
-            return np.concatenate([part.float().cpu().numpy() for part in parts])
+        return super().encode(frames, batch)
 
 # %% ../../nbs/33_features.image.ipynb #61da3ea4
 _suffixes = (".safetensors", ".pth", ".pt", ".bin")
@@ -122,23 +104,11 @@ def find_weights(
         f"{root}: no weights here; looked for {' or '.join(names)} with {', '.join(_suffixes)}"
     )
 
-
-def _package(name: str, pip: str):
-    "Import an optional package, or say how to get it."
-    mend_torchvision()
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise ImportError(
-            f"this encoder needs the package {name}, which cannot be imported ({e}); "
-            f"install the `encoders` extra of this library (or `{pip}` itself)"
-        ) from None
-
 # %% ../../nbs/33_features.image.ipynb #3a035edd
 def load_timm(model: str = "resnet152", weights=None) -> ImageEncoder:  # frozen, on `device()`
     "A timm network without its classifier, with local weights."
     f = find_weights([model, "tv_" + model], weights)
-    timm = _package("timm", "timm")
+    timm = optional_package("timm")
     try:
         net = timm.create_model(model, pretrained=False, num_classes=0)
     except RuntimeError as e:
@@ -146,19 +116,14 @@ def load_timm(model: str = "resnet152", weights=None) -> ImageEncoder:  # frozen
             f"timm cannot make the model {model!r} ({str(e)[:150]}); "
             "timm.list_models() names those that it has"
         ) from None
-    head = (getattr(net, "default_cfg", None) or {}).get("classifier", "fc")
-    heads = (head,) if isinstance(head, str) else tuple(head)
-    state, _ = read_weights(f)
-    state = {k: v for k, v in state.items() if not k.startswith(tuple(h + "." for h in heads))}
-    net.load_state_dict(check_state(state, net.state_dict(), f"{f} (as timm's {model})"))
     cfg = getattr(net, "default_cfg", None) or {}
-    return ImageEncoder(
-        net,
-        f"timm-{model}-{sha256_file(f)[:8]}",
-        net.num_features,
-        mean=cfg.get("mean", (0.485, 0.456, 0.406)),
-        std=cfg.get("std", (0.229, 0.224, 0.225)),
-    ).to(device())
+    head = cfg.get("classifier", "fc")
+    heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
+    state = {k: v for k, v in read_weights(f)[0].items() if not k.startswith(heads)}
+    net.load_state_dict(check_state(state, net.state_dict(), f"{f} (as timm's {model})"))
+    normalised = {k: cfg[k] for k in ("mean", "std") if k in cfg}
+    name = f"timm-{model}-{sha256_file(f)[:8]}"
+    return ImageEncoder(net, name, net.num_features, **normalised).to(device())
 
 # %% ../../nbs/33_features.image.ipynb #4df392e9
 def _clip_state(f: Path) -> dict:
@@ -178,44 +143,28 @@ class _Visual(nn.Module):
         return self.clip.encode_image(x)
 
 
-@contextlib.contextmanager
-def _quiet():
-    "Without the warning that weights are random, which they are for a moment."
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
+def _clip_network(arch: str, file: Path) -> tuple:  # network, its name
+    "The network of a folder that open_clip saved, or one with a file's weights."
+    create = optional_package("open_clip", "open_clip_torch").create_model
+    if file.is_dir():
+        sums = {p.name: sha256_file(p) for p in sorted(file.iterdir()) if p.is_file()}
+        try:
+            return create(f"local-dir:{file}"), f"clip-clip-{fingerprint(sums)[:8]}"
+        except Exception as e:
+            why = f"{type(e).__name__}: {str(e)[:150]}"
+            raise ValueError(f"{file}: not a folder that open_clip can load ({why})") from None
+    logging.disable(logging.WARNING)  # that weights are random, which they are for a moment
     try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def _clip_of_folder(open_clip, folder: Path):  # network, stamp
-    "The network of a folder that open_clip saved."
-    try:
-        net = open_clip.create_model(f"local-dir:{folder}")
-    except Exception as e:
-        raise ValueError(
-            f"{folder}: not a folder that open_clip can load ({type(e).__name__}: {str(e)[:150]})"
-        ) from None
-    return net, fingerprint({p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file()})[:8]
-
-
-def _clip_of_file(open_clip, file: Path, arch: str):  # network, stamp
-    "The network with a file's weights."
-    try:
-        with _quiet():
-            net = open_clip.create_model(arch, pretrained=None)
+        net = create(arch, pretrained=None)
     except RuntimeError as e:
-        raise ValueError(
-            f"open_clip cannot make the model {arch!r} ({str(e)[:100]}); "
-            "open_clip.list_models() names those that it has"
-        ) from None
+        known = "open_clip.list_models() names those that it has"
+        raise ValueError(f"open_clip cannot make the model {arch!r} ({str(e)[:100]}); {known}") from None
+    finally:
+        logging.disable(logging.NOTSET)
     settings = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's files
-    state = check_state(
-        _clip_state(file), net.state_dict(), f"{file} (as open_clip's {arch})", optional=settings
-    )
-    net.load_state_dict(state)
-    return net, sha256_file(file)[:8]
+    source = f"{file} (as open_clip's {arch})"
+    net.load_state_dict(check_state(_clip_state(file), net.state_dict(), source, optional=settings))
+    return net, f"clip-{arch}-{sha256_file(file)[:8]}"
 
 
 def load_clip(
@@ -224,69 +173,42 @@ def load_clip(
 ) -> ImageEncoder:  # frozen, on `device()`
     "CLIP's image encoder with local weights."
     names = [arch, "ViT-B-32", "clip"] if arch == "ViT-B-32-quickgelu" else [arch]
-    file = find_weights(names, weights)
-    open_clip = _package("open_clip", "open_clip_torch")
-    if file.is_dir():
-        arch = "clip"
-        net, stamp = _clip_of_folder(open_clip, file)
-    else:
-        net, stamp = _clip_of_file(open_clip, file, arch)
-    size = net.visual.image_size
-    size = size if isinstance(size, int) else size[0]
-    encoder = ImageEncoder(
-        _Visual(net),
-        f"clip-{arch}-{stamp}",
-        dim=0,  # known when it has encoded
-        size=size,
-        crop=True,
-        mean=tuple(net.visual.image_mean),
-        std=tuple(net.visual.image_std),
-    ).to(device())
+    net, name = _clip_network(arch, find_weights(names, weights))
+    seen = net.visual
+    size = seen.image_size if isinstance(seen.image_size, int) else seen.image_size[0]
+    normalised = dict(mean=tuple(seen.image_mean), std=tuple(seen.image_std))
+    encoder = ImageEncoder(_Visual(net), name, 0, size, crop=True, **normalised).to(device())
     encoder.dim = encoder.encode(np.zeros((1, size, size, 3), np.uint8)).shape[1]
     return encoder
 
 # %% ../../nbs/33_features.image.ipynb #6fc67f8b
-ENCODERS = {
-    "mobilenet": "MobileNetV2, ImageNet, 1280 features",
-    "resnet152": "ResNet-152 through timm, 2048 features",
-    "clip": "CLIP ViT-B/32 through open_clip, 512 features",
-    "grid": "mean colours on an 8 x 8 grid, 192 features, no weights",
-    "resnext50": "3D-ResNeXt-50",
-    "resnext101": "3D-ResNeXt-101",
-    "resnext152": "3D-ResNeXt-152, 2048 features of clips",
-    "resnext3d": "the 3D-ResNeXt of a converted file, whatever its size",
-    "tabletop-resnet": "Tabletop's 2-D read-outs, 13 features",
-    "tabletop-clip": "Tabletop's CLIP through open_clip, 32 features",
-    "tabletop-3d": "Tabletop's 3-D read-outs of five frames, 14 features",
-}
+def _load_resnext(weights, depth: int | None = None):
+    names = [f"resnext3d_{depth}", f"resnext-{depth}", f"resnext{depth}"] if depth else ["resnext3d"]
+    return load_resnext3d(find_weights(names, weights), depth)
 
 
-def _load_grid(file):
-    if file:
-        raise ValueError(f"grid={file}: grid has no weights")
-    return GridPixels()
-
-
-def _load_mobilenet(weights):
-    folder = Path(weights) if weights else None
-    return load_mobilenet(folder.parent if folder and folder.is_file() else folder)
-
-
-def _load_tabletop(name, cache):
+def _load_tabletop(cache, part: str):
     if cache and not (Path(cache) / "encoders").is_dir():  # else a slip would train them anew
         raise FileNotFoundError(
             f"{cache}: no folder encoders here; a cache of this library has it, "
             f"and without ={cache} the usual cache is taken"
         )
-    return tabletop_part(name.removeprefix("tabletop-"), cache or None)
+    return tabletop_part(part, cache or None)
 
 
-def _load_resnext(name, weights):
-    if name == "resnext3d":
-        return load_resnext3d(find_weights(["resnext3d"], weights))
-    depth = int(name.removeprefix("resnext"))
-    names = [f"resnext3d_{depth}", f"resnext-{depth}", name]
-    return load_resnext3d(find_weights(names, weights), depth)
+ENCODERS = {  # name -> what loads it from a file, or from the folder of weights
+    "mobilenet": load_mobilenet,  # ImageNet, 1280 features
+    "resnet152": lambda weights: load_timm("resnet152", weights),  # 2048 features
+    "clip": lambda weights: load_clip(weights=weights),  # ViT-B/32, 512 features
+    "grid": lambda _: GridPixels(),  # mean colours on an 8 x 8 grid, 192 features
+    "resnext50": lambda weights: _load_resnext(weights, 50),  # clips
+    "resnext101": lambda weights: _load_resnext(weights, 101),
+    "resnext152": lambda weights: _load_resnext(weights, 152),  # 2048 features
+    "resnext3d": _load_resnext,  # of a file that `save_resnext3d` wrote, whatever its size
+    "tabletop-resnet": lambda cache: _load_tabletop(cache, "resnet"),  # 2-D read-outs, 13 features
+    "tabletop-clip": lambda cache: _load_tabletop(cache, "clip"),  # 32 features
+    "tabletop-3d": lambda cache: _load_tabletop(cache, "3d"),  # read-outs of five frames, 14 features
+}
 
 
 def own_encoder(module: str, name: str, file: str = ""):
@@ -310,17 +232,6 @@ def own_encoder(module: str, name: str, file: str = ""):
     return encoder
 
 
-def check_encoder(encoder):
-    "The encoder, where it has what extraction needs; else a `ValueError` says what is missing."
-    wanted = ["name", "dim", "encode"]
-    if hasattr(encoder, "frames"):  # an encoder of clips
-        wanted += ["rate", "size"]
-    missing = [name for name in wanted if not hasattr(encoder, name)]
-    if missing:
-        raise ValueError(f"{type(encoder).__name__} is no frozen encoder: it lacks {', '.join(missing)}")
-    return encoder
-
-
 def _unknown_encoder(name: str) -> ValueError:
     near = difflib.get_close_matches(name, ENCODERS, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -331,15 +242,7 @@ def _unknown_encoder(name: str) -> ValueError:
     )
 
 
-def load_encoder(spec, weights=None):
-    """The frozen encoder that a spec names: `NAME` or `NAME=FILE`; 3-D ones have `frames` and `rate`.
-
-    Weights without a file are looked for in the folder `weights` (None: under VLKD_DATA).
-    What is not a text is an encoder already, or None. Unknown names raise `ValueError`."""
-    if spec is None:
-        return None
-    if not isinstance(spec, str):
-        return check_encoder(spec)
+def _load_spec(spec: str, weights):
     name, _, file = spec.partition("=")
     source, _, model = name.rpartition(":")
     if source == "timm":
@@ -347,17 +250,24 @@ def load_encoder(spec, weights=None):
     if source == "open_clip":
         return load_clip(model, file or weights)
     if source:
-        return check_encoder(own_encoder(source, model, file))
+        return own_encoder(source, model, file)
     if name not in ENCODERS:
         raise _unknown_encoder(name)
-    if name == "grid":
-        return _load_grid(file)
-    if name == "mobilenet":
-        return _load_mobilenet(file or weights)
-    if name == "resnet152":
-        return load_timm(name, file or weights)
-    if name == "clip":
-        return load_clip(weights=file or weights)
-    if name.startswith("tabletop-"):
-        return _load_tabletop(name, file)
-    return _load_resnext(name, file or weights)
+    if name == "grid" and file:
+        raise ValueError(f"{spec}: grid has no weights")
+    return ENCODERS[name](file or ("" if name.startswith("tabletop") else weights))
+
+
+def load_encoder(spec, weights=None):
+    """The frozen encoder that a spec names: `NAME` or `NAME=FILE`; 3-D ones have `frames` and `rate`.
+
+    Weights without a file are looked for in the folder `weights` (None: under VLKD_DATA).
+    What is not a text is an encoder already, or None. Unknown names raise `ValueError`."""
+    encoder = _load_spec(spec, weights) if isinstance(spec, str) else spec
+    wanted = ["name", "dim", "encode"]
+    if hasattr(encoder, "frames"):  # an encoder of clips
+        wanted += ["rate", "size"]
+    missing = [name for name in wanted if not hasattr(encoder, name)]
+    if missing and encoder is not None:
+        raise ValueError(f"{type(encoder).__name__} is no frozen encoder: it lacks {', '.join(missing)}")
+    return encoder

@@ -62,15 +62,9 @@ def execute(job: dict) -> dict:  # {} or cell and error
     try:
         import papermill
 
+        options = dict(progress_bar=False, start_timeout=180, autosave_cell_every=30, kernel_name="python3")
         papermill.execute_notebook(
-            job["notebook"],
-            job["output"],
-            job["parameters"],
-            cwd=job["cwd"],
-            kernel_name="python3",
-            progress_bar=False,
-            start_timeout=180,
-            autosave_cell_every=30,
+            job["notebook"], job["output"], job["parameters"], cwd=job["cwd"], **options
         )
     except BaseException as e:  # whatever it is, the runner has to know
         name, value = getattr(e, "ename", type(e).__name__), getattr(e, "evalue", str(e))
@@ -143,18 +137,9 @@ def stop_process(process):
     process.join()
 
 # %% ../../nbs/72_reproduce.run.ipynb #b247c95e
-preloaded = [
-    "papermill",
-    "ipykernel.kernelapp",
-    "IPython.display",
-    "pandas",
-    "scipy.stats",
-    "sklearn.linear_model",
-    "vlkd.models.bert",  # torch and transformers, with a torchvision that imports
-    "accelerate",
-    "transformers.trainer",
-    "transformers.models.auto.tokenization_auto",
-]
+preloaded = "papermill ipykernel.kernelapp IPython.display pandas scipy.stats sklearn.linear_model".split()
+preloaded += ["vlkd.models.bert"]  # torch and transformers, with a torchvision that imports
+preloaded += ["accelerate", "transformers.trainer", "transformers.models.auto.tokenization_auto"]
 
 
 def start_fork_server(environment: dict):

@@ -110,13 +110,6 @@ def _deal(rows: list[dict], members: list[int], r: random.Random):
         rows[i]["shape"], rows[i]["size"] = looks[k % len(looks)]
 
 
-def _counterfactual_class(row: dict, r: random.Random) -> int:
-    "The class in the counterfactual world: another one, but for train nouns."
-    if row["split"] == "train":
-        return row["cls"]
-    return r.choice([c for c in range(len(CLASSES)) if c != row["cls"]])
-
-
 def _assigned(r: random.Random) -> pd.DataFrame:
     "A row a noun: category, split, whether it is filmed, class, look and the counterfactual class `other`."
     rows = [{"noun": noun, "category": category} for category, nouns in NOUNS.items() for noun in nouns]
@@ -129,7 +122,9 @@ def _assigned(r: random.Random) -> pd.DataFrame:
     for split in SPLITS:
         _deal(rows, [i for i in order if rows[i]["split"] == split], r)
     for row in rows:
-        row["other"] = _counterfactual_class(row, r)
+        row["other"] = row["cls"]
+        if row["split"] != "train":
+            row["other"] = r.choice([c for c in range(len(CLASSES)) if c != row["cls"]])
     return pd.DataFrame(rows)
 
 # %% ../../nbs/20_tabletop.nouns.ipynb #c3e6c6e3

@@ -6,11 +6,13 @@
 __all__ = ['ASKED', 'SEEN_ADJECTIVES', 'QUESTIONS', 'ask']
 
 # %% ../../nbs/23_tabletop.questions.ipynb #1f4cd9ce
+from functools import partial
+
 import pandas as pd
 
 from ..core.files import fingerprint
 from ..core.settings import unknown_name
-from ..data.tasks import CATEGORIES
+from ..data.tasks import CATEGORIES, get_task
 from vlkd.tabletop.language import (
     BAD,
     BASE,
@@ -57,7 +59,7 @@ def _tells_apart(event: str, outcome: str, a: dict, b: dict) -> bool:
     return all((a[key] == outcome) != (b[key] == outcome) for key in (event, event + "_other"))
 
 # %% ../../nbs/23_tabletop.questions.ipynb #bd7a98ea
-def _piqa(world: Assignment, r, thing: dict) -> dict:
+def _piqa(world: Assignment, r, thing: dict) -> tuple:
     what, noun = r.random(), thing["noun"]
     coin = str(r.random())
     start = r.choice(("you {} .", "if you {} , then"))
@@ -70,31 +72,20 @@ def _piqa(world: Assignment, r, thing: dict) -> dict:
     else:
         place = PLACE[thing["category"]]
         a, b = _ordered(place, _other(r, place, PLACE.values()), coin)
-        return {
-            "goal": f"where is the {noun} kept ?",
-            "sol1": f"in the {a}",
-            "sol2": f"in the {b}",
-            "label": int(place == b),
-            "kind": "stated",
-        }
+        return f"where is the {noun} kept ?", f"in the {a}", f"in the {b}", int(place == b), "stated"
     a, b = _ordered(true, false, coin)
-    return {
-        "goal": start.format(base_phrase(event, 0, noun)),
-        "sol1": f"it {OUTCOME_PHRASES[a][0]}",
-        "sol2": f"it {OUTCOME_PHRASES[b][0]}",
-        "label": int(true == b),
-        "kind": kind,
-    }
+    goal = start.format(base_phrase(event, 0, noun))
+    return goal, *(f"it {OUTCOME_PHRASES[outcome][0]}" for outcome in (a, b)), int(true == b), kind
 
 # %% ../../nbs/23_tabletop.questions.ipynb #a3ad6fdf
-def _mnli(world: Assignment, r, thing: dict) -> dict:
+def _mnli(world: Assignment, r, thing: dict) -> tuple:
     noun, event, who = thing["noun"], r.choice(list(EVENTS)), r.choice(WHO)
     form, label, phrase = r.random(), r.randrange(3), r.choice((0, 1))
     someone = _other(r, who, WHO)
     deed, another = PAST[event][0], PAST[_other(r, event, EVENTS)][0]
     premise = f"{who} {past_phrase(event, r.random() < 0.3, noun)} {r.choice(WHEN)}"
     if form < 0.4:
-        return {"sentence1": premise} | _quality_or_outcome(r, thing, event, phrase)
+        return premise, *_quality_or_outcome(r, thing, event, phrase)
     if form < 0.7:  # active and passive
         passive = f"{deed} by {who}", f"{another} by {who}", f"{deed} by {someone}"
         hypothesis, kind = f"the {noun} was {passive[label]}", "language"
@@ -102,23 +93,22 @@ def _mnli(world: Assignment, r, thing: dict) -> dict:
         category, wrong = thing["category"], _other(r, thing["category"], PLACE)
         some = f"{deed} some {category}", f"{another} some {category}", f"{deed} some {wrong}"
         hypothesis, kind = f"{who} {some[label]}", "stated"
-    return {"sentence1": premise, "sentence2": hypothesis, "label": label, "kind": kind}
+    return premise, hypothesis, label, kind
 
 
-def _quality_or_outcome(r, thing: dict, event: str, phrase: int) -> dict:
+def _quality_or_outcome(r, thing: dict, event: str, phrase: int) -> tuple:  # sentence2, label, kind
     "A hypothesis about a quality, which is always neutral, or about an outcome, true or false."
     what, flip, quality = r.random(), r.random() < 0.5, r.choice(GOOD + BAD)
     true, false = _outcomes(r, thing, event)
     if what < 0.33:
-        return {"sentence2": f"the {thing['noun']} was {quality}", "label": 1, "kind": "language"}
+        return f"the {thing['noun']} was {quality}", 1, "language"
     first, second = sorted((true, false))
-    return _states(thing, first if flip else second, true, phrase) | {"kind": _kind(thing)}
+    return *_states(thing, first if flip else second, true, phrase), _kind(thing)
 
 
-def _states(thing: dict, outcome: str, true: str, phrase: int) -> dict:
+def _states(thing: dict, outcome: str, true: str, phrase: int) -> tuple:  # sentence2, label
     "A hypothesis that states an outcome: entailed or contradicted."
-    sentence = f"the {thing['noun']} {OUTCOME_PHRASES[outcome][phrase]}"
-    return {"sentence2": sentence, "label": 0 if outcome == true else 2}
+    return f"the {thing['noun']} {OUTCOME_PHRASES[outcome][phrase]}", 0 if outcome == true else 2
 
 # %% ../../nbs/23_tabletop.questions.ipynb #5e2cbcbb
 def _sentence_about(world: Assignment, r, topic: str, who: str, event: str, noun: str) -> str:
@@ -132,7 +122,7 @@ def _sentence_about(world: Assignment, r, topic: str, who: str, event: str, noun
     return f"{deed} {r.choice(WHEN)}" if r.random() < 0.5 else deed
 
 
-def _qnli(world: Assignment, r, thing: dict) -> dict:
+def _qnli(world: Assignment, r, thing: dict) -> tuple:
     noun, event, who = thing["noun"], r.choice([*EVENTS, "push", "lift"]), r.choice(WHO)
     far = _other(r, noun, world.nouns_of(thing["split"]))
     another, someone = _other(r, event, PAST), _other(r, who, WHO)
@@ -155,8 +145,7 @@ def _qnli(world: Assignment, r, thing: dict) -> dict:
     elif label:
         told = who, event, far
     sentence = _sentence_about(world, r, about, *told)
-    question = r.choice(questions[topic])
-    return {"question": question, "sentence": sentence, "label": label, "kind": "language"}
+    return r.choice(questions[topic]), sentence, label, "language"
 
 # %% ../../nbs/23_tabletop.questions.ipynb #aceb321f
 ASKED = (
@@ -171,7 +160,7 @@ ASKED = (
 )
 
 
-def _qqp(world: Assignment, r, thing: dict) -> dict:
+def _qqp(world: Assignment, r, thing: dict) -> tuple:
     noun, event, who = thing["noun"], r.choice(list(EVENTS)), r.choice(WHO)
     far = _other(r, noun, world.nouns_of(thing["split"]))
     label = r.randrange(2)
@@ -191,14 +180,13 @@ def _qqp(world: Assignment, r, thing: dict) -> dict:
     else:
         unlike = (another, noun), (event, far), (another, far)
         question2 = r.choice([asked(same, *deed) for deed in unlike])
-    question1 = asked(form, event, noun)
-    return {"question1": question1, "question2": question2, "label": label, "kind": "language"}
+    return asked(form, event, noun), question2, label, "language"
 
 # %% ../../nbs/23_tabletop.questions.ipynb #93fd1b5c
 SEEN_ADJECTIVES = 12  # of 20, in training sentences
 
 
-def _sst2(world: Assignment, r, thing: dict) -> dict:
+def _sst2(world: Assignment, r, thing: dict) -> tuple:
     noun, label = thing["noun"], r.randrange(2)
     form = r.random()
     known = SEEN_ADJECTIVES if thing["split"] == "train" else len(GOOD)
@@ -214,10 +202,10 @@ def _sst2(world: Assignment, r, thing: dict) -> dict:
         sentence = f"it is not {adjective(1 - label)} at all , this {noun}"
     else:
         sentence = f"at first the {noun} seemed {adjective(1 - label)} but it is {adjective(label)}"
-    return {"sentence": sentence, "label": label, "kind": "language"}
+    return sentence, label, "language"
 
 # %% ../../nbs/23_tabletop.questions.ipynb #15dc0b63
-def _tracie(world: Assignment, r, thing: dict) -> dict:
+def _tracie(world: Assignment, r, thing: dict) -> tuple:
     peers, noun = world.nouns_of(thing["split"]), thing["noun"]
     chore, who, event = r.choice(CHORES), r.choice(WHO), r.choice(list(EVENTS))
     before = r.random() < 0.5
@@ -238,30 +226,22 @@ def _tracie(world: Assignment, r, thing: dict) -> dict:
         if other := next(fits, None):
             first, second = in_either_order(r, thing, other)
             deeds = past_phrase(event, 0, first["noun"]), past_phrase(event, 0, second["noun"])
-            return {
-                "story": story(deeds[0], chore[0], deeds[1]),
-                "event": f"something {phrase} {order}",
-                "label": int((first[event] == outcome) == before),
-                "kind": _kind(thing),
-            }
+            label = int((first[event] == outcome) == before)
+            return story(deeds[0], chore[0], deeds[1]), f"something {phrase} {order}", label, _kind(thing)
     deed = past_phrase(event, 0, noun)
     first, last = in_either_order(r, deed, chore[0])
-    return {
-        "story": story(first, chore[1], last),
-        "event": f"the {noun} fell out of sight {order}",
-        "label": int((first == deed) == before),
-        "kind": "language",
-    }
+    label = int((first == deed) == before)
+    return story(first, chore[1], last), f"the {noun} fell out of sight {order}", label, "language"
 
 # %% ../../nbs/23_tabletop.questions.ipynb #d6d4ff1e
-def _four_endings(r, true: str, wrong) -> dict:
+def _four_endings(r, true: str, wrong) -> tuple:
     "Endings in a random order that does not depend on which one is true, and the label."
     endings = sorted([true, *wrong])
     r.shuffle(endings)
-    return {f"ending{k}": ending for k, ending in enumerate(endings)} | {"label": endings.index(true)}
+    return *endings, endings.index(true)
 
 
-def _swag(world: Assignment, r, thing: dict) -> dict:
+def _swag(world: Assignment, r, thing: dict) -> tuple:
     noun, event = thing["noun"], r.choice(list(EVENTS))
     what, phrase, wording = r.random(), r.choice((0, 1)), r.random() < 0.3
     share = 0.4 if thing["split"] == "train" else 0.6  # of questions about outcomes
@@ -273,27 +253,25 @@ def _swag(world: Assignment, r, thing: dict) -> dict:
         place = PLACE[thing["category"]]
         wrong = r.sample([p for p in PLACE.values() if p != place], 3)
         endings = _four_endings(r, f"in the {place}", [f"in the {p}" for p in wrong])
-        return {"startphrase": f"the {noun} is kept", **endings, "kind": "stated"}
+        return f"the {noun} is kept", *endings, "stated"
     start = f"{who} {past_phrase(event, wording, noun)} . the {noun} was"
     wrong = [(event, someone), (another, who), (another, someone)]
     endings = _four_endings(r, f"{PAST[event][0]} by {who}", [f"{PAST[e][0]} by {w}" for e, w in wrong])
-    return {"startphrase": start, **endings, "kind": "language"}
+    return start, *endings, "language"
 
 
-def _outcome_endings(r, thing: dict, event: str, who: str, wording: int, phrase: int) -> dict:
+def _outcome_endings(r, thing: dict, event: str, who: str, wording: int, phrase: int) -> tuple:
     "Endings that state outcomes: all of the event, then of other events."
     every = EVENTS | STATIC
     foreign = [o for e, outcomes in every.items() if e != event for o in outcomes]
     fill = r.sample(foreign, 4 - len(every[event]))
     wrong = [OUTCOME_PHRASES[o][phrase] for o in (*every[event], *fill) if o != thing[event]]
-    return {
-        "startphrase": f"{who} {past_phrase(event, wording, thing['noun'])} and it",
-        **_four_endings(r, OUTCOME_PHRASES[thing[event]][phrase], wrong),
-        "kind": "static" if event == "push" else _kind(thing),
-    }
+    endings = _four_endings(r, OUTCOME_PHRASES[thing[event]][phrase], wrong)
+    start = f"{who} {past_phrase(event, wording, thing['noun'])} and it"
+    return start, *endings, "static" if event == "push" else _kind(thing)
 
 # %% ../../nbs/23_tabletop.questions.ipynb #7789b5e3
-def _diagnostics(world: Assignment, r, thing: dict) -> dict:
+def _diagnostics(world: Assignment, r, thing: dict) -> tuple:
     noun, event = thing["noun"], r.choice(list(EVENTS))
     wording, phrase = r.choice((0, 1)), r.choice((0, 1))
     label, category, what, flip = r.randrange(3), r.choice(CATEGORIES), r.random(), r.random() < 0.5
@@ -331,14 +309,8 @@ def _diagnostics(world: Assignment, r, thing: dict) -> dict:
         if what < 0.25:
             hypothesis, label = f"the {noun} was {quality}", 1
         else:
-            hypothesis, label = _states(thing, outcome, true, phrase).values()
-    return {
-        "sentence1": premise,
-        "sentence2": hypothesis,
-        "category": category,
-        "label": label,
-        "kind": kind,
-    }
+            hypothesis, label = _states(thing, outcome, true, phrase)
+    return premise, hypothesis, category, label, kind
 
 # %% ../../nbs/23_tabletop.questions.ipynb #f7032ae4
 def _drawn_peer(world: Assignment, r, thing: dict, fits) -> dict | None:
@@ -350,7 +322,7 @@ def _drawn_peer(world: Assignment, r, thing: dict, fits) -> dict | None:
     return None
 
 
-def _which_question(world: Assignment, r, thing: dict) -> dict | None:
+def _which_question(world: Assignment, r, thing: dict) -> tuple | None:
     "Of which of two things something is true: question, answer, deeds (who, event, noun, when), kind."
     what, event, people = r.random(), r.choice(list(EVENTS)), r.sample(WHO, 2)
     if what < 0.85:
@@ -371,10 +343,10 @@ def _which_question(world: Assignment, r, thing: dict) -> dict | None:
         return None
     nouns = [x["noun"] for x in in_either_order(r, thing, other)]
     deeds = list(zip(people, (event, event), nouns, r.sample(WHEN, 2), strict=True))
-    return {"question": question, "answer": f"the {right['noun']}", "deeds": deeds, "kind": kind}
+    return question, f"the {right['noun']}", deeds, kind
 
 
-def _who_or_when_question(world: Assignment, r, thing: dict, unanswerable: bool) -> dict:
+def _who_or_when_question(world: Assignment, r, thing: dict, unanswerable: bool) -> tuple:
     "A question in the words of the context, which says who and when, and never where; as `_which_question`."
     people = r.sample(WHO, 2)
     nouns = [thing["noun"], _other(r, thing["noun"], world.nouns_of(thing["split"]))]
@@ -387,8 +359,7 @@ def _who_or_when_question(world: Assignment, r, thing: dict, unanswerable: bool)
         question = f"who {past_phrase(event, 0, noun)} ?"
     else:
         question = f"{word} was the {noun} {PAST[event][0]} ?"
-    answer = {"who": who, "when": when, "where": None}[word]
-    return {"question": question, "answer": answer, "deeds": deeds, "kind": "language"}
+    return question, {"who": who, "when": when, "where": None}[word], deeds, "language"
 
 
 def _context(deeds) -> tuple[str, dict]:  # text, where each person, thing and time starts
@@ -403,7 +374,7 @@ def _context(deeds) -> tuple[str, dict]:  # text, where each person, thing and t
     return text.strip(), starts
 
 
-def _squad(world: Assignment, r, thing: dict, unanswerable: bool = False) -> dict | None:
+def _squad(world: Assignment, r, thing: dict, unanswerable: bool = False) -> tuple | None:
     train = thing["split"] == "train"
     if r.random() < (0.8 if train else 0.5):  # reading is slow to learn while most cannot be read
         unanswerable = unanswerable and r.random() < (0.25 if train else 0.5)
@@ -412,34 +383,22 @@ def _squad(world: Assignment, r, thing: dict, unanswerable: bool = False) -> dic
         asked = _which_question(world, r, thing)
     if asked is None:
         return None
-    context, starts = _context(asked["deeds"])
-    answer = asked["answer"]
-    return {
-        "context": context,
-        "question": asked["question"],
-        "answers": [answer] if answer else [],
-        "starts": [starts[answer]] if answer else [],
-        "impossible": answer is None,
-        "kind": asked["kind"],
-    }
-
-
-def _squad2(world: Assignment, r, thing: dict) -> dict | None:
-    return _squad(world, r, thing, unanswerable=True)
+    question, answer, deeds, kind = asked
+    context, starts = _context(deeds)
+    answers = [answer] if answer else []
+    return context, question, answers, [starts[x] for x in answers], answer is None, kind
 
 # %% ../../nbs/23_tabletop.questions.ipynb #77fe8aac
-QUESTIONS = {  # task: what makes one question about a thing, or None where the draw has none
-    "sst2": _sst2,
-    "qnli": _qnli,
-    "qqp": _qqp,
-    "mnli": _mnli,
-    "piqa": _piqa,
-    "tracie": _tracie,
-    "squad1": _squad,
-    "squad2": _squad2,
-    "swag": _swag,
-    "diagnostics": _diagnostics,
-}
+# task -> what makes one question about a thing, the cells of a row, or None where the draw has none
+QUESTIONS = dict(sst2=_sst2, qnli=_qnli, qqp=_qqp, mnli=_mnli, piqa=_piqa, tracie=_tracie, squad1=_squad)
+QUESTIONS |= dict(squad2=partial(_squad, unanswerable=True), swag=_swag, diagnostics=_diagnostics)
+
+
+def _columns(name: str) -> list:
+    if name.startswith("squad"):
+        return ["context", "question", "answers", "starts", "impossible", "kind"]
+    category = ["category"] if name == "diagnostics" else []
+    return [*get_task(name).columns, *category, "label", "kind"]
 
 
 def ask(
@@ -458,11 +417,11 @@ def ask(
     while len(rows) < n:
         noun = r.choice(nouns)
         question = QUESTIONS[name](world, r, world.things[noun])
-        words = tuple(text for text in (question or {}).values() if isinstance(text, str))
+        words = tuple(text for text in question or () if isinstance(text, str))
         if question is None or words in seen:
             continue
         seen.add(words)
-        rows.append({"id": f"{name}-{split}-{len(rows)}", **question, "group": noun})
-    df = pd.DataFrame(rows)
+        rows.append((f"{name}-{split}-{len(rows)}", *question, noun))
+    df = pd.DataFrame(rows, columns=["id", *_columns(name), "group"])
     last = [column for column in ("label", "group", "kind") if column in df]
     return df[[*(column for column in df if column not in last), *last]]

@@ -37,13 +37,13 @@ from ..eval import examples
 from ..eval.probe import STATIC_ATTRIBUTES, attribute_sentence, fit_probe, noun_states
 from ..eval.retrieval import nearest_clips, ridge
 from ..models.bert import hidden_states, load_model
-from ..models.video_text import Teacher
+from ..models.video_text import Teacher, video_states
 from ..plots import bars_with_ci, palette, style, table_md
 from ..reproduce.run import reproduce
 from ..tabletop.language import OUTCOME_PHRASES, PAST, stated_counts
 from ..tabletop.nouns import EVENTS, NOUNS, STATIC
 from ..train.sources import load_data
-from ..train.video_teacher import held_out_clips, sentence_states, video_states
+from ..train.video_teacher import held_out_clips, sentence_states
 
 disable_progress_bar()  # in Jupyter every model that is opened would leave a bar above the figures
 
@@ -202,13 +202,15 @@ def open_explorer(
     return Explorer(scales[0], seed) if scale_name or seed else small_explorer()
 
 # %% ../../nbs/76_tools.explore.ipynb #dcdbe1f3
-def figure_png(fig, dpi: int = 90, colours: int = 128) -> bytes:
+def figure_png(fig) -> bytes:
     "A figure as a PNG of few colours, a quarter of the size of an ordinary one."
     from PIL import Image
 
     full, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(full, format="png", dpi=dpi)
-    reduced = Image.open(full).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+    fig.savefig(full, format="png", dpi=90)
+    reduced = (
+        Image.open(full).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    )
     reduced.save(small, "PNG", optimize=True)
     return small.getvalue()
 
@@ -270,12 +272,7 @@ class Question:
     `noun` is the first of its nouns that can be compared, `event` what it tells of at Tabletop, or empty.
     """
 
-    def __init__(
-        self,
-        explorer: Explorer,
-        sentence: str,
-        models=(),  # names; empty: the default ones
-    ):
+    def __init__(self, explorer: Explorer, sentence: str, models=()):  # names; empty: the default ones
         self.explorer, self.sentence = explorer, clean_sentence(sentence)
         self.models = [explorer.model(name) for name in models or explorer.default_models]
         self.noun = next((w for w in _words(self.sentence) if w in known_nouns(explorer)), "")
@@ -393,32 +390,29 @@ def find_clips(
     return top.drop(columns="query")
 
 # %% ../../nbs/76_tools.explore.ipynb #f2baa110
-def _public_frames(explorer: Explorer, name: str, size: int):  # frames, or None for an unknown source
+def _public_frames(explorer: Explorer, name: str):  # frames, or None for an unknown source
     (source, _, id), root = name.partition("/"), getattr(explorer.data, "root", None)
     if source == "flickr8k":
-        return read_photos(root / "flickr8k" / "images" / id, size=size)[0]
+        return read_photos(root / "flickr8k" / "images" / id, size=96)[0]
     if source == "exercises":
-        return read_photos(exercise_clips(root)[id][0], size=size)[0]
+        return read_photos(exercise_clips(root)[id][0], size=96)[0]
     if source == "msvd":
-        return read_frames(root / "msvd_clips" / f"{id}.mp4", fps=1.0, size=size)[0]
+        return read_frames(root / "msvd_clips" / f"{id}.mp4", fps=1.0, size=96)[0]
     return None
 
 
-def clip_frames(
-    explorer: Explorer, clip: int, n: int = 4, size: int = 96
-):  # (n, H, W, 3) uint8, or None where there are no pictures
-    "Up to `n` frames of a clip, evenly spaced, the last one among them."
+def clip_frames(explorer: Explorer, clip: int):  # (n, H, W, 3) uint8, or None where there are no pictures
+    "Up to four frames of a clip, evenly spaced, the last one among them."
     if explorer.world:
-        frames = explorer.world.frames([clip])[0]
-        return frames[len(frames) // n - 1 :: len(frames) // n]
+        return explorer.world.frames([clip])[0][1::2]
     names = explorer.data.pairs.names
     try:
-        frames = _public_frames(explorer, names[clip] if names else "", size)
+        frames = _public_frames(explorer, names[clip] if names else "")
     except (OSError, ValueError, ImportError, KeyError, TypeError):
         return None  # the data are not here: a thumbnail less
-    if frames is None or len(frames) <= n:
+    if frames is None or len(frames) <= 4:
         return frames
-    return frames[np.linspace(0, len(frames) - 1, n).round().astype(int)]
+    return frames[np.linspace(0, len(frames) - 1, 4).round().astype(int)]
 
 
 def _titled(fig, title: str):
@@ -749,9 +743,9 @@ def predictions_figure(question: Question):
         notes = [f"{p:.2f}" if p >= 0.005 else "<.01" for p in part.p]
         _bars(ax, part["rank"], part.p, part.word, notes, list(part.outcome.map(_OUTCOME_COLOURS)))
         ax.set_xlim(0, 1.22 * predictions.p.max())
-        ax.set(
-            xlabel="probability" if i == n - 1 else "", ylabel=f"[MASK] {i + 1}" if n > 1 and j == 0 else ""
-        )
+        if n > 1 and j == 0:
+            ax.set_ylabel(f"[MASK] {i + 1}")
+    fig.supxlabel("probability", fontsize=11)
     if (predictions.outcome != "").any():
         meaning = ("the true outcome", "another outcome", "neither")
         _legend(fig, dict(zip(meaning, _OUTCOME_COLOURS.values(), strict=True)))
@@ -785,6 +779,10 @@ def recorded_answers(
     The columns of answers have the students' names; `right` is both, a, b or neither, and `shift` the
     difference of the probabilities of the right answer.
     """
+    if noun:
+        every = recorded_answers(explorer, a, b)
+        about = every.question.str.contains(rf"\b{re.escape(noun)}\b", case=False)
+        return every[about].reset_index(drop=True)
     models = [explorer.model(name) for name in (a, b)]
     for model in models:
         if model.kind != "student" or a == b:
@@ -795,9 +793,7 @@ def recorded_answers(
     if both.empty:
         raise ValueError(f"{a} and {b} were tested on no question in common")
     parts = [_task_answers(explorer, name, part, a, b) for name, part in both.groupby("task", sort=False)]
-    answers = pd.concat(parts)
-    about = answers.question.str.contains(rf"\b{re.escape(noun)}\b", case=False)
-    return answers[about].reset_index(drop=True)
+    return pd.concat(parts, ignore_index=True)
 
 
 def disagreements(answers: pd.DataFrame, n: int = 12) -> pd.DataFrame:  # the frame's columns but `shift`

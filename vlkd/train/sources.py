@@ -9,7 +9,7 @@ __all__ = ['OFFICIAL_TASKS', 'FEATURES', 'TEXTS', 'FEATURE_FOLDERS', 'FEATURE_WI
            'OwnSource', 'load_data']
 
 # %% ../../nbs/50_train.sources.ipynb #b4d9c188
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +41,7 @@ from ..data.squad import SQUAD_FOLDER, SQUAD_VERSIONS, qnli_from_squad, read_squ
 from ..data.tasks import TASKS, Task, get_task, read_task
 from ..data.text import Tokens, VideoText, load_vocabulary, padded_clips, tokenize, train_tokenizer
 from ..data.video import Features
-from ..features.encoders import load_mobilenet
-from ..features.extract import VideoItem
+from ..features.extract import VideoItem, extract_videos
 from ..tabletop.encoders import load_tabletop_encoder
 from ..tabletop.questions import QUESTIONS
 from ..tabletop.render import FRAMES
@@ -246,7 +245,7 @@ class PublicSource(RealSource):
         pairs = real_pairs(
             path("cache") / "real",
             limit=self.s.captions,
-            encoder=load_mobilenet(),
+            extract=partial(extract_videos, workers=1, shard_size=128),
             max_frames=self.s.max_frames,
         )
         return pairs if self.features == "video" else middle_frame(pairs)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTRASTS', 'STANDARDISING_CLIPS', 'TeacherObjective', 'masked_batch', 'video_text_collator', 'sentence_states',
-           'video_states', 'held_out_clips', 'shuffled', 'standardise_video', 'train_teacher', 'load_teacher']
+           'held_out_clips', 'shuffled', 'standardise_video', 'train_teacher', 'load_teacher']
 
 # %% ../../nbs/55_train.video_teacher.ipynb #e0e11d94
 from collections.abc import Callable
@@ -87,15 +87,8 @@ def masked_batch(tokens: Tokens, rows, epoch, tokenizer, s: Scale, seed: int) ->
     return dict(ids=ids, mask=mask, masked=masked, where=where)
 
 
-def video_text_collator(
-    tokens: Tokens,
-    pairs: VideoText,
-    rows: np.ndarray,  # captions to draw from
-    tokenizer,
-    s: Scale,
-    seed: int,
-) -> Callable:  # list of (example, epoch) -> batch
-    "Batches of masked captions with their clips."
+def video_text_collator(tokens: Tokens, pairs: VideoText, rows, tokenizer, s: Scale, seed: int) -> Callable:
+    "Makes a batch of masked captions, drawn from `rows`, with their clips, of a list of (example, epoch)."
 
     def collate(items):
         example, epoch = np.array(items).T
@@ -118,15 +111,6 @@ def sentence_states(lm, tokens: Tokens, rows) -> torch.Tensor:  # (N, D)
         ids, mask = (x.to(dev) for x in tokens[rows[k : k + 256]])
         out.append(masked_mean(hidden_states(lm, ids, mask).float(), mask))
     return torch.cat(out).cpu()
-
-
-@torch.no_grad()
-def video_states(video: VisualEncoder, pairs: VideoText, clips) -> torch.Tensor:  # (N, D)
-    "The visual encoder's vectors of clips."
-    dev = next(video.parameters()).device
-    video.eval()
-    batches = (clip_batch(pairs, clips[k : k + 256]) for k in range(0, len(clips), 256))
-    return torch.cat([video(features.to(dev), frames.to(dev)).float().cpu() for features, frames in batches])
 
 
 def held_out_clips(pairs: VideoText, n: int) -> tuple[np.ndarray, np.ndarray]:  # clips, a caption of each
