@@ -857,7 +857,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'vlkd.reproduce.keys._settings': ('reproduce.keys.html#_settings', 'vlkd/reproduce/keys.py'),
                                      'vlkd.reproduce.keys._stamp': ('reproduce.keys.html#_stamp', 'vlkd/reproduce/keys.py'),
                                      'vlkd.reproduce.keys.data_key': ('reproduce.keys.html#data_key', 'vlkd/reproduce/keys.py'),
-                                     'vlkd.reproduce.keys.differing': ('reproduce.keys.html#differing', 'vlkd/reproduce/keys.py'),
+                                     'vlkd.reproduce.keys.different_keys': ('reproduce.keys.html#different_keys', 'vlkd/reproduce/keys.py'),
                                      'vlkd.reproduce.keys.graph': ('reproduce.keys.html#graph', 'vlkd/reproduce/keys.py'),
                                      'vlkd.reproduce.keys.imported_modules': ( 'reproduce.keys.html#imported_modules',
                                                                                'vlkd/reproduce/keys.py'),

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from ..core.files import open_lock, read_json, sha256_file
 from ..core.records import versions
 from ..core.settings import data_dir, settings_file
-from .keys import differing, graph, library_code
+from .keys import different_keys, graph, library_code
 from .plan import run_parameters
 from .run import is_locked, longest_chains, resource, visible_gpus
 
@@ -168,14 +168,14 @@ def _storage_problems(facts: dict, question: dict):
 
 
 def _code_problems(facts: dict, question: dict):
-    if modules := differing(library_code(), facts["library"]):
+    if modules := different_keys(library_code(), facts["library"]):
         shown = ", ".join(modules[:3]) + (" ..." if len(modules) > 3 else "")
         yield f"has another vlkd: {shown} differs from the client's; give it the same version"
     here, there = versions(), facts["versions"]
-    if packages := differing(here, there):
+    if packages := different_keys(here, there):
         shown = ", ".join(f"{p} {there.get(p, 'none')} (here {here.get(p, 'none')})" for p in packages)
         yield f"has other versions: {shown}; receipts would not be true"
-    for file in differing(question["files"], facts["files"]):
+    for file in different_keys(question["files"], facts["files"]):
         yield f"has another {file}, or none; mount the checkout at the same path"
 
 

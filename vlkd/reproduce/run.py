@@ -35,7 +35,7 @@ from ..core.files import open_lock, read_json, sha256_file, write_json
 from ..core.records import Run, git_state, versions
 from ..core.settings import path, read_sections, settings_file
 from vlkd.reproduce.keys import (
-    differing,
+    different_keys,
     graph,
     imported_modules,
     library_folder,
@@ -421,7 +421,9 @@ def _difference(node: Node) -> str:
     code, cells = notebook_code(file)
     if code != node.parts["code"]:
         return f"another {file}"
-    return ", ".join(f"another {name}" for name in differing(imported_modules(cells), node.parts["modules"]))
+    return ", ".join(
+        f"another {name}" for name in different_keys(imported_modules(cells), node.parts["modules"])
+    )
 
 
 def other_code(node: Node, seconds=10.0) -> str:  # empty: none
