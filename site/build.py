@@ -29,13 +29,13 @@ def copy_notebooks(source: Path, target: Path):
 
 
 def stage(source: Path):
-    "Make a folder of everything that the site shows, mostly links."
+    "Make a folder of everything that the site shows: copies, since Sphinx follows no page's link out of it."
     shutil.rmtree(source, ignore_errors=True)
     (source / "api").mkdir(parents=True)
-    for name in PAGES + FOLDERS:
-        (source / name).symlink_to(ROOT / name)
-    for page in (ROOT / "site").glob("*.md"):
-        (source / page.name).symlink_to(page)
+    for page in [*(ROOT / name for name in PAGES), *(ROOT / "site").glob("*.md")]:
+        shutil.copy2(page, source)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name)
     copy_notebooks(ROOT / "nbs", source / "nbs")
 
 

@@ -90,8 +90,6 @@ def show_table(
     **options,  # of format_table
 ) -> None:
     "Display a frame as a Markdown table."
-    from IPython.display import display
-
     rows, empty = [], [""] * (df.shape[1] - 1)
     for label, row in zip(df.iloc[:, 0], format_table(df, **options).to_numpy().tolist(), strict=True):
         if label in (headings or {}):
@@ -101,8 +99,7 @@ def show_table(
     right = [c for c in df.columns[1:] if any(map(_is_number, df[c]))]
     above = f"**{markdown_text(caption)}**\n\n" if caption else ""
     below = "".join(f"\n{markdown_text(note)}\n" for note in notes)
-    markdown = above + table_md(text, markdown=text.columns, right=right) + below
-    display({"text/markdown": markdown, "text/plain": text.to_string(index=False)}, raw=True)
+    show_markdown(above + table_md(text, markdown=text.columns, right=right) + below)
 
 
 def format_difference(d: dict) -> str:  # +3.2 (+1.0 to +5.4)
@@ -144,10 +141,8 @@ def difference_figure(
     return fig
 
 
-def probe_means(
-    probe: pd.DataFrame,
-) -> pd.DataFrame:  # model, type, attribute, accuracy, majority in per cent
-    "Probe accuracy on filmed test nouns, mean over worlds."
+def probe_means(probe: pd.DataFrame) -> pd.DataFrame:  # model, type, attribute, accuracy, majority
+    "Probe accuracy on filmed test nouns in per cent, mean over worlds."
     filmed = probe[probe.kind == "filmed"]
     by = filmed.groupby(["model", "type", "attribute"], sort=False)[["accuracy", "majority"]]
     return by.mean().mul(100).reset_index()
@@ -267,13 +262,11 @@ class BasePage:
         judged = judge_all(claims, examples, n_boot=2 * self.n_boot, scale=self.scale)
         self.claims = [c for c in judged if c["verdict"] != "noted"]
         self.remarks = [c for c in judged if c["verdict"] == "noted"]
-        shown = [
-            dict(claim=c["text"], paper=c["where"], verdict=c["verdict"], difference=format_difference(c))
-            for c in self.claims
-            if c["verdict"] != "not tested"
-        ]
-        if shown:
-            show_table(pd.DataFrame(shown))
+        if tested := [c for c in self.claims if c["verdict"] != "not tested"]:
+            shown = pd.DataFrame(tested)[["text", "where", "verdict"]].set_axis(
+                ["claim", "paper", "verdict"], axis=1
+            )
+            show_table(shown.assign(difference=list(map(format_difference, tested))))
         for c in self.remarks:
             show_markdown(f"*{c['where']}*: {c['text']}")
         return self.claims

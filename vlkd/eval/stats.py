@@ -52,34 +52,28 @@ def _linked_tasks(counts: np.ndarray) -> list[tuple]:  # counts (clusters, tasks
     return list({tuple(np.flatnonzero(row)) for row in linked})
 
 
-def _cluster_sums(
-    df: pd.DataFrame,  # seed, task, cluster and value
-    cluster: str,  # name of the column of clusters
-) -> dict:  # world -> list of (sums, counts), each (clusters, tasks), one pair per group of linked tasks
-    "Sums of `value` and counts per cluster and task: all that the bootstrap needs of the examples."
-    cells = df.groupby(["seed", "task", cluster], sort=True)["value"].agg(["sum", "size"]).reset_index()
-    out = {}
+def _cluster_sums(df: pd.DataFrame, cluster: str) -> list:  # a list of (sums, counts) for each world
+    """Sums of `value` and counts, each (clusters, tasks): all that the bootstrap needs of the examples.
+
+    A world has one pair for each group of linked tasks."""
+    cells = df.groupby(["seed", "task", cluster])["value"].agg(["sum", "size"])
+    worlds = []
     for world, d in cells.groupby("seed"):
-        sums = d.pivot(index=cluster, columns="task", values="sum").fillna(0)
-        counts = d.pivot(index=cluster, columns="task", values="size").fillna(0).to_numpy()
-        if missing := sorted(set(cells["task"]) - set(sums.columns)):
+        table = d.droplevel("seed").unstack("task", fill_value=0)
+        sums, counts = table["sum"].to_numpy(), table["size"].to_numpy()
+        if missing := sorted(set(df["task"]) - set(table["sum"])):
             raise ValueError(
                 f"world {world} has no examples of {', '.join(missing)}, which other worlds have"
             )
-        out[world] = []
+        blocks = []
         for tasks in _linked_tasks(counts):
             used = counts[:, tasks].sum(1) > 0
-            out[world].append((sums.to_numpy()[used][:, tasks], counts[used][:, tasks]))
-        out[world].sort(key=lambda block: block[0].shape)
-    return out
+            blocks.append((sums[used][:, tasks], counts[used][:, tasks]))
+        worlds.append(sorted(blocks, key=lambda block: block[0].shape))
+    return worlds
 
 
-def _resample(
-    sums: np.ndarray,  # (clusters, tasks)
-    counts: np.ndarray,  # (clusters, tasks)
-    n: int,
-    generator: np.random.Generator,
-) -> np.ndarray:  # (n, tasks)
+def _resample(sums: np.ndarray, counts: np.ndarray, n: int, generator) -> np.ndarray:  # (n, tasks)
     "Task means of `n` resamples of the clusters; a task that was not drawn at all is nan."
     k = len(sums)
     step = max(1, 4_000_000 // k)  # resamples at once, which bounds the memory
@@ -95,7 +89,7 @@ def _resample(
 
 def _bootstrap(df, cluster, n_boot, seed) -> tuple:  # estimate per world (worlds,), replicates (n_boot,)
     "Hierarchical bootstrap of the mean of `value` in a frame with seed, task, cluster and value."
-    worlds = list(_cluster_sums(df, cluster).values())
+    worlds = _cluster_sums(df, cluster)
     generator = rng("bootstrap", seed)
     estimate = [np.concatenate([s.sum(0) / n.sum(0) for s, n in blocks]).mean() for blocks in worlds]
     drawn = generator.integers(len(worlds), size=(n_boot, len(worlds)))

@@ -16,11 +16,8 @@ from ..core.device import joined
 # %% ../../nbs/40_losses.base.ipynb #0bc2df05
 def shapes(**tensors) -> str:
     "Names and shapes of tensors, for error messages."
-    described = []
-    for name, value in tensors.items():
-        is_tensor = isinstance(value, torch.Tensor)
-        described.append(f"{name} {tuple(value.shape) if is_tensor else type(value).__name__}")
-    return ", ".join(described)
+    found = {k: tuple(x.shape) if hasattr(x, "shape") else type(x).__name__ for k, x in tensors.items()}
+    return ", ".join(f"{name} {shape}" for name, shape in found.items())
 
 
 def check_choice(known: tuple, **options) -> None:
@@ -74,10 +71,8 @@ def full_mask(
             f"the mask should be a boolean tensor, true where a token counts, not {kind}; use mask.bool()"
         )
     if mask.shape != states.shape[:-1]:
-        wanted = tuple(states.shape[:-1])
-        raise ValueError(
-            f"the mask should have the shape {wanted} of the tokens: {shapes(states=states, mask=mask)}"
-        )
+        wanted = f"the shape {tuple(states.shape[:-1])} of the tokens"
+        raise ValueError(f"the mask should have {wanted}: {shapes(states=states, mask=mask)}")
     return mask
 
 

@@ -87,9 +87,8 @@ def _hinge_batch(text, video, mask, own, margin, sides, hardest):
 def _text_video(name, text, video, mask, join=True):
     "Checked inputs, of all processes where they `join`: promoted states without padding, videos, mask."
     if text.dim() != 3 or video.dim() != 2 or len(text) != len(video) or text.shape[-1] != video.shape[-1]:
-        raise ValueError(
-            f"{name}: text should be (B, L, D) and video (B, D): {shapes(text=text, video=video)}"
-        )
+        found = shapes(text=text, video=video)
+        raise ValueError(f"{name}: text should be (B, L, D) and video (B, D): {found}")
     check_negatives(name, len(text), text=text, video=video)
     mask = full_mask(mask, text)
     if join:
@@ -106,10 +105,8 @@ def _check_hinge(negatives, sides, reduction):
         return
     check_choice(("random", "all", "hardest", "paired"), negatives=negatives)
     if negatives == "random" and joined() > 1:
-        raise ValueError(
-            "token_hinge: processes that train together have to draw the same negatives: "
-            "give their indices in the whole batch"
-        )
+        why = "processes that train together have to draw the same negatives"
+        raise ValueError(f"token_hinge: {why}: give their indices in the whole batch")
 
 
 def token_hinge(

@@ -40,13 +40,10 @@ class CRD(nn.Module):
     ):
         super().__init__()
         check_choice(("queue", "full"), bank=bank)
-        if min(student_dim, teacher_dim, feature_dim, negatives) < 1 or bank_size < 2:
-            raise ValueError(
-                "CRD needs positive widths and negatives and at least 2 places in the bank, got "
-                f"student_dim {student_dim}, teacher_dim {teacher_dim}, feature_dim {feature_dim}, "
-                f"negatives {negatives}, bank_size {bank_size}"
-            )
-        check_positive(temperature=temperature)
+        widths = dict(student_dim=student_dim, teacher_dim=teacher_dim, feature_dim=feature_dim)
+        check_positive(**widths, negatives=negatives, temperature=temperature)
+        if bank_size < 2:
+            raise ValueError(f"bank_size should be at least 2, got {bank_size}")
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum should be from 0 to 1, got {momentum}")
         self.student_dim, self.teacher_dim = student_dim, teacher_dim
@@ -58,9 +55,7 @@ class CRD(nn.Module):
         for name in ("memory_v1", "memory_v2"):  # of students, of teachers
             self.register_buffer(name, self._first_memory(feature_dim))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # samples stored so far
-        self.register_buffer(
-            "log_z", torch.zeros(2)
-        )  # of "full": log Z of the student's and teacher's scores
+        self.register_buffer("log_z", torch.zeros(2))  # of "full": of the student's and teacher's scores
 
     def _first_memory(self, feature_dim):
         if self.bank == "queue":
@@ -116,11 +111,10 @@ class CRD(nn.Module):
     def _queue_loss(self, student, teacher):
         filled, N = min(int(self.seen), self.bank_size), self.negatives
         if filled == 0 and len(student) < 2:
-            raise ValueError(
-                "CRD: the queue is empty, so that negatives come from the batch, "
-                f"which needs at least 2 samples: "
-                f"{shapes(student=student, teacher=teacher)}"
+            needed = (
+                "the queue is empty, so that negatives come from the batch, which needs at least 2 samples"
             )
+            raise ValueError(f"CRD: {needed}: {shapes(student=student, teacher=teacher)}")
         drawn = self.draw_negatives(filled) if filled >= N else torch.arange(filled, device=student.device)
         others = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
         positive = (student * teacher).sum(-1) / self.temperature

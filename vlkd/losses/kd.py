@@ -33,10 +33,8 @@ from .crd import CRD
 # %% ../../nbs/43_losses.kd.ipynb #f2951c22
 def _check_same(name, student, teacher):
     if student.shape != teacher.shape or student.dim() < 1:
-        raise ValueError(
-            f"{name}: student and teacher should have the same shape (..., width): "
-            f"{shapes(student=student, teacher=teacher)}"
-        )
+        found = shapes(student=student, teacher=teacher)
+        raise ValueError(f"{name}: student and teacher should have the same shape (..., width): {found}")
 
 
 def soft_label(
@@ -199,10 +197,8 @@ def _mmd_poly(student, teacher, teacher_term):
 def _states_of_pair(name, student, teacher, mask):
     "Checked student and teacher states (B, L, D) without padding, and the mask."
     if student.dim() != 3 or teacher.dim() != 3 or student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            f"{name}: student should be (B, L, Ds) and teacher (B, L, Dt): "
-            f"{shapes(student=student, teacher=teacher)}"
-        )
+        found = shapes(student=student, teacher=teacher)
+        raise ValueError(f"{name}: student should be (B, L, Ds) and teacher (B, L, Dt): {found}")
     mask = full_mask(mask, student)
     padding = ~mask[..., None]
     student, teacher = promoted(student, teacher)
@@ -274,10 +270,8 @@ def released_scale(name: str, batch: int, tokens: int) -> float:
 def _check_vokens(labels, logits, vokens):
     known = logits.shape[-1]
     if len(labels) and not (labels.min() >= 0 and labels.max() < known):
-        raise ValueError(
-            f"voken: labels should be from 0 to {known - 1} or -100, got {labels.min().item()} to "
-            f"{labels.max().item()}: {shapes(logits=logits, vokens=vokens)}"
-        )
+        found = f"{labels.min().item()} to {labels.max().item()}: {shapes(logits=logits, vokens=vokens)}"
+        raise ValueError(f"voken: labels should be from 0 to {known - 1} or -100, got {found}")
 
 
 def voken(
@@ -289,10 +283,8 @@ def voken(
 
     Shapes that differ and labels out of range raise `ValueError`."""
     if logits.dim() < 1 or vokens.shape != logits.shape[:-1] or vokens.is_floating_point():
-        raise ValueError(
-            f"voken: vokens should be integers, one for each row of logits: "
-            f"{shapes(logits=logits, vokens=vokens)} of {vokens.dtype}"
-        )
+        found = f"{shapes(logits=logits, vokens=vokens)} of {vokens.dtype}"
+        raise ValueError(f"voken: vokens should be integers, one for each row of logits: {found}")
     mask = full_mask(mask, logits) & (vokens != -100)
     rows, labels = counted_rows(mask, logits, vokens[..., None])
     labels = labels[:, 0].long()

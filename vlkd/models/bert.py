@@ -65,9 +65,8 @@ class Dropout(nn.Dropout):
 def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
     "SDPA; with dropout on a CPU, what SDPA computes there is written out with `drop`."
     if not dropout or query.device.type != "cpu" or not QUICK_DROPOUT[0]:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-        )
+        options |= dict(dropout=dropout, scaling=scaling)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     with torch.autocast("cpu", enabled=False):
         weights = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
         if attention_mask is not None:
@@ -98,12 +97,9 @@ def language_model(s: Scale, tokenizer, seed: int) -> BertForMaskedLM:
     return quick_dropout(lm) if s.dropout else lm
 
 # %% ../../nbs/35_models.bert.ipynb #5e43e3e4
-def rows_of(
-    lengths: np.ndarray,  # tokens of each sentence
-    width: int = 0,  # of a row; at least the longest sentence
-) -> tuple[np.ndarray, np.ndarray]:  # row and column at which each sentence starts
+def rows_of(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # row and column of each sentence's start
     "Pack sentences into rows, the longest first, each into the first row with room (first-fit decreasing)."
-    width = max(width, int(lengths.max()))
+    width = int(lengths.max())
     room, row, column = [], np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
     for i in np.argsort(-lengths, kind="stable"):
         n = int(lengths[i])
@@ -168,10 +164,8 @@ def masked_mean(
     if mask is None:
         mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     if states.dim() != 3 or mask.dtype != torch.bool or mask.shape != states.shape[:2]:
-        raise ValueError(
-            f"states should be (B, L, D) and the mask boolean (B, L): "
-            f"states {tuple(states.shape)}, mask {tuple(mask.shape)} of {mask.dtype}"
-        )
+        found = f"states {tuple(states.shape)}, mask {tuple(mask.shape)} of {mask.dtype}"
+        raise ValueError(f"states should be (B, L, D) and the mask boolean (B, L): {found}")
     counted = at_least_float32(states).masked_fill(~mask[..., None], 0)
     return counted.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
 
@@ -242,22 +236,17 @@ def load_bert(
             net, info = kind.from_pretrained(folder, output_loading_info=True, **config)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:
-        reason = str(e).partition("\n")[0][:200]
-        raise ValueError(
-            problem or f"{folder}: model or tokeniser cannot be loaded ({type(e).__name__}: {reason})"
-        ) from None
+        reason = f"{type(e).__name__}: {str(e)[:200]}".partition("\n")[0]
+        raise ValueError(problem or f"{folder}: model or tokeniser cannot be loaded ({reason})") from None
     note = f" ({problem})" if problem else ""
     lost = sorted(name for name in info["missing_keys"] if not name.startswith(head))
     if lost:
-        raise ValueError(
-            f"{folder}: the checkpoint lacks {len(lost)} weights, {lost[0]} among them: "
-            f"it belongs to another architecture{note}"
-        )
-    if len(tokenizer) != net.config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokeniser has {len(tokenizer)} vocabulary entries, the model "
-            f"{net.config.vocab_size}: they do not belong together{note}"
-        )
+        what = f"the checkpoint lacks {len(lost)} weights, {lost[0]} among them"
+        raise ValueError(f"{folder}: {what}: it belongs to another architecture{note}")
+    entries, known = len(tokenizer), net.config.vocab_size
+    if entries != known:
+        what = f"the tokeniser has {entries} vocabulary entries, the model {known}"
+        raise ValueError(f"{folder}: {what}: they do not belong together{note}")
     if problem:
         raise ValueError(problem)
     return net, tokenizer

@@ -316,9 +316,8 @@ def run_flops(s: Scale, params: dict, assumed: Assumed = USUAL, batch: int = 0) 
 def run_steps(s: Scale, params: dict) -> int:
     "Steps of a run's training."
     steps = params.get("steps", -1)
-    if steps >= 0:
-        return steps
-    return s.teacher_steps if "contrast" in params else s.steps
+    full = s.teacher_steps if "contrast" in params else s.steps
+    return full if steps < 0 else steps
 
 
 def voken_rows(s: Scale, params: dict, text: float) -> float:

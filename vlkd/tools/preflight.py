@@ -24,7 +24,7 @@ from ..data.tasks import write_task
 from ..data.video import Features
 from ..reproduce.plan import plan_nodes, run_parameters
 from ..tabletop.world import World
-from .cost import PAPER, USUAL, Assumed, listed, plan_cost, report_cost, storage
+from .cost import PAPER, USUAL, listed, plan_cost, report_cost, storage
 from ..train.sources import FEATURE_WIDTHS, PaperSource, official_files
 
 # %% ../../nbs/75_tools.preflight.ipynb #a114206b
@@ -117,16 +117,13 @@ def report_plan(
     tables=(),  # ids of the tables that they are for
     seeds: int = 1,
     data=None,  # folder of data sets; None: VLKD_DATA
-    gpus: int = 4,
-    assumed: Assumed = USUAL,
 ) -> str:
     "What runs lack and take, as text: `vlkd reproduce --scale paper --dry-run` prints it."
-    lines = data_lines(_missing_for(runs, scale_name, tables, data), scale_name)
-    costs = plan_cost(runs, scale_name, assumed)
+    lines, assumed = data_lines(_missing_for(runs, scale_name, tables, data), scale_name), USUAL
+    costs = plan_cost(runs, scale_name)
     if not len(costs):
         return lines
     total = costs[["EFLOPs", "GPU_hours", "GB_kept"]].sum() * seeds
-    days = total.GPU_hours / gpus / 24
     each = f" for each of {seeds} seeds" if seeds > 1 else ""
     shared = _shared_bytes(runs, scale_name).items()
     return f"""\
@@ -138,8 +135,8 @@ where held-out pairs say so. GB_disk: at most, while it runs; GB_kept: afterward
 {costs.round(2).to_string(index=False)}
 
 in all, {len(costs)} runs{each}: {total.EFLOPs:,.1f} EFLOPs, {total.GPU_hours:,.0f} GPU hours \
-({days:,.0f} days on {gpus} x {assumed.gpu}), {total.GB_kept:,.1f} GB kept, {costs.GB_disk.max():,.1f} GB \
-at most for one run while it works
+({total.GPU_hours / 96:,.0f} days on 4 x {assumed.gpu}), {total.GB_kept:,.1f} GB kept, \
+{costs.GB_disk.max():,.1f} GB at most for one run while it works
 shared by all runs, data of the paper's size (GB): {", ".join(f"{k} {v / 1e9:,.1f}" for k, v in shared)}
 Not in these numbers: decoding and encoding the videos, evaluation, and work that is not a matrix product. \
 Other GPUs: vlkd cost --gpu."""

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from ..core.device import mend_torchvision, seed_everything
+from ..core.device import seed_everything
 from ..core.settings import Scale, unknown_name
 from ..data.scores import two_way
 from ..data.squad import SQUAD_VERSIONS
@@ -28,19 +28,12 @@ from .squad import finetune_squad, record_columns, squad_recipe
 from .trainer import Objective, fit
 
 # %% ../../nbs/58_train.finetune.ipynb #9e81d93d
-mend_torchvision()  # transformers imports torchvision
-
-# %% ../../nbs/58_train.finetune.ipynb #a8be428f
+# after vlkd.models.bert, which mends torchvision
 from transformers import AutoTokenizer, BertForMultipleChoice, BertForSequenceClassification
 
 # %% ../../nbs/58_train.finetune.ipynb #95165c1c
-def encode(
-    tokenizer,
-    task: Task | str,
-    df: pd.DataFrame,  # examples of the task
-    max_tokens: int = 128,
-) -> Tokens:  # one row an example, or one an answer
-    "Tokenise a task's frame; of a pair that is too long the longer side is cut."
+def encode(tokenizer, task: Task | str, df: pd.DataFrame, max_tokens: int = 128) -> Tokens:
+    "Tokenise examples, one row each or one an answer; of a pair that is too long the longer side is cut."
     task = get_task(task)
     first, *others = (df[column].astype(str).tolist() for column in task.columns)
     if task.kind == "choice":

@@ -35,11 +35,8 @@ class Outputs:
         frozen: bool = False,  # without gradients
         pool: torch.Tensor | None = None,  # (K, D) vectors of video clips
     ):
-        self.lm, self.batch, self.frozen, self.pool = lm, batch, frozen, pool
-
-    def gradients(self):
-        "A context in which a frozen model computes without gradients."
-        return torch.no_grad() if self.frozen else nullcontext()
+        self.lm, self.batch, self.pool = lm, batch, pool
+        self.gradients = torch.no_grad if frozen else nullcontext
 
     @cached_property
     def states(self) -> torch.Tensor:  # (B, L, D)
@@ -157,11 +154,10 @@ TERMS: dict[str, type[Term]] = {}
 
 def register_term(term: type[Term]) -> type[Term]:
     "Make a term known by its `name`; a name that another class has is an error."
-    if not term.name.isidentifier():
-        raise ValueError(f"{term.__name__}.name is {term.name!r}; it should be a word such as cosine")
     known = TERMS.get(term.name, term)
-    if known.__qualname__ != term.__qualname__:
-        raise ValueError(f"{term.__name__}: the name {term.name!r} belongs to {known.__name__} already")
+    if not term.name.isidentifier() or known.__qualname__ != term.__qualname__:
+        wanted = "it should be a word such as cosine, which no other class has"
+        raise ValueError(f"{term.__name__}.name is {term.name!r}; {wanted}")
     TERMS[term.name] = term
     return term
 
@@ -169,10 +165,8 @@ def register_term(term: type[Term]) -> type[Term]:
 def term_class(name: str) -> type[Term]:
     "The registered term of a name; an unknown one is an error."
     if name not in TERMS:
-        raise ValueError(
-            f"unknown objective {name!r}; it should be one of {', '.join(TERMS)}, "
-            "or module:name with the module that registers it"
-        )
+        known = f"one of {', '.join(TERMS)}, or module:name with the module that registers it"
+        raise ValueError(f"unknown objective {name!r}; it should be {known}")
     return TERMS[name]
 
 

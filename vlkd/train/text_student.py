@@ -107,14 +107,8 @@ class StudentObjective(Objective):
         return max(spaces, key=lambda term: term.retrieval_rank, default=None)
 
 # %% ../../nbs/56_train.text_student.ipynb #191cc28b
-def text_collator(
-    tokens: Tokens,
-    tokenizer,
-    s: Scale,
-    seed: int,
-    vokens: Tokens | StoredVokens | None = None,  # of all tokens
-) -> Callable:  # list of (example, epoch) -> batch
-    "Batches of masked sentences, with the vokens of their tokens where they are given."
+def text_collator(tokens: Tokens, tokenizer, s: Scale, seed: int, vokens=None) -> Callable:
+    "Makes a batch of masked sentences of a list of (example, epoch), with `vokens` where they are given."
 
     def collate(items):
         example, epoch = np.array(items).T
@@ -182,10 +176,8 @@ def corpus_tokens(data: DataSource, corpus: str) -> Tokens:
     if corpus == "captions":
         return data.caption_tokens
     if data.caption_table is not None:
-        raise ValueError(
-            f"corpus {corpus!r} is joined in memory, for which scale {data.s.name!r} is too large: "
-            "it should be text or captions"
-        )
+        why = f"is joined in memory, for which scale {data.s.name!r} is too large"
+        raise ValueError(f"corpus {corpus!r} {why}: it should be text or captions")
     return tokenize(data.tokenizer, [*data.sentences, *data.pairs.captions], data.s.max_tokens)
 
 
@@ -241,11 +233,10 @@ DISTILLATION_FILE = "distillation.safetensors"
 def trained_term_parameters(objective: StudentObjective) -> dict:  # name in the file -> parameter
     "The trained parameters of a student's terms, by their names in the file."
     named = {}
-    for term_name, term in objective.terms.items():
-        for name, parameter in term.named_parameters():
-            module, rest = name.split(".", 1)
-            prefix = {"head": f"heads.{term_name}", "loss": term_name}.get(module, f"{term_name}.{module}")
-            named[f"{prefix}.{rest}"] = parameter
+    for name, parameter in objective.terms.named_parameters():
+        term, module, rest = name.split(".", 2)
+        prefix = {"head": f"heads.{term}", "loss": term}.get(module, f"{term}.{module}")
+        named[f"{prefix}.{rest}"] = parameter
     return named
 
 
@@ -270,9 +261,7 @@ def load_distillation(folder, teacher_lm, s: Scale) -> tuple:  # student in eval
         with safe_open(str(file), "pt") as opened:
             metadata, tensors = opened.metadata() or {}, load_file(file)
     except SafetensorError as error:
-        raise ValueError(
-            f"{file} is cut off or no safetensors file ({error}); run the student again"
-        ) from None
+        raise ValueError(f"{file} is cut off or no safetensors file ({error}); run it again") from None
     if not {"kd", "head"} <= set(metadata):
         raise ValueError(f"{file}: no 'kd' or no 'head' in its metadata; save_distillation writes them")
     pool, head = tensors.get("heads.voken.2.weight"), metadata["head"] == "1"

@@ -6,8 +6,8 @@
 __all__ = ['WHAT_TO_DO', 'BOOLEANS', 'ALLOCATOR_CACHING', 'LOSS_SUMS', 'ALWAYS', 'Objective', 'check_trainable', 'Progress',
            'FiniteGuard', 'checkpoint_problem', 'last_checkpoint', 'TrainingOptions', 'option_value',
            'training_options', 'micro_batch_size', 'term_weights', 'weighted', 'check_same_start', 'compile_layers',
-           'ObjectiveTrainer', 'full_tensor', 'sharded', 'unshard', 'ShardedTrainer', 'check_options',
-           'checkpoint_to_resume', 'history_of', 'option_arguments', 'say', 'fit']
+           'ObjectiveTrainer', 'full_tensor', 'ShardedTrainer', 'check_options', 'checkpoint_to_resume', 'history_of',
+           'option_arguments', 'say', 'fit']
 
 # %% ../../nbs/53_train.trainer.ipynb #7a7ec4f4
 import contextlib
@@ -63,9 +63,7 @@ class Objective(nn.Module):
         return []
 
 # %% ../../nbs/53_train.trainer.ipynb #ebf77ca6
-def check_trainable(
-    objective: nn.Module, batch: dict
-) -> dict[str, int]:  # numbers of trainable and frozen parameters
+def check_trainable(objective: nn.Module, batch: dict) -> dict[str, int]:  # parameters trainable and frozen
     "Run one batch and raise if a parameter that should train gets no gradient; nothing else changes."
     was_training = objective.training
     objective.train()
@@ -79,15 +77,12 @@ def check_trainable(
         for name, buffer in objective.named_buffers():
             buffer.copy_(buffers[name])
     if lost:
-        named = ", ".join(lost[:5]) + (" ..." if len(lost) > 5 else "")
         raise ValueError(
-            f"{len(lost)} parameters should train and get no gradient: {named}. "
+            f"{len(lost)} parameters should train and get no gradient: {', '.join(lost[:5])}. "
             "Freeze them (requires_grad_(False)) or put them on the loss's path"
         )
-    sizes = dict(trainable=0, frozen=0)
-    for p in parameters.values():
-        sizes["trainable" if p.requires_grad else "frozen"] += p.numel()
-    return sizes
+    trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
+    return dict(trainable=trainable, frozen=sum(p.numel() for p in parameters.values()) - trainable)
 
 # %% ../../nbs/53_train.trainer.ipynb #be2865dc
 WHAT_TO_DO = "lower the learning rate or look at the batch"
@@ -110,9 +105,8 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs, **kw):
         if not math.isfinite(logs.get("eval_loss", 0)):
-            raise FloatingPointError(
-                f"{self.name}: eval_loss is not a finite number at step {state.global_step}; {WHAT_TO_DO}"
-            )
+            where = f"eval_loss is not a finite number at step {state.global_step}"
+            raise FloatingPointError(f"{self.name}: {where}; {WHAT_TO_DO}")
 
     def on_save(self, args, state, control, **kw):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -156,13 +150,10 @@ class FiniteGuard(TrainerCallback):
     def examples(self, step: int) -> list[list]:  # a list for each micro-batch
         "The draws that this process computes on in a step."
         args, dataset = self.trainer.args, self.trainer.train_dataset
-        size = args.per_device_train_batch_size
-        out = []
-        for k in range(args.gradient_accumulation_steps):
-            micro_batch = step * args.gradient_accumulation_steps + k
-            first = (micro_batch * args.world_size + args.process_index) * size
-            out.append([dataset[draw] for draw in range(first, first + size)])
-        return out
+        size, accumulate = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        micro_batches = range(step * accumulate, (step + 1) * accumulate)
+        starts = [(k * args.world_size + args.process_index) * size for k in micro_batches]
+        return [[dataset[draw] for draw in range(first, first + size)] for first in starts]
 
     def stop(self, kind: str, step: int) -> None:
         "Make the batch again from its draws, save it, and raise."
@@ -292,10 +283,8 @@ def check_same_start(objective: nn.Module) -> None:
         return
     mine = fingerprint(*(x.detach().cpu().numpy() for x in objective.state_dict().values()))
     if from_main(lambda: mine) != mine:
-        raise ValueError(
-            f"the process of rank {rank} starts with other weights than that of rank 0; "
-            "seed all alike before the objective is made"
-        )
+        other = f"the process of rank {rank} starts with other weights than that of rank 0"
+        raise ValueError(f"{other}; seed all alike before the objective is made")
 
 # %% ../../nbs/53_train.trainer.ipynb #a19715bf
 LOSS_SUMS = "loss_sums.safetensors"
@@ -326,14 +315,9 @@ class ObjectiveTrainer(Trainer):
         valid: tuple | None,  # collator and number of examples to validate on
     ):
         self.valid_collate, n = valid or (None, 0)
-        super().__init__(
-            self.computes(objective),
-            args,
-            data_collator=collate,
-            train_dataset=draws,
-            eval_dataset=[(example, 0) for example in range(n)] if valid else None,
-            callbacks=[Progress(out, name)],
-        )
+        held_out = [(example, 0) for example in range(n)] or None
+        data = dict(data_collator=collate, train_dataset=draws, eval_dataset=held_out)
+        super().__init__(self.computes(objective), args, callbacks=[Progress(out, name)], **data)
         self.objective, self.graphs = objective, options.graphs
         self.sums = {}  # of the losses since the last log, and their number under `steps`
         self.guard = FiniteGuard(self, out, name)
@@ -347,11 +331,8 @@ class ObjectiveTrainer(Trainer):
         return objective
 
     def get_eval_dataloader(self, eval_dataset=None):
-        return DataLoader(
-            self.eval_dataset,
-            batch_size=self.args.per_device_eval_batch_size,
-            collate_fn=self.valid_collate,
-        )
+        size = self.args.per_device_eval_batch_size
+        return DataLoader(self.eval_dataset, batch_size=size, collate_fn=self.valid_collate)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kw):
         losses = model(**inputs)
@@ -431,10 +412,8 @@ class ObjectiveTrainer(Trainer):
     def _load_best_model(self):
         best = self.state.best_model_checkpoint
         if problem := checkpoint_problem(best):
-            raise ValueError(
-                f"the best checkpoint, {best}, cannot be used: {problem}; "
-                "delete the run's folder and train again"
-            )
+            again = "delete the run's folder and train again"
+            raise ValueError(f"the best checkpoint, {best}, cannot be used: {problem}; {again}")
         self._load_from_checkpoint(best)
 
 
@@ -443,24 +422,6 @@ def full_tensor(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 # %% ../../nbs/53_train.trainer.ipynb #8833560a
-def sharded(objective: Objective) -> nn.Module:
-    "A copy whose weights lie spread over all processes; frozen models are not copied."
-    from torch.distributed.fsdp import fully_shard
-
-    model = copy.deepcopy(objective, {id(frozen): frozen for frozen in objective.frozen_models()})
-    mesh = torch.distributed.init_device_mesh(device().type, (ranks()[1],))
-    for module in model.modules():
-        if type(module).__name__ == "BertLayer":
-            fully_shard(module, mesh=mesh)
-    objective.cpu()
-    return fully_shard(model, mesh=mesh)
-
-
-def unshard(model: nn.Module, objective: nn.Module) -> None:
-    "Copy the weights of a sharded model into the objective it was made from."
-    objective.load_state_dict({name: full_tensor(x) for name, x in model.state_dict().items()})
-
-
 class ShardedTrainer(ObjectiveTrainer):
     "The trainer of a model whose weights are spread over processes; its objective is loaded before."
 
@@ -471,10 +432,23 @@ class ShardedTrainer(ObjectiveTrainer):
         self.is_distributed_loading_by_transformers = True
 
     def computes(self, objective):
-        return sharded(objective)
+        "A copy whose weights lie spread over all processes; frozen models are not copied."
+        from torch.distributed.fsdp import fully_shard
+
+        model = copy.deepcopy(objective, {id(frozen): frozen for frozen in objective.frozen_models()})
+        mesh = torch.distributed.init_device_mesh(device().type, (ranks()[1],))
+        for module in model.modules():
+            if type(module).__name__ == "BertLayer":
+                fully_shard(module, mesh=mesh)
+        objective.cpu()
+        return fully_shard(model, mesh=mesh)
+
+    def unshard(self):
+        "Copy the weights into the objective."
+        self.objective.load_state_dict({name: full_tensor(x) for name, x in self.model.state_dict().items()})
 
     def save_model(self, output_dir=None, _internal_call=False):
-        unshard(self.model, self.objective)
+        self.unshard()
         super().save_model(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir):
@@ -546,14 +520,10 @@ ALWAYS |= dict(restore_callback_states_from_checkpoint=True)
 
 def option_arguments(options: TrainingOptions) -> dict:
     "What options and the machine mean in Trainer's arguments."
-    return dict(
-        gradient_accumulation_steps=options.accumulate,
-        optim=options.optim,
-        bf16=use_bf16(options.precision),
-        dataloader_num_workers=options.workers,
-        use_cpu=device().type == "cpu",
-        dataloader_pin_memory=device().type == "cuda",
-    )
+    machine = dict(use_cpu=device().type == "cpu", dataloader_pin_memory=device().type == "cuda")
+    computing = dict(optim=options.optim, bf16=use_bf16(options.precision))
+    batches = dict(gradient_accumulation_steps=options.accumulate, dataloader_num_workers=options.workers)
+    return machine | computing | batches
 
 
 def say(*parts: str) -> None:
@@ -623,7 +593,7 @@ def fit(
         trainer.guard.stop_if_noted()
     if options.fsdp:
         if not trainer.state.best_model_checkpoint:
-            unshard(trainer.model, objective)
+            trainer.unshard()
         objective.to(device())
     objective.eval()
     from_main(lambda: shutil.rmtree(folder, ignore_errors=True))

@@ -87,15 +87,8 @@ def masked_batch(tokens: Tokens, rows, epoch, tokenizer, s: Scale, seed: int) ->
     return dict(ids=ids, mask=mask, masked=masked, where=where)
 
 
-def video_text_collator(
-    tokens: Tokens,
-    pairs: VideoText,
-    rows: np.ndarray,  # captions to draw from
-    tokenizer,
-    s: Scale,
-    seed: int,
-) -> Callable:  # list of (example, epoch) -> batch
-    "Batches of masked captions with their clips."
+def video_text_collator(tokens: Tokens, pairs: VideoText, rows, tokenizer, s: Scale, seed: int) -> Callable:
+    "Makes a batch of masked captions, drawn from `rows`, with their clips, of a list of (example, epoch)."
 
     def collate(items):
         example, epoch = np.array(items).T
