@@ -52,14 +52,8 @@ class DataSource:
 
     s: Scale  # sizes of data, models and trainings
     seed: int  # of the data; a world at Tabletop
-    tasks = (
-        "sst2",
-        "qnli",
-        "qqp",
-        "mnli",
-        "piqa",
-        "tracie",
-    )  # which `finetune_all` runs where none are named
+    # which `finetune_all` runs where none are named
+    tasks = ("sst2", "qnli", "qqp", "mnli", "piqa", "tracie")
 
     tokenizer: object  # fast tokeniser of BERT's kind, for captions, sentences and tasks
     pairs: VideoText  # captions and the features of their clips: the teacher trains on them
