@@ -15,27 +15,19 @@ from vlkd.reproduce.plan import load_plan
 ALL = """flickr8k free_exercise_db glue_diagnostics glue_mnli glue_qnli glue_qqp glue_sst2 howto100m mnli_1k
 msvd_clips piqa squad superglue_axb swag swag_fixture_21rows tabletop tokenizer_vocabs tracie video_raw
 weights wikipedia_en wikitext wikitext103"""
-HEAD = dict(
-    pretty_name="Spoons",
-    license="cc-by-4.0",
-    language=["en"],
-    size_categories=["n<1K"],
-    task_categories=["text-classification"],
-    vlkd=dict(
-        id="spoons",
-        redistributable=True,
-        folder="spoons",
-        files=[
-            dict(path="a.tsv", required=True, rows=3),
-            dict(path="photos/", required=True),
-            dict(path="b.txt", required=False),
-        ],
-        needed_by=["m5@real", "*@paper"],
-        roles=["teacher"],
-        splits={"train": 3},
-        columns=["SPOON"],
-    ),
+FILES = [("a.tsv", True, 3), ("photos/", True, None), ("b.txt", False, None)]
+BLOCK = dict(
+    id="spoons",
+    redistributable=True,
+    folder="spoons",
+    files=[dict(path=p, required=r) | (dict(rows=n) if n else {}) for p, r, n in FILES],
+    needed_by=["m5@real", "*@paper"],
+    roles=["teacher"],
+    splits={"train": 3},
+    columns=["SPOON"],
 )
+HEAD = dict(pretty_name="Spoons", license="cc-by-4.0", language=["en"], size_categories=["n<1K"])
+HEAD |= dict(task_categories=["text-classification"], vlkd=BLOCK)
 
 
 def write(folder, head=HEAD, sections=SECTIONS, name="spoons"):
@@ -74,8 +66,7 @@ def test_a_good_card_reads_back(tmp_path):
     c = read_card(write(tmp_path))
     assert (c.id, c.license, c.columns, c.roles) == ("spoons", "cc-by-4.0", ("SPOON",), ("teacher",))
     assert c.needed_by == ("m5@real", "*@paper")
-    files = [("a.tsv", True, 3), ("photos/", True, None), ("b.txt", False, None)]
-    assert [(d.path, d.required, d.rows) for d in c.files] == files
+    assert [(d.path, d.required, d.rows) for d in c.files] == FILES
     assert list(c.sections) == list(SECTIONS) and c.how == "Text."
 
 

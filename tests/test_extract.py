@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from processes import COMMAND, command, content, vlkd
+from processes import COMMAND, command, content
 
 from vlkd.core.files import rng
 from vlkd.core.settings import data_dir
@@ -66,11 +66,10 @@ class Overflows(GridPixels):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_killed_half_way_and_resumed_equals_uninterrupted(tmp_path, tiny3d, workers):
+def test_killed_half_way_and_resumed_equals_uninterrupted(tmp_path, tiny3d, workers=2):
     v, whole, out, kills = tmp_path / "videos", tmp_path / "whole", tmp_path / "killed", []
     v.mkdir()
-    for i in range(60):
+    for i in range(40):
         write_clip(v / f"v{i:02}.mp4", 24 + 8 * (i % 3))
     (v / "v07.mp4").write_bytes(b"")  # and one that cannot be read
     args = ["--frames", "grid", "--clips", f"resnext3d={tiny3d}", "--shard-size", 2]
@@ -92,17 +91,17 @@ def test_killed_half_way_and_resumed_equals_uninterrupted(tmp_path, tiny3d, work
         p.wait(timeout=120)
         kills.append(len(list(out.glob("shard-*.json"))))
     assert p.returncode == 130, (kills, (tmp_path / "said").read_text())
-    assert 2 <= kills[0] <= kills[1] < 30 and not (out / "manifest.json").exists()
+    assert 2 <= kills[0] <= kills[1] < 20 and not (out / "manifest.json").exists()
     time.sleep(1)
     state = content(out)
     time.sleep(1)
     assert content(out) == state  # no worker outlives the run
-    r = vlkd("extract", v, "--out", out, *args, "--workers", workers, timeout=300)
+    r = command("extract", v, "--out", out, *args, "--workers", workers)
     assert r.returncode == 1 and "v07.mp4: the file is empty" in r.stderr and "Traceback" not in r.stderr
-    assert content(out) == content(whole) and len(content(out)) == 2 * 30 + 2
+    assert content(out) == content(whole) and len(content(out)) == 2 * 20 + 2
     feats = Features(out)
     assert (
-        len(feats) == 59 and set(feats.errors) == {"v07"} and all(np.isfinite(feats[k]).all() for k in feats)
+        len(feats) == 39 and set(feats.errors) == {"v07"} and all(np.isfinite(feats[k]).all() for k in feats)
     )
     again = extract_command(v, "--out", out, *args)
     assert again.returncode == 1 and content(out) == content(whole)

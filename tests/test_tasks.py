@@ -16,7 +16,6 @@ from vlkd.data.readers import content_words
 from vlkd.data.scores import (
     bag_of_words_baseline,
     category_scores,
-    hypothesis_only_baseline,
     majority,
     matthews,
     prior,
@@ -488,7 +487,6 @@ def test_real_qnli(folder):
 
     for label in (0, 1):
         assert abs(overlap(df, label) - overlap(dev, label)) < 0.03
-    assert 0.45 < hypothesis_only_baseline("qnli", df, dev) < 0.58
     assert bag_of_words_baseline("qnli", df, dev) > 0.65
 
 

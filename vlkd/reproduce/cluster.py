@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from ..core.files import open_lock, read_json, sha256_file
 from ..core.records import versions
 from ..core.settings import data_dir, settings_file
-from .keys import differing, graph, library_code
+from .keys import different_keys, graph, library_code
 from .plan import run_parameters
 from .run import is_locked, longest_chains, resource, visible_gpus
 
@@ -153,35 +153,30 @@ def _device_problems(facts: dict, others: dict):
 
 def _storage_problems(facts: dict, question: dict):
     probe = Path(question["probe"])
-    runs = probe.parent.parent
+    runs = f"the runs folder {probe.parent.parent}"
     shared = "it has to be one shared folder, mounted at this path everywhere"
     if facts["token"] != question["token"]:
-        yield f"does not see what this machine writes into the runs folder {runs}; {shared}"
+        yield f"does not see what this machine writes into {runs}; {shared}"
     if "unwritten" in facts:
-        yield f"cannot write into the runs folder {runs} ({facts['unwritten']})"
+        yield f"cannot write into {runs} ({facts['unwritten']})"
     if not _read_soon(probe / facts["answer"], 10):
-        yield f"writes into the runs folder {runs} what this machine does not see; {shared}"
+        yield f"writes into {runs} what this machine does not see; {shared}"
     if not facts["locks"]:
-        yield (
-            f"does not see locks that this machine holds in the runs folder {runs}; "
-            "mount it with locks (flock) on all machines"
-        )
+        yield f"does not see locks that this machine holds in {runs}; mount it with locks (flock)"
     for folder in facts["missing"]:
         yield f"has no {folder}; mount the data at the same path"
 
 
 def _code_problems(facts: dict, question: dict):
-    if modules := differing(library_code(), facts["library"]):
+    if modules := different_keys(library_code(), facts["library"]):
         shown = ", ".join(modules[:3]) + (" ..." if len(modules) > 3 else "")
-        verb = "differs" if len(modules) == 1 else "differ"
-        yield f"has another vlkd: {shown} {verb} from the client's; give it the same version"
+        yield f"has another vlkd: {shown} differs from the client's; give it the same version"
     here, there = versions(), facts["versions"]
-    if packages := differing(here, there):
+    if packages := different_keys(here, there):
         shown = ", ".join(f"{p} {there.get(p, 'none')} (here {here.get(p, 'none')})" for p in packages)
         yield f"has other versions: {shown}; receipts would not be true"
-    for file in differing(question["files"], facts["files"]):
-        which = "another" if facts["files"].get(file) else "no"
-        yield f"has {which} {file}; mount the checkout at the same path"
+    for file in different_keys(question["files"], facts["files"]):
+        yield f"has another {file}, or none; mount the checkout at the same path"
 
 
 def refusal(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['normal_form', 'library_folder', 'library_modules', 'imported_modules', 'library_code', 'notebook_code', 'data_key',
-           'set_key', 'graph', 'differing', 'why']
+           'set_key', 'graph', 'different_keys', 'why']
 
 # %% ../../nbs/71_reproduce.keys.ipynb #71aa0004
 import ast
@@ -184,7 +184,7 @@ def graph(
     return nodes
 
 # %% ../../nbs/71_reproduce.keys.ipynb #71aa0020
-def differing(old: dict, new: dict) -> list[str]:
+def different_keys(old: dict, new: dict) -> list[str]:
     "Keys, in order, with values that are not the same in both."
     return [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
 
@@ -194,14 +194,14 @@ def _changes(node: Node, old: dict) -> list[str]:
     new, found = node.parts, []
     if old["code"] != new["code"]:
         found.append(f"code of {node.entry['notebook']} changed")
-    found += [f"parameter {name} changed" for name in differing(old["params"], new["params"])]
-    if modules := differing(old["modules"], new["modules"]):
+    found += [f"parameter {name} changed" for name in different_keys(old["params"], new["params"])]
+    if modules := different_keys(old["modules"], new["modules"]):
         found.append(f"module {', '.join(modules)} changed")
-    if keys := differing(old["settings"]["scale"], new["settings"]["scale"]):
+    if keys := different_keys(old["settings"]["scale"], new["settings"]["scale"]):
         found.append(f"scale settings changed: {', '.join(keys)}")
     if old["settings"]["presets"] != new["settings"]["presets"]:
         found.append("presets changed")
-    if needs := differing(old["needs"], new["needs"]):
+    if needs := different_keys(old["needs"], new["needs"]):
         found.append(f"needs {', '.join(needs[:3])}{' ...' if len(needs) > 3 else ''}, which changed")
     if old["data"] != new["data"]:
         found.append("data changed")

@@ -83,18 +83,8 @@ def notebook_parameters(notebook) -> dict[str, tuple]:  # name -> (type's name, 
     return found
 
 # %% ../../nbs/70_reproduce.plan.ipynb #70aa0014
-_run_keys = dict(
-    id=str,
-    notebook=str,
-    title=str,
-    params=dict,
-    at=dict,
-    needs=list,
-    after=list,
-    scales=list,
-    minutes=(int, float),
-    data=list,
-)
+_run_keys = dict(id=str, notebook=str, title=str, params=dict, at=dict, minutes=(int, float))
+_run_keys |= dict.fromkeys(("needs", "after", "scales", "data"), list)
 _keys = dict(run=_run_keys, table=_run_keys | dict(paper=str, claim=str, main=bool))
 
 

@@ -35,7 +35,7 @@ from ..core.files import open_lock, read_json, sha256_file, write_json
 from ..core.records import Run, git_state, versions
 from ..core.settings import path, read_sections, settings_file
 from vlkd.reproduce.keys import (
-    differing,
+    different_keys,
     graph,
     imported_modules,
     library_folder,
@@ -62,15 +62,9 @@ def execute(job: dict) -> dict:  # {} or cell and error
     try:
         import papermill
 
+        options = dict(progress_bar=False, start_timeout=180, autosave_cell_every=30, kernel_name="python3")
         papermill.execute_notebook(
-            job["notebook"],
-            job["output"],
-            job["parameters"],
-            cwd=job["cwd"],
-            kernel_name="python3",
-            progress_bar=False,
-            start_timeout=180,
-            autosave_cell_every=30,
+            job["notebook"], job["output"], job["parameters"], cwd=job["cwd"], **options
         )
     except BaseException as e:  # whatever it is, the runner has to know
         name, value = getattr(e, "ename", type(e).__name__), getattr(e, "evalue", str(e))
@@ -143,18 +137,9 @@ def stop_process(process):
     process.join()
 
 # %% ../../nbs/72_reproduce.run.ipynb #b247c95e
-preloaded = [
-    "papermill",
-    "ipykernel.kernelapp",
-    "IPython.display",
-    "pandas",
-    "scipy.stats",
-    "sklearn.linear_model",
-    "vlkd.models.bert",  # torch and transformers, with a torchvision that imports
-    "accelerate",
-    "transformers.trainer",
-    "transformers.models.auto.tokenization_auto",
-]
+preloaded = "papermill ipykernel.kernelapp IPython.display pandas scipy.stats sklearn.linear_model".split()
+preloaded += ["vlkd.models.bert"]  # torch and transformers, with a torchvision that imports
+preloaded += ["accelerate", "transformers.trainer", "transformers.models.auto.tokenization_auto"]
 
 
 def start_fork_server(environment: dict):
@@ -436,7 +421,9 @@ def _difference(node: Node) -> str:
     code, cells = notebook_code(file)
     if code != node.parts["code"]:
         return f"another {file}"
-    return ", ".join(f"another {name}" for name in differing(imported_modules(cells), node.parts["modules"]))
+    return ", ".join(
+        f"another {name}" for name in different_keys(imported_modules(cells), node.parts["modules"])
+    )
 
 
 def other_code(node: Node, seconds=10.0) -> str:  # empty: none
