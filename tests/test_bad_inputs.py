@@ -142,14 +142,14 @@ def test_odd_sizes_and_pixel_formats(tmp_path):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("file,start,end\na.mp4,0,1\n", "line 1: the columns should be path,start,end"),
+        ("file,start,end\na.mp4,0,1\n", "line 1: no column 'path'"),
         ("path,start,end\na.mp4,0:01,2\n", "line 2: start should be a number of seconds"),
         ("path,start,end\na.mp4,2,2\n", "line 2: end should be later"),
-        ("path;start;end\na.mp4;0;1\n", "line 1: the columns should be"),
+        ("path;start;end\na.mp4;0;1\n", "line 1: no column 'path'"),
         ("path,start,end\na\0.mp4,0,1\n", "line 2: a NUL character"),
         ("path,start,end\na.mp4,0,inf\n", "line 2: end should be a number"),
-        ("", "line 1: the columns should be"),
-        ('path,start,end\n"a.mp4,0,1\nb.mp4,0,1\n', "line 3: 1 values for 3 columns"),
+        ("", "line 1: the file is empty"),
+        ('path,start,end\n"a.mp4,0,1\nb.mp4,0,1\n', "line 2: unexpected end of data"),
     ],
 )
 def test_lists(tmp_path, text, says):

@@ -49,7 +49,8 @@ from vlkd.data.squad import read_squad
 from vlkd.data.tasks import read_task
 from vlkd.data.text import tokenize
 from vlkd.data.video import Features
-from vlkd.features.encoders import load_mobilenet
+from vlkd.features.encoders import GridPixels, load_mobilenet
+from vlkd.features.extract import extract_videos
 from vlkd.features.video3d import read_weights
 from vlkd.models.bert import load_model
 from vlkd.models.video_text import Teacher
@@ -91,7 +92,7 @@ def photos():
 
 
 def features(out):
-    extract(photos(), out, clips=None, shard_size=3)
+    extract_videos(photos(), out, GridPixels(2), workers=1, shard_size=3)
 
 
 def read_features(out):

@@ -36,12 +36,11 @@ from vlkd.data.howto100m import (
     howto_pairs,
 )
 from ..data.public import bert_vocab, real_pairs, real_sentences
-from ..data.readers import check_columns, read_table
 from ..data.squad import SQUAD_FOLDER, SQUAD_VERSIONS, qnli_from_squad, read_squad, squad_files
 from ..data.tasks import TASKS, Task, get_task, read_task
 from ..data.text import Tokens, VideoText, load_vocabulary, padded_clips, tokenize, train_tokenizer
 from ..data.video import Features
-from ..features.extract import VideoItem, extract_videos
+from ..features.extract import VideoItem, extract_videos, read_parts
 from ..tabletop.encoders import load_tabletop_encoder
 from ..tabletop.questions import QUESTIONS
 from ..tabletop.render import FRAMES
@@ -398,32 +397,14 @@ def _clip_name(path: str, start: float, end: float) -> str:
     return f"{path} ({0 if np.isnan(start) else start:g}-{'end' if np.isnan(end) else f'{end:g}'} s)"
 
 
-def _check_rows(file: Path, right: pd.Series, what: str) -> None:
-    for n in right.index[~right]:
-        raise ValueError(f"{file}, line {n}: {what}")
-
-
 def read_clip_captions(file) -> pd.DataFrame:  # clip, path, caption, start, end: a row a caption
     """Read a csv of clips and captions; relative paths are those from the csv's folder.
 
     A missing column, an empty path or caption, or a time that is none is a ValueError that names the line.
     """
-    file = Path(file)
-    df = read_table(file).rename(columns=str.strip).apply(lambda cells: cells.str.strip())
-    check_columns(file, list(df), REQUIRED)
-    for name in set(df) - {*REQUIRED, *TIMES}:
-        raise ValueError(f"{file}, line 1: {unknown_name('column', name, REQUIRED + TIMES)}")
-    for column in REQUIRED:
-        _check_rows(file, df[column] != "", f"the {column} is empty")
-    for column in TIMES:
-        text = df.get(column, pd.Series("", df.index))
-        df[column] = pd.to_numeric(text.replace("", "nan"), errors="coerce")
-        right = (text == "") | (df[column] >= 0)
-        _check_rows(file, right, f"{column} should be seconds, 0 or more, or empty")
-    in_order = df.end.isna() | (df.end > df.start.fillna(0))
-    _check_rows(file, in_order, "end should be later than start")
+    df = read_parts(file, REQUIRED)
     df["clip"] = [_clip_name(*row) for row in zip(df.path, df.start, df.end, strict=True)]
-    df["path"] = [file.parent / path for path in df.path]
+    df["path"] = [Path(file).parent / path for path in df.path]
     return df[["clip", "path", "caption", "start", "end"]].reset_index(drop=True)
 
 
