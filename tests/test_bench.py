@@ -239,10 +239,10 @@ def test_a_load_that_lasts_does_not_change_a_ratio():
 
 def test_every_round_runs_all_in_another_order():
     seen = []
-    interleave({k: (lambda k=k: seen.append(k)) for k in "abcd"}, 20, warmup=1, clock=Clock())
-    rounds = [tuple(seen[i : i + 4]) for i in range(0, 84, 4)]
+    interleave({k: (lambda k=k: seen.append(k)) for k in "abcd"}, 8, warmup=1, clock=Clock())
+    rounds = [tuple(seen[i : i + 4]) for i in range(0, 36, 4)]
     assert all(sorted(r) == list("abcd") for r in rounds)
-    assert len(set(rounds)) > 5
+    assert len(set(rounds)) > 3
 
 
 @pytest.mark.parametrize("each, budget, rounds", [(1, 4.5, 5), (60, 1, 2), (1, float("inf"), 9)])

@@ -437,7 +437,7 @@ def compiled_losses(tmp_path):
     from vlkd.train.sources import TabletopSource
     from vlkd.train.text_student import StudentObjective, text_collator
 
-    s = scale("smoke", layers=1, dropout=0.0, batch=8, crd_bank=64, crd_negatives=40)
+    s = scale("smoke", dropout=0.0, batch=8, crd_bank=64, crd_negatives=40)
     data = TabletopSource(s, 101)
 
     def train(**options):

@@ -7,7 +7,7 @@ __all__ = ['WHAT_TO_DO', 'BOOLEANS', 'ALLOCATOR_CACHING', 'LOSS_SUMS', 'ALWAYS',
            'FiniteGuard', 'checkpoint_problem', 'last_checkpoint', 'TrainingOptions', 'option_value',
            'training_options', 'micro_batch_size', 'term_weights', 'weighted', 'check_same_start', 'compile_layers',
            'ObjectiveTrainer', 'full_tensor', 'ShardedTrainer', 'check_options', 'checkpoint_to_resume', 'history_of',
-           'option_arguments', 'say', 'fit']
+           'option_arguments', 'saving', 'machine_name', 'say', 'fit']
 
 # %% ../../nbs/53_train.trainer.ipynb #7a7ec4f4
 import contextlib
@@ -526,6 +526,20 @@ def option_arguments(options: TrainingOptions) -> dict:
     return machine | computing | batches
 
 
+def saving(save_every: int, eval_every: int, validates: bool) -> dict:
+    "When Trainer saves; where it validates, with each evaluation, and it keeps the best."
+    saves = eval_every if validates else save_every
+    how = dict(save_strategy="steps" if saves else "no", save_steps=saves or 500)
+    best = dict(eval_strategy="steps", eval_steps=eval_every, load_best_model_at_end=True)
+    return how | best if validates else how
+
+
+def machine_name() -> str:
+    "What trains: the device, and how many of them."
+    processes = ranks()[1]
+    return f"{processes} x {device_name()}" if processes > 1 else device_name()
+
+
 def say(*parts: str) -> None:
     "Print a line in the first process, parts that are empty left out."
     if not ranks()[0]:
@@ -564,17 +578,12 @@ def fit(
     first = collate([ExampleOrder(n, batch, seed)[k] for k in range(min(batch, 8))])
     sizes = check_trainable(objective.to(device()), {name: x.to(device()) for name, x in first.items()})
     check_same_start(objective)
-    processes = ranks()[1]
-    machine = f"{processes} x {device_name()}" if processes > 1 else device_name()
     counted = f"{sizes['trainable']:,} parameters train, {sizes['frozen']:,} are frozen"
-    say(f"{name}: {counted}", f"{steps} steps of {batch} on {machine}", options.changed())
+    say(f"{name}: {counted}", f"{steps} steps of {batch} on {machine_name()}", options.changed())
     computing |= dict(per_device_train_batch_size=size, per_device_eval_batch_size=batch)
     how = dict(learning_rate=lr, warmup_steps=warmup, weight_decay=weight_decay, seed=seed, data_seed=seed)
+    how |= saving(save_every, eval_every, valid is not None)
     how |= dict(max_steps=steps, logging_steps=max(1, min(50, steps // 10)))
-    if valid:
-        how |= dict(eval_strategy="steps", eval_steps=eval_every, load_best_model_at_end=True)
-    saves = eval_every if valid else save_every
-    how |= dict(save_strategy="steps" if saves else "no", save_steps=saves or 500)
     arguments = TrainingArguments(str(folder), **ALWAYS, **computing, **how)
     draws = ExampleOrder(n, steps * batch, seed, batch, lengths)
     checkpoint = checkpoint_to_resume(folder, options, name)
