@@ -495,6 +495,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vlkd.eval.probe.probe': ('eval.probe.html#probe', 'vlkd/eval/probe.py')},
             'vlkd.eval.retrieval': { 'vlkd.eval.retrieval.head_states': ('eval.retrieval.html#head_states', 'vlkd/eval/retrieval.py'),
                                      'vlkd.eval.retrieval.nearest_clips': ('eval.retrieval.html#nearest_clips', 'vlkd/eval/retrieval.py'),
+                                     'vlkd.eval.retrieval.recall_metrics': ('eval.retrieval.html#recall_metrics', 'vlkd/eval/retrieval.py'),
                                      'vlkd.eval.retrieval.recall_table': ('eval.retrieval.html#recall_table', 'vlkd/eval/retrieval.py'),
                                      'vlkd.eval.retrieval.retrieval': ('eval.retrieval.html#retrieval', 'vlkd/eval/retrieval.py'),
                                      'vlkd.eval.retrieval.ridge': ('eval.retrieval.html#ridge', 'vlkd/eval/retrieval.py'),
