@@ -57,17 +57,43 @@ class Card:
 # %% ../../nbs/14_data.catalog.ipynb #b1500d86
 ROLES = ("teacher", "student", "finetune", "evaluate", "tokenizer", "encoder", "test")
 SECTIONS = (
-    *("Origin", "Licence", "Splits and size", "How to get it"),
-    *("Known biases", "How it is used", "What is missing"),
+    "Origin",
+    "Licence",
+    "Splits and size",
+    "How to get it",
+    "Known biases",
+    "How it is used",
+    "What is missing",
 )
 SIZE_CATEGORIES = (
-    *("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M"),
-    *("1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"),
+    "n<1K",
+    "1K<n<10K",
+    "10K<n<100K",
+    "100K<n<1M",
+    "1M<n<10M",
+    "10M<n<100M",
+    "100M<n<1B",
+    "1B<n<10B",
 )
-_head_keys = dict(pretty_name=str, license=str, license_name=str, language=list)
-_head_keys |= dict(size_categories=list, task_categories=list, vlkd=dict)
-_block_keys = dict(id=str, redistributable=bool, folder=str, files=list, needed_by=list)
-_block_keys |= dict(roles=list, splits=dict, columns=list)
+_head_keys = dict(
+    pretty_name=str,
+    license=str,
+    license_name=str,
+    language=list,
+    size_categories=list,
+    task_categories=list,
+    vlkd=dict,
+)
+_block_keys = dict(
+    id=str,
+    redistributable=bool,
+    folder=str,
+    files=list,
+    needed_by=list,
+    roles=list,
+    splits=dict,
+    columns=list,
+)
 _file_keys = dict(path=str, required=bool, rows=int)
 _optional = ("license_name", "columns", "rows")
 

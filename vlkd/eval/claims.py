@@ -216,10 +216,19 @@ _TESTS = dict(
     equivalent="two one-sided tests, hierarchical bootstrap, Holm within the table",
     above_chance="hierarchical bootstrap against chance, two-sided, Holm within the table",
 )
-_NUMBERS = ("diff", "low", "high", "p", "se", "level", "n_worlds", "n_clusters", "n_examples")
-_NUMBERS += ("world_low", "world_high", "per_world")
-_UNTESTED = dict.fromkeys(("p", "p_holm", "diff", "low", "high"))
-_UNTESTED |= dict(n=0, n_worlds=0, n_clusters=0, detectable=None)
+_COUNTS = ("n_worlds", "n_clusters", "n_examples")
+_NUMBERS = ("diff", "low", "high", "p", "se", "level", *_COUNTS, "world_low", "world_high", "per_world")
+_UNTESTED = dict(
+    p=None,
+    p_holm=None,
+    diff=None,
+    low=None,
+    high=None,
+    n=0,
+    n_worlds=0,
+    n_clusters=0,
+    detectable=None,
+)
 
 
 def _measure(claim: dict, examples: pd.DataFrame, scale: str, n_boot: int, seed: int) -> dict:

@@ -39,8 +39,15 @@ def outcome_counts(
     """
     pairs = pair_examples(a, b)
     right, other = pairs["right"].astype(bool), pairs["right_b"].astype(bool)
-    outcomes = dict(n=1, both=right & other, only_a=right & ~other, only_b=~right & other)
-    outcomes |= dict(none=~right & ~other, a=right, b=other)
+    outcomes = dict(
+        n=1,
+        both=right & other,
+        only_a=right & ~other,
+        only_b=~right & other,
+        none=~right & ~other,
+        a=right,
+        b=other,
+    )
     every = pd.DataFrame(outcomes, index=pairs.index).astype(int)
     kinds = {"all": every} | {
         kind: every[pairs["kind"] == kind] for kind in sorted(set(pairs["kind"]) - {""})

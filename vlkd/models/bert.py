@@ -32,9 +32,16 @@ from transformers.utils import logging
 # %% ../../nbs/35_models.bert.ipynb #ba70e89e
 def bert_config(s: Scale, vocab_size: int, **more) -> BertConfig:
     "BERT's configuration at a scale; `more` replaces what the scale says."
-    config = dict(hidden_size=s.hidden, num_hidden_layers=s.layers, num_attention_heads=s.heads)
-    config |= dict(intermediate_size=s.intermediate, vocab_size=vocab_size, initializer_range=s.init_std)
-    config |= dict(hidden_dropout_prob=s.dropout, attention_probs_dropout_prob=s.dropout)
+    config = dict(
+        hidden_size=s.hidden,
+        num_hidden_layers=s.layers,
+        num_attention_heads=s.heads,
+        intermediate_size=s.intermediate,
+        vocab_size=vocab_size,
+        initializer_range=s.init_std,
+        hidden_dropout_prob=s.dropout,
+        attention_probs_dropout_prob=s.dropout,
+    )
     positions = max(s.max_tokens, s.ft_tokens, s.max_frames)
     return BertConfig(**(config | dict(max_position_embeddings=positions) | more))
 

@@ -137,9 +137,18 @@ def stop_process(process):
     process.join()
 
 # %% ../../nbs/72_reproduce.run.ipynb #b247c95e
-preloaded = "papermill ipykernel.kernelapp IPython.display pandas scipy.stats sklearn.linear_model".split()
-preloaded += ["vlkd.models.bert"]  # torch and transformers, with a torchvision that imports
-preloaded += ["accelerate", "transformers.trainer", "transformers.models.auto.tokenization_auto"]
+preloaded = [
+    "papermill",
+    "ipykernel.kernelapp",
+    "IPython.display",
+    "pandas",
+    "scipy.stats",
+    "sklearn.linear_model",
+    "vlkd.models.bert",  # torch and transformers, with a torchvision that imports
+    "accelerate",
+    "transformers.trainer",
+    "transformers.models.auto.tokenization_auto",
+]
 
 
 def start_fork_server(environment: dict):
@@ -205,8 +214,11 @@ def fork_kernel() -> ForkedKernel:
     return kernel
 
 # %% ../../nbs/72_reproduce.run.ipynb #48525ec0
-_on = "TQDM_DISABLE HF_HUB_OFFLINE HF_HUB_DISABLE_PROGRESS_BARS JUPYTER_PREFER_ENV_PATH"
-_quiet = dict.fromkeys(_on.split(), "1") | dict(
+_quiet = dict(
+    TQDM_DISABLE="1",
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    JUPYTER_PREFER_ENV_PATH="1",
     PYDEVD_DISABLE_FILE_VALIDATION="1",
     TOKENIZERS_PARALLELISM="false",
     PYTHONHASHSEED="0",
@@ -229,8 +241,11 @@ def run_environment(given: dict, runs: int) -> dict:
     "Environment of one of several runs on this machine: this library, and a share of the cores."
     from dask.system import CPU_COUNT
 
-    left_out = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # Dask sets them to 1
-    left_out += ("MPLBACKEND",)  # the kernel then draws figures into the notebook
+    left_out = (
+        "MKL_NUM_THREADS",  # Dask sets it to 1
+        "OPENBLAS_NUM_THREADS",  # likewise
+        "MPLBACKEND",  # the kernel then draws figures into the notebook
+    )
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
     places = [str(library_folder().parent), os.environ.get("PYTHONPATH")]
     here = dict(

@@ -390,8 +390,18 @@ def _squad(world: Assignment, r, thing: dict, unanswerable: bool = False) -> tup
 
 # %% ../../nbs/23_tabletop.questions.ipynb #77fe8aac
 # task -> what makes one question about a thing, the cells of a row, or None where the draw has none
-QUESTIONS = dict(sst2=_sst2, qnli=_qnli, qqp=_qqp, mnli=_mnli, piqa=_piqa, tracie=_tracie, squad1=_squad)
-QUESTIONS |= dict(squad2=partial(_squad, unanswerable=True), swag=_swag, diagnostics=_diagnostics)
+QUESTIONS = dict(
+    sst2=_sst2,
+    qnli=_qnli,
+    qqp=_qqp,
+    mnli=_mnli,
+    piqa=_piqa,
+    tracie=_tracie,
+    squad1=_squad,
+    squad2=partial(_squad, unanswerable=True),
+    swag=_swag,
+    diagnostics=_diagnostics,
+)
 
 
 def _columns(name: str) -> list:

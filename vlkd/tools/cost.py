@@ -190,8 +190,13 @@ def training_memory(
     return out
 
 # %% ../../nbs/74_tools.cost.ipynb #97324ce1
-PAPER = dict(hours=134_472, captions=138e6, caption_tokens=568e6)  # Sec. 4.1
-PAPER |= dict(wikipedia=2.9e9, wiki103=111e6)  # tokens
+PAPER = dict(
+    hours=134_472,
+    captions=138e6,
+    caption_tokens=568e6,  # Sec. 4.1, as what stands above it
+    wikipedia=2.9e9,  # tokens
+    wiki103=111e6,
+)
 ENTRIES_PER_WORD = 1.1  # vocabulary entries of a spoken word, assumed
 
 
@@ -355,9 +360,19 @@ def cost_table(s: Scale, gpus: int = 4, assumed: Assumed = USUAL) -> pd.DataFram
         hours = assumed.hours(total)
         training = "teacher" if "contrast" in params else f"student {params['kd'] or 'text only'}"
         passes = steps * s.batch / (PAPER["captions"] if "contrast" in params else packed)
-        row = dict(training=training, model=f"{s.layers}L/{s.hidden}H", steps=steps, batch=s.batch)
-        row |= dict(passes=passes, TFLOPs_step=step / 1e12, EFLOPs=total / 1e18, GPU_hours=hours)
-        row |= dict(days=hours / gpus / 24, GB_a_GPU=memory / 1e9, fits=memory < GPUS[assumed.gpu][1])
+        row = dict(
+            training=training,
+            model=f"{s.layers}L/{s.hidden}H",
+            steps=steps,
+            batch=s.batch,
+            passes=passes,
+            TFLOPs_step=step / 1e12,
+            EFLOPs=total / 1e18,
+            GPU_hours=hours,
+            days=hours / gpus / 24,
+            GB_a_GPU=memory / 1e9,
+            fits=memory < GPUS[assumed.gpu][1],
+        )
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -388,8 +403,15 @@ def growth(
         exchange = 2 * (g - 1) / g * gradients / link * (1 - OVERLAP)
         memory = run_memory(s, params, assumed, sequences) + (gradients if g > 1 else 0)
         seconds = (compute + exchange) * steps
-        row = dict(GPUs=g, sequences=sequences, batch=batch, steps=steps)
-        row |= dict(compute_ms=1e3 * compute, exchange_ms=1e3 * exchange, days=seconds / 86400)
+        row = dict(
+            GPUs=g,
+            sequences=sequences,
+            batch=batch,
+            steps=steps,
+            compute_ms=1e3 * compute,
+            exchange_ms=1e3 * exchange,
+            days=seconds / 86400,
+        )
         rows.append(row | dict(GPU_hours=g * seconds / 3600, efficiency=1.0, GB_a_GPU=memory / 1e9))
     out = pd.DataFrame(rows)
     out["efficiency"] = out.GPU_hours[0] / out.GPU_hours
@@ -423,8 +445,17 @@ a matrix product."""
 
 # %% ../../nbs/74_tools.cost.ipynb #018607dc
 # training sequences; those of SQuAD are windows, about
-FINETUNE = dict(sst2=67_349, qnli=104_743, qqp=363_846, mnli=392_702, piqa=2 * 16_113, tracie=860)
-FINETUNE |= dict(swag=4 * 73_546, squad1=88_000, squad2=132_000)
+FINETUNE = dict(
+    sst2=67_349,
+    qnli=104_743,
+    qqp=363_846,
+    mnli=392_702,
+    piqa=2 * 16_113,
+    tracie=860,
+    swag=4 * 73_546,
+    squad1=88_000,
+    squad2=132_000,
+)
 
 
 def finetune_flops(s: Scale, tasks) -> float:

@@ -198,7 +198,9 @@ def open_explorer(
     scales = [scale_name] if scale_name else ["micro", "real-gpu", "real"]
     for name in scales:
         with contextlib.suppress(FileNotFoundError):
-            return Explorer(name, seed)
+            found = Explorer(name, seed)
+            if found.students or scale_name:
+                return found
     return Explorer(scales[0], seed) if scale_name or seed else small_explorer()
 
 # %% ../../nbs/76_tools.explore.ipynb #dcdbe1f3

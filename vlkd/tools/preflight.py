@@ -142,9 +142,24 @@ Not in these numbers: decoding and encoding the videos, evaluation, and work tha
 Other GPUs: vlkd cost --gpu."""
 
 # %% ../../nbs/75_tools.preflight.ipynb #6d84c26e
-TINY = dict(layers=2, hidden=64, heads=2, intermediate=128, head_hidden=64, video_layers=1, feature_dim=64)
-TINY |= dict(vocab_size=400, vokens=20, crd_negatives=64, crd_bank=256, crd_dim=16, batch=16)
-TINY |= dict(warmup=1, lr=1e-3, teacher_lr=1e-3)
+TINY = dict(
+    layers=2,
+    hidden=64,
+    heads=2,
+    intermediate=128,
+    head_hidden=64,
+    video_layers=1,
+    feature_dim=64,
+    vocab_size=400,
+    vokens=20,
+    crd_negatives=64,
+    crd_bank=256,
+    crd_dim=16,
+    batch=16,
+    warmup=1,
+    lr=1e-3,
+    teacher_lr=1e-3,
+)
 TINY_SIZES = dict(base=dict(layers=3, hidden=96, heads=3, intermediate=192, head_hidden=96))
 
 

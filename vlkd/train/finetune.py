@@ -146,9 +146,19 @@ def finetune(
 
     steps = s.ft_steps or -(-len(train) // s.ft_batch) * s.ft_epochs
     seed_everything(seed)
-    how = dict(steps=steps, batch=s.ft_batch, lr=s.ft_lr, warmup=max(1, steps // 10))
-    how |= dict(weight_decay=s.weight_decay, seed=seed, name=f"{run} {task.name}".strip())
-    fit(objective, collate, len(train), Path(out) / task.name, **how)
+    fit(
+        objective,
+        collate,
+        len(train),
+        Path(out) / task.name,
+        steps=steps,
+        batch=s.ft_batch,
+        lr=s.ft_lr,
+        warmup=max(1, steps // 10),
+        weight_decay=s.weight_decay,
+        seed=seed,
+        name=f"{run} {task.name}".strip(),
+    )
     tests = test if isinstance(test, dict) else {task: test}
     records = [answers(objective, tokenizer, t, x, s, seed=seed, run=run) for t, x in tests.items()]
     return pd.concat(records, ignore_index=True)

@@ -221,9 +221,20 @@ def train_student(
     if not steps:
         return objective.eval(), []
     collate = text_collator(tokens, data.tokenizer, s, seed, known)
-    how = dict(steps=steps, batch=s.batch, lr=s.lr, warmup=s.warmup, weight_decay=s.weight_decay)
-    how |= dict(seed=seed, save_every=s.save_every, name=name)
-    history = fit(objective, collate, len(tokens), out, **how)
+    history = fit(
+        objective,
+        collate,
+        len(tokens),
+        out,
+        steps=steps,
+        batch=s.batch,
+        lr=s.lr,
+        warmup=s.warmup,
+        weight_decay=s.weight_decay,
+        seed=seed,
+        save_every=s.save_every,
+        name=name,
+    )
     return objective.eval(), history
 
 # %% ../../nbs/56_train.text_student.ipynb #19db85b9

@@ -511,11 +511,21 @@ def history_of(log: list[dict]) -> list[dict]:  # step, loss and its parts
     ]
 
 # %% ../../nbs/53_train.trainer.ipynb #b7e854d4
-ALWAYS = dict(lr_scheduler_type="linear", train_sampling_strategy="sequential", save_total_limit=2)
-ALWAYS |= dict(metric_for_best_model="loss", greater_is_better=False, logging_nan_inf_filter=False)
-ALWAYS |= dict(report_to=[], disable_tqdm=True, remove_unused_columns=False, log_level="error")
-ALWAYS |= dict(ddp_find_unused_parameters=False, ddp_broadcast_buffers=False)
-ALWAYS |= dict(restore_callback_states_from_checkpoint=True)
+ALWAYS = dict(
+    lr_scheduler_type="linear",
+    train_sampling_strategy="sequential",
+    save_total_limit=2,
+    metric_for_best_model="loss",
+    greater_is_better=False,
+    logging_nan_inf_filter=False,
+    report_to=[],
+    disable_tqdm=True,
+    remove_unused_columns=False,
+    log_level="error",
+    ddp_find_unused_parameters=False,
+    ddp_broadcast_buffers=False,
+    restore_callback_states_from_checkpoint=True,
+)
 
 
 def option_arguments(options: TrainingOptions) -> dict:
@@ -570,7 +580,6 @@ def fit(
     With `valid` the best weights are kept. Started by torchrun, several processes train one objective on
     parts of the same batches; `out` is one folder, which all of them see."""
     options = training_options(**(options or {}))
-    computing = option_arguments(options)
     size = micro_batch_size(batch, options.accumulate, name)
     check_options(objective, options, name)
     folder = Path(out) / "checkpoints"
@@ -580,11 +589,21 @@ def fit(
     check_same_start(objective)
     counted = f"{sizes['trainable']:,} parameters train, {sizes['frozen']:,} are frozen"
     say(f"{name}: {counted}", f"{steps} steps of {batch} on {machine_name()}", options.changed())
-    computing |= dict(per_device_train_batch_size=size, per_device_eval_batch_size=batch)
-    how = dict(learning_rate=lr, warmup_steps=warmup, weight_decay=weight_decay, seed=seed, data_seed=seed)
-    how |= saving(save_every, eval_every, valid is not None)
-    how |= dict(max_steps=steps, logging_steps=max(1, min(50, steps // 10)))
-    arguments = TrainingArguments(str(folder), **ALWAYS, **computing, **how)
+    arguments = TrainingArguments(
+        str(folder),
+        **ALWAYS,
+        **option_arguments(options),
+        **saving(save_every, eval_every, valid is not None),
+        per_device_train_batch_size=size,
+        per_device_eval_batch_size=batch,
+        learning_rate=lr,
+        warmup_steps=warmup,
+        weight_decay=weight_decay,
+        seed=seed,
+        data_seed=seed,
+        max_steps=steps,
+        logging_steps=max(1, min(50, steps // 10)),
+    )
     draws = ExampleOrder(n, steps * batch, seed, batch, lengths)
     checkpoint = checkpoint_to_resume(folder, options, name)
     if checkpoint:

@@ -191,11 +191,23 @@ def train_teacher(
     def collator(rows, seed):
         return video_text_collator(data.caption_tokens, pairs, rows, data.tokenizer, s, seed)
 
-    how = dict(steps=steps, batch=s.batch, lr=s.teacher_lr, warmup=s.warmup, weight_decay=s.weight_decay)
-    how |= dict(seed=seed, lengths=data.caption_tokens.lengths[pairs.train], name=name)
-    valid = collator(pairs.valid[:held_out], 2**31), held_out
-    how |= dict(valid=valid, eval_every=min(s.eval_every, steps), patience=s.patience)
-    history = fit(objective, collator(pairs.train, seed), len(pairs.train), out, **how)
+    history = fit(
+        objective,
+        collator(pairs.train, seed),
+        len(pairs.train),
+        out,
+        steps=steps,
+        batch=s.batch,
+        lr=s.teacher_lr,
+        warmup=s.warmup,
+        weight_decay=s.weight_decay,
+        seed=seed,
+        lengths=data.caption_tokens.lengths[pairs.train],
+        valid=(collator(pairs.valid[:held_out], 2**31), held_out),
+        eval_every=min(s.eval_every, steps),
+        patience=s.patience,
+        name=name,
+    )
     return teacher.eval(), history
 
 # %% ../../nbs/55_train.video_teacher.ipynb #8edb8137
