@@ -18,8 +18,8 @@ help: ## this list
 reproduce: .venv/installed ## the main tables, on data that the library makes itself; ARGS=all for every one, ARGS="m5 --seeds 3" to choose
 	@$(bin)/vlkd reproduce $(ARGS)
 
-test: .venv/installed ## all tests, and every notebook among them
-	@$(quiet) $(bin)/python -m pytest -n 2
+test: .venv/installed ## pytest, then every notebook
+	@$(quiet) $(bin)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder && $(quiet) $(bin)/nbdev-test --n-workers 2
 
 lint: .venv/installed ## is everything formatted, and is the linter content?
 	@$(bin)/ruff format --check . && $(bin)/ruff check .

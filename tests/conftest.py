@@ -27,31 +27,17 @@ def pytest_configure():
     mend_torchvision()  # before a test imports what imports torchvision
 
 
-FIRST = "notebook[25_tabletop.clip] distributed cluster unbreakable training reproduce losses extract".split()
+FIRST = "distributed cluster unbreakable training reproduce losses extract".split()
 
 
 def pytest_collection_modifyitems(items):
-    "What takes long begins first, and notebooks, which are many small things, come last."
+    "The files that take long begin first."
 
     def rank(item):
-        names = item.name.removeprefix("test_"), item.path.stem.removeprefix("test_")
-        found = [FIRST.index(name) for name in names if name in FIRST]
-        return found[0] if found else len(FIRST) + ("notebooks" in names)
+        name = item.path.stem.removeprefix("test_")
+        return FIRST.index(name) if name in FIRST else len(FIRST)
 
     items.sort(key=rank)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    "One process at a time has a file, as its fixtures are made once; notebooks go wherever one is free."
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Files(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            return nodeid if "test_notebooks" in nodeid else nodeid.split("::")[0]
-
-    config.option.loadscopereorder = False
-    return Files(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -213,7 +213,7 @@ def launch_two(folder, cases):
     command = [sys.executable, *torchrun.split(), sys.executable, "-c", DRIVER, str(folder), " ".join(cases)]
     environment = os.environ | ALONE | dict(PYTHONPATH=str(ROOT))
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment)
-    assert ended.returncode == 0, (ended.stdout + ended.stderr)[-4000:]
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['torchvision_problem', 'mend_torchvision', 'optional_package', 'device', 'device_name', 'use_bf16', 'seed_everything',
-           'generator', 'at_least_float32', 'no_autocast', 'ranks', 'main_first', 'from_main', 'one_batch', 'joined',
-           'gathered']
+           'generator', 'at_least_float32', 'no_autocast', 'ranks', 'main_first', 'from_main', 'wait_for_all',
+           'one_batch', 'joined', 'gathered']
 
 # %% ../../nbs/03_core.device.ipynb #562091c6
 import contextlib
@@ -153,6 +153,12 @@ def from_main(f):  # what `f` returns there
     if n > 1:
         torch.distributed.broadcast_object_list(out, device=device())
     return out[0]
+
+
+def wait_for_all() -> None:
+    "Wait until every process has come here."
+    if ranks()[1] > 1:
+        torch.distributed.barrier()
 
 # %% ../../nbs/03_core.device.ipynb #6d45ef51
 _state = {"one batch": False}

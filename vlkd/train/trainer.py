@@ -28,7 +28,16 @@ from safetensors.torch import save_model as save_weights
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..core.device import device, device_name, from_main, mend_torchvision, one_batch, ranks, use_bf16
+from vlkd.core.device import (
+    device,
+    device_name,
+    from_main,
+    mend_torchvision,
+    one_batch,
+    ranks,
+    use_bf16,
+    wait_for_all,
+)
 from vlkd.core.files import (
     checksum_problem,
     checksums_file,
@@ -624,5 +633,6 @@ def fit(
             trainer.unshard()
         objective.to(device())
     objective.eval()
+    wait_for_all()  # others may still read the best checkpoint
     from_main(lambda: shutil.rmtree(folder, ignore_errors=True))
     return history_of(trainer.state.log_history)
