@@ -501,7 +501,7 @@ def _run(node: Node, shared: dict, environment: dict, lock: int, wanted) -> dict
             if time.time() - saved > 5:  # so that a resumed run's receipt counts all of them
                 saved = time.time()
                 write_json(node.partial / "state.json", dict(seconds=round(earlier + saved - began, 1)))
-            time.sleep(0.05)
+            process.join(0.3)
     finally:
         stop_process(process)
     if process.exitcode:
@@ -522,6 +522,10 @@ class LocalMachine:
     "Workers for `jobs` runs at a time; for several machines there is `vlkd.reproduce.cluster.Cluster`."
 
     workers = ()  # addresses; none: any
+    seldom = {  # what Dask does in between, fifty times a second, would take a twentieth of a core
+        "distributed.worker.profile.enabled": False,
+        "distributed.admin.tick.interval": "1s",
+    }
 
     def __init__(self, jobs: int):
         self.slots, self.hosts, self.gpus = jobs, {socket.gethostname(): jobs}, visible_gpus()
@@ -533,9 +537,11 @@ class LocalMachine:
         self.fork = on_cpu and os.environ.get("VLKD_FORK") != "0" and len(nodes) > self.slots
         if self.fork:
             start_fork_server(run_environment(given_environment(), self.slots))
+        import dask
         from distributed import Client, LocalCluster
 
         with (
+            dask.config.set(self.seldom),
             LocalCluster(
                 n_workers=self.slots,
                 threads_per_worker=1,
