@@ -25,7 +25,7 @@ ALONE = dict(VLKD_DEVICE="cpu", OMP_NUM_THREADS="1")
 # Objectives in double precision, with the gradients of each step. A case is an objective, then options or:
 # steps, drop(out), save (every), stop (at the end of that step), again (after it has stopped), eval (every).
 DRIVER = """
-import json, os, shutil, sys
+import json, os, shutil, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +119,17 @@ def student(name, s):
     for model in objective.frozen_models():
         model.double()
     return objective, text_collator(data.tokens, tokenizer, s, 0), len(data.tokens), {}
+
+
+load_best_model = trainer.ObjectiveTrainer._load_best_model
+
+
+def load_late(self):
+    time.sleep(rank)  # the first process must not remove what another one still reads
+    load_best_model(self)
+
+
+trainer.ObjectiveTrainer._load_best_model = load_late
 
 
 def run(case, stop=0):
