@@ -116,23 +116,23 @@ def test_costs_follow_the_plan(runs):
     assert costs.GPU_hours["base-nst-crd"] == pytest.approx(hours)
     large = sum(params.get("size") == "base" for _, params in runs)
     assert (costs.model == "12L/768H").sum() == large
-    cheap_first = ["student-none", "student-text", "student-nst-nohead", "student-nst-micro"]
-    assert costs.EFLOPs[[*cheap_first, "student-nst-crd-micro"]].is_monotonic_increasing
-    assert costs.EFLOPs["teacher-image"] < costs.EFLOPs["teacher-micro"]
+    cheap_first = ["student-none", "student-text", "student-nst-nohead", "student-nst"]
+    assert costs.EFLOPs[[*cheap_first, "student-nst-crd"]].is_monotonic_increasing
+    assert costs.EFLOPs["teacher-image"] < costs.EFLOPs["teacher"]
     assert costs.steps["video-pt"] == 0
     assert costs.steps["student-text"] == scale("paper").steps
 
 
 def test_preflight_of_runs_of_every_kind(tmp_path):
     "All kinds of features, the larger model, vokens on disk, captions as text, a start from a teacher."
-    ids = ["student-nst-image", "base-nst-crd-clip", "student-voken-micro", "student-asr", "two-stage"]
+    ids = ["student-nst-image", "base-nst-crd-clip", "student-voken", "student-asr", "two-stage"]
     short = dict(vokens=6, max_tokens=64, ft_tokens=64, max_frames=64)
     assert preflight(tmp_path, ids, samples=200, steps=2, **short) == 0
     for name in ids:
         run = Run(tmp_path / f"runs/paper/{name}@1")
         assert all(math.isfinite(value) for value in run.metrics.values()), name
         assert run.metrics["steps"] == 2
-    manifest = read_json(tmp_path / "runs/paper/student-voken-micro@1/vokens/vokens.json")
+    manifest = read_json(tmp_path / "runs/paper/student-voken@1/vokens/vokens.json")
     assert manifest["pool_size"] == 6
 
 

@@ -88,7 +88,7 @@ def test_own_objective(tmp_path, monkeypatch):
         tmp_path / "run",
         teacher=teacher,
         kd=kd,
-        preset="micro",
+        preset="tuned",
         weights=dict(distance=0.5),
         steps=4,
     )

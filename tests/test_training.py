@@ -96,10 +96,10 @@ done = out / "teacher" / "done"
 if done.is_dir():
     teacher, _ = Teacher.load(done, data.s)
 else:
-    teacher, history = train_teacher(data, out / "teacher", contrast="info_nce", preset="micro")
+    teacher, history = train_teacher(data, out / "teacher", contrast="info_nce", preset="tuned")
     print("teacher ends at", max(entry["step"] for entry in history))
     teacher.save(done, data.tokenizer)
-student, _ = train_student(data, out / "student", teacher=teacher, kd="nst+crd", preset="micro")
+student, _ = train_student(data, out / "student", teacher=teacher, kd="nst+crd", preset="tuned")
 save_model(out / "bert", student.lm, data.tokenizer)
 save_distillation(student, out / "bert")
 models = dict(teacher=teacher, student=student)

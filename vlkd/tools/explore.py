@@ -151,9 +151,9 @@ class Explorer:
         model.lm = lm.eval()
 
     def teacher_of(self, name: str) -> str:
-        "The teacher that taught a student; of a student without one, `teacher-micro` or the first."
+        "The teacher that taught a student; of a student without one, `teacher` or the first."
         taught_by = self.models[name].params.get("teacher") if name else None
-        candidates = (name, taught_by, "teacher-micro", *self.teachers)
+        candidates = (name, taught_by, "teacher", *self.teachers)
         return next(c for c in candidates if c in self.teachers)
 
     @cached_property
@@ -165,7 +165,7 @@ class Explorer:
         def preferred(students, *names):
             return next((name for name in (*names, *students) if name in students), "")
 
-        second = preferred(distilled, "student-nst-crd-micro", "student-nst-crd")
+        second = preferred(distilled, "student-nst-crd", "student-nst-crd-printed")
         names = preferred(plain, "student-text"), second
         return [self.teacher_of(second), *filter(None, names)]
 
@@ -184,7 +184,7 @@ def model_table(explorer: Explorer) -> pd.DataFrame:  # name, kind, learned from
 def small_explorer() -> Explorer:
     "A small teacher and two students, whose runs of scale `smoke` are made where they are missing."
     with contextlib.redirect_stdout(io.StringIO()):
-        result = reproduce(["student-text", "student-nst-crd-micro"], "smoke")
+        result = reproduce(["student-text", "student-nst-crd"], "smoke")
     if result["failed"]:
         raise RuntimeError(f"the small models could not be made: {result['failed']}")
     return Explorer("smoke", 1)
