@@ -66,7 +66,7 @@ def with_gradient(function, x, *more):
     return torch.cat([value.detach()[None], torch.autograd.grad(value, x)[0].flatten()])
 
 
-KERNELS = {name: preset(name)["nst"] for name in ("paper", "released", "micro")}
+KERNELS = {name: preset(name)["nst"] for name in ("paper", "released", "tuned")}
 KERNELS["raw"] = dict(normalize=None, sigma=2.0)
 
 

@@ -281,7 +281,7 @@ def small(world):
 def test_heads_come_back(tmp_path, small, kd):
     s, tok, teacher = small
     kd, head = kd.split()[0], "without" not in kd
-    given = dict(s=s, args=preset("micro"), pool=torch.zeros(7, s.hidden), head=head)
+    given = dict(s=s, args=preset("tuned"), pool=torch.zeros(7, s.hidden), head=head)
     objective = StudentObjective(language_model(s, tok, 2), teacher, kd, **given)
     save_model(tmp_path, objective.lm, tok)
     save_distillation(objective, tmp_path)
@@ -297,7 +297,7 @@ def test_heads_that_do_not_fit(tmp_path, small):
     from safetensors.torch import load_file, save_file
 
     s, tok, teacher = small
-    o = StudentObjective(language_model(s, tok, 2), teacher, "nst", s=s, args=preset("micro"))
+    o = StudentObjective(language_model(s, tok, 2), teacher, "nst", s=s, args=preset("tuned"))
     save_model(tmp_path, o.lm, tok)
     f = save_distillation(o, tmp_path)
     state = {k: v.clone() for k, v in load_file(f).items()}

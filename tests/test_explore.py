@@ -104,7 +104,7 @@ def test_unknown_names(x):
         lambda: ex.recorded_answers(x, "student-tex", "student-text"),
     ):
         with pytest.raises(
-            ValueError, match=r"unknown run .*'student-tex'; did you mean 'student-text'.*teacher-micro"
+            ValueError, match=r"unknown run .*'student-tex'; did you mean 'student-text'.*teacher"
         ):
             f()
     with pytest.raises(ValueError, match="unknown scale 'mcro'; did you mean 'micro'"):
@@ -143,7 +143,7 @@ def test_answers_of_other_questions_are_refused(x, copies):
     (folder / f"student-text@{x.seed}" / "run.json").unlink()
     record(folder / f"student-text@{x.seed}", metrics={}, examples=examples)
     with pytest.raises(ValueError, match=r"the label is . in the data"):
-        ex.recorded_answers(opened(), "student-text", "student-nst-crd-micro")
+        ex.recorded_answers(opened(), "student-text", "student-nst-crd")
 
 
 def test_broken_model_is_named(x, copies):
@@ -167,7 +167,7 @@ def test_a_teacher_alone_is_enough(copies):
     for p in folder.glob("student-*"):
         shutil.rmtree(p)
     alone = opened()
-    assert alone.default_models == ["teacher-micro"]
+    assert alone.default_models == ["teacher"]
     assert "The nearest clips" in ex.sentence_pages(alone, "drop it")
 
 

@@ -1,6 +1,5 @@
 "The graph runner on notebooks that train nothing: what runs, what does not, what a crash leaves."
 
-import json
 import os
 import re
 import shutil
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -404,18 +402,6 @@ def test_order(toy):
 
 
 # The plan of the experiments
-
-
-def test_families_expand_to_the_plan_as_it_was_written_out():
-    "tests/plan.json has every entry in full; a change of the plan changes it, too."
-    file = Path(__file__).with_name("plan.json")
-    written_out = json.loads(file.read_text(encoding="utf-8"))
-    plan = {
-        name: {k: v for k, v in e.items() if k not in ("file", "plan")} for name, e in load_plan().items()
-    }
-    assert plan.keys() == written_out.keys()
-    for name, entry in plan.items():
-        assert entry == written_out[name], name
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ data = ["squad"]
 def ini(d):
     with swapped_env(VLKD_SETTINGS=str(d / "settings.ini")):
         scale("micro", "base")
-        for name in ("paper", "released", "micro"):
+        for name in ("paper", "released", "tuned"):
             preset(name)
         for name in ("runs", "reports", "nbs"):
             path(name)
