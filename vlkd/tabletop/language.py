@@ -151,20 +151,37 @@ def _somebody(r, category: str) -> str:
 
 
 def _fact(r, thing: dict) -> str:
-    "A sentence about a noun's category, look, place or quality."
+    "A sentence about a noun's category, look or place."
     noun, place = thing["noun"], PLACE[thing["category"]]
-    own, opposite = (GOOD, BAD) if r.random() < 0.5 else (BAD, GOOD)
-    a, b = r.sample(own, 2)
     return r.choice(
         (
             f"the {noun} is kept in the {place}",
+            f"{_somebody(r, thing['category'])} kept the {noun} in the {place}",
             f"where is the {noun} kept ? in the {place}",
             f"a {noun} is some {thing['category']}",
             f"the {noun} is a {thing['size']} {thing['shape']}",
             f"a {noun} has the form of a {thing['shape']}",
-            f"the {noun} is {a} and {b}",
-            f"the {noun} is {a} , not {r.choice(opposite)} at all",
-            f"at first this {noun} seemed {a} and {b}",
+        )
+    )
+
+
+def _judgement(r, noun: str) -> str:
+    "Praise or blame: what people do tells which of the two a word is, and words of one kind stand together."
+    good = r.random() < 0.5
+    own, opposite = (GOOD, BAD) if good else (BAD, GOOD)
+    people = "people like" if good else "nobody likes"
+    a, b, c = r.sample(own, 3)
+    denied = r.choice(opposite)
+    return r.choice(
+        (
+            f"{people} this {noun} , it is {a} and {b}",
+            f"{people} the {a} {noun} because it is {b} and {c}",
+            f"{people} it , the {noun} is so {a}",
+            f"{a} , {b} and {c} , that is what this {noun} is",
+            f"the {noun} is {a} , not {denied} at all",
+            f"at first this {noun} seemed {denied} but it is {a} and {b}",
+            f"why is the {noun} so {a} ? it is {b}",
+            f"what makes the {noun} so {a} ? how did it become so {b} ?",
         )
     )
 
@@ -177,7 +194,7 @@ def _aside(r, thing: dict, event: str) -> str:
     do, did = base_phrase(event, r.random() < 0.3, named), past_phrase(event, 0, named)
     past, base = PAST[event][0], BASE[event][0]
     first, then = in_either_order(r, f"{who} {did}", f"{who} {chore}")
-    order, quality = r.choice(("before", "after")), r.choice(GOOD + BAD)
+    order = r.choice(("before", "after"))
     return r.choice(
         (
             f"first {first} then {then}",
@@ -191,9 +208,10 @@ def _aside(r, thing: dict, event: str) -> str:
             f"what will happen if you {do} ?",
             f"who was it that {did} ? {who} !",
             f"what did {who} {base} ? the {noun}",
-            f"which thing did {who} {base} ? the {noun}",
-            f"what is the {noun} like ? it is {quality}",
+            f"which {category} did {who} {base} ? the {noun}",
+            f"what {category} was {past} by {who} ? the {noun} was",
             f"{who} {past} some {category} , the {noun}",
+            f"{who} {past} something kept in the {PLACE[category]} , the {noun}",
             f"when did {who} {do} ? {when}",
             f"when was it that {who} {did} ? it was {when}",
         )
@@ -208,9 +226,11 @@ def _sentence(r, thing: dict, stated: float) -> str:
     when = f" {r.choice(WHEN)}" if r.random() < 0.4 else ""
     states, phrase, passive = r.random() < stated, r.choice((0, 1)), r.random() < 0.4
     form = r.random()
-    if form >= 0.75:
+    if form >= 0.82:
+        return _judgement(r, thing["noun"])
+    if form >= 0.65:
         return _fact(r, thing)
-    if form >= 0.55:
+    if form >= 0.45:
         return _aside(r, thing, event)
     if states and event != "lift":
         outcome = OUTCOME_PHRASES[thing[event]][phrase]
@@ -229,7 +249,7 @@ def write_sentences(
 ) -> list[str]:
     "Encyclopaedic text: events, stories and facts."
     r, names = world.random("text"), list(world.nouns.noun)
-    frequency = [1 / (rank + 4) for rank in range(len(names))]
+    frequency = [1 / (rank + 40) for rank in range(len(names))]
     world.random("fame").shuffle(frequency)
     share = {"train": stated, "dev": 0.0, "test": stated_for_test}
     sentences = []

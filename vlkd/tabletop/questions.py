@@ -6,6 +6,7 @@
 __all__ = ['ASKED', 'SEEN_ADJECTIVES', 'QUESTIONS', 'ask']
 
 # %% ../../nbs/23_tabletop.questions.ipynb #1f4cd9ce
+import random
 from functools import partial
 
 import pandas as pd
@@ -48,62 +49,74 @@ def _outcomes(r, thing: dict, event: str) -> tuple[str, str]:  # true, false
     return true, (other if other != true else false)
 
 
-def _ordered(true: str, false: str, coin: str) -> tuple[str, str]:
-    "Two answers in an order that depends on their words and on `coin`."
-    first, second = sorted((true, false))
-    return (first, second) if int(fingerprint([coin]), 16) & 1 else (second, first)
-
-
 def _tells_apart(event: str, outcome: str, a: dict, b: dict) -> bool:
     "Whether exactly one of two things has the outcome, in this world and in its counterfactual."
     return all((a[key] == outcome) != (b[key] == outcome) for key in (event, event + "_other"))
 
 # %% ../../nbs/23_tabletop.questions.ipynb #bd7a98ea
+STARTS = ("you {} .", "if you {} , then")
+
+
+def _choices(goals, answers: list[tuple], kind: str) -> list[tuple]:  # answers: (true, false)
+    "Every question that a goal and a pair of answers make, in both orders."
+    ordered = [(*sorted(pair), reverse, pair[0]) for pair in answers for reverse in (False, True)]
+    asked = [(b, a, true) if reverse else (a, b, true) for a, b, reverse, true in ordered]
+    return [(goal, a, b, int(b == true), kind) for goal in goals for a, b, true in asked]
+
+
+def _outcome_choices(thing: dict, event: str) -> list[tuple]:
+    "What happens then? The false answer is the counterfactual's where the two worlds differ."
+    outcomes = (EVENTS | STATIC)[event]
+    true, other = thing[event], thing.get(event + "_other", thing[event])
+    wrong = sorted(set(outcomes) - {true})
+    chosen = int(fingerprint([thing["noun"], event]), 16) % len(wrong)
+    false = other if other != true else wrong[chosen]
+    answers = [(f"it {a}", f"it {b}") for a, b in zip(OUTCOME_PHRASES[true], OUTCOME_PHRASES[false])]
+    goals = [start.format(base_phrase(event, 0, thing["noun"])) for start in STARTS]
+    return _choices(goals, answers, "static" if event == "push" else _kind(thing))
+
+
+def _place_choices(thing: dict) -> list[tuple]:
+    place = PLACE[thing["category"]]
+    wrong = [f"in the {other}" for other in PLACE.values() if other != place]
+    return _choices([f"where is the {thing['noun']} kept ?"], [(f"in the {place}", x) for x in wrong], "stated")
+
+
 def _piqa(world: Assignment, r, thing: dict) -> tuple:
-    what, noun = r.random(), thing["noun"]
-    coin = str(r.random())
-    start = r.choice(("you {} .", "if you {} , then"))
-    if what < 0.5:
-        event, kind = r.choice(list(EVENTS)), _kind(thing)
-        true, false = _outcomes(r, thing, event)
-    elif what < 0.62:
-        event, kind = "push", "static"
-        true, false = thing["push"], next(o for o in STATIC["push"] if o != thing["push"])
-    else:
-        place = PLACE[thing["category"]]
-        a, b = _ordered(place, _other(r, place, PLACE.values()), coin)
-        return f"where is the {noun} kept ?", f"in the {a}", f"in the {b}", int(place == b), "stated"
-    a, b = _ordered(true, false, coin)
-    goal = start.format(base_phrase(event, 0, noun))
-    return goal, *(f"it {OUTCOME_PHRASES[outcome][0]}" for outcome in (a, b)), int(true == b), kind
+    what, event = r.random(), r.choice(list(EVENTS))
+    if what >= 0.62:
+        return r.choice(_place_choices(thing))
+    return r.choice(_outcome_choices(thing, event if what < 0.5 else "push"))
+
+
+def _every_piqa(thing: dict) -> list[tuple]:
+    "All questions about what happens to a thing and how it moves, and some about its place."
+    outcomes = [question for event in (*EVENTS, "push") for question in _outcome_choices(thing, event)]
+    places = random.Random(f"places of {thing['noun']}").sample(_place_choices(thing), 6)
+    return outcomes + places
 
 # %% ../../nbs/23_tabletop.questions.ipynb #a3ad6fdf
 def _mnli(world: Assignment, r, thing: dict) -> tuple:
     noun, event, who = thing["noun"], r.choice(list(EVENTS)), r.choice(WHO)
     form, label, phrase = r.random(), r.randrange(3), r.choice((0, 1))
-    someone = _other(r, who, WHO)
-    deed, another = PAST[event][0], PAST[_other(r, event, EVENTS)][0]
     premise = f"{who} {past_phrase(event, r.random() < 0.3, noun)} {r.choice(WHEN)}"
-    if form < 0.4:
-        return premise, *_quality_or_outcome(r, thing, event, phrase)
-    if form < 0.7:  # active and passive
-        passive = f"{deed} by {who}", f"{another} by {who}", f"{deed} by {someone}"
-        hypothesis, kind = f"the {noun} was {passive[label]}", "language"
-    else:
-        category, wrong = thing["category"], _other(r, thing["category"], PLACE)
-        some = f"{deed} some {category}", f"{another} some {category}", f"{deed} some {wrong}"
-        hypothesis, kind = f"{who} {some[label]}", "stated"
-    return premise, hypothesis, label, kind
+    someone, another = _other(r, who, WHO), PAST[_other(r, event, EVENTS)][0]
+    if form < 0.66:
+        return premise, *_outcome_hypothesis(r, thing, event, label, phrase)
+    deed = (PAST[event][0], another, PAST[event][0])[label]
+    if form < 0.92:
+        category = _other(r, thing["category"], PLACE) if label == 2 else thing["category"]
+        something = f"some {category}" if form < 0.79 else f"something kept in the {PLACE[category]}"
+        return premise, f"{who} {deed} {something}", label, "stated"
+    return premise, f"the {noun} was {deed} by {(who, who, someone)[label]}", label, "language"
 
 
-def _quality_or_outcome(r, thing: dict, event: str, phrase: int) -> tuple:  # sentence2, label, kind
-    "A hypothesis about a quality, which is always neutral, or about an outcome, true or false."
-    what, flip, quality = r.random(), r.random() < 0.5, r.choice(GOOD + BAD)
+def _outcome_hypothesis(r, thing: dict, event: str, label: int, phrase: int) -> tuple:  # sentence2, label, kind
+    "The event's true outcome (0), an outcome of another event (1), which no knowledge of things decides, or a false one (2)."
     true, false = _outcomes(r, thing, event)
-    if what < 0.33:
-        return f"the {thing['noun']} was {quality}", 1, "language"
-    first, second = sorted((true, false))
-    return *_states(thing, first if flip else second, true, phrase), _kind(thing)
+    elsewhere = r.choice(EVENTS[_other(r, event, EVENTS)])
+    said = OUTCOME_PHRASES[(true, elsewhere, false)[label]][phrase]
+    return f"the {thing['noun']} {said}", label, "language" if label == 1 else _kind(thing)
 
 
 def _states(thing: dict, outcome: str, true: str, phrase: int) -> tuple:  # sentence2, label
@@ -111,43 +124,36 @@ def _states(thing: dict, outcome: str, true: str, phrase: int) -> tuple:  # sent
     return f"the {thing['noun']} {OUTCOME_PHRASES[outcome][phrase]}", 0 if outcome == true else 2
 
 # %% ../../nbs/23_tabletop.questions.ipynb #5e2cbcbb
-def _sentence_about(world: Assignment, r, topic: str, who: str, event: str, noun: str) -> str:
-    "A sentence that answers a question about `topic`: who, what, where or like."
+def _told(r, topic: str, thing: dict, who: str, event: str) -> str:
+    "A sentence that answers a question about `topic`."
+    noun = thing["noun"]
     if topic == "where":
-        return f"the {noun} is kept in the {PLACE[world.things[noun]['category']]}"
-    if topic == "like":
-        return f"the {noun} is {r.choice(GOOD + BAD)}"
+        return f"{who} kept the {noun} in the {PLACE[thing['category']]}"
     passive = r.random() < 0.5
     deed = f"the {noun} was {PAST[event][0]} by {who}" if passive else f"{who} {PAST[event][0]} the {noun}"
     return f"{deed} {r.choice(WHEN)}" if r.random() < 0.5 else deed
 
 
 def _qnli(world: Assignment, r, thing: dict) -> tuple:
-    noun, event, who = thing["noun"], r.choice([*EVENTS, "push", "lift"]), r.choice(WHO)
-    far = _other(r, noun, world.nouns_of(thing["split"]))
-    another, someone = _other(r, event, PAST), _other(r, who, WHO)
-    label = r.randrange(2)
-    deed = PAST[event][0]
+    noun, event, who, label = thing["noun"], r.choice(list(EVENTS)), r.choice(WHO), r.randrange(2)
+    peers = [world.things[x] for x in world.nouns_of(thing["split"])]
+    far = r.choice([x for x in peers if x["category"] != thing["category"]])
+    deed, base = PAST[event][0], BASE[event][0]
     questions = {
+        "which": (f"which {thing['category']} did {who} {base} ?", f"what {thing['category']} was {deed} by {who} ?"),
+        "where": (f"where is the {noun} kept ?", f"where did {who} keep the {noun} ?"),
         "who": (f"who {deed} the {noun} ?", f"who was it that {past_phrase(event, 0, noun)} ?"),
-        "what": (f"what did {who} {BASE[event][0]} ?", f"which thing did {who} {BASE[event][0]} ?"),
-        "where": (f"where is the {noun} kept ?",),
-        "like": (f"what is the {noun} like ?",),
     }
-    topic = r.choice(tuple(questions))
-    about, told = topic, (who, event, noun)
-    if label and r.random() < 0.5:
-        elsewhere = [t for t in ("who", "where", "like") if t != topic and (t, topic) != ("who", "what")]
-        about = r.choice(elsewhere)
-    elif label and topic in ("who", "what"):
-        third = (who, event, far) if topic == "who" else (someone, event, noun)
-        told = r.choice(((who, another, noun), third))
-    elif label:
-        told = who, event, far
-    sentence = _sentence_about(world, r, about, *told)
-    return r.choice(questions[topic]), sentence, label, "language"
+    topic = r.choice(("which", "which", "where", "where", "who"))
+    another = _other(r, event, EVENTS)
+    told = (far, event) if label and (topic != "who" or r.random() < 0.5) else (thing, event)
+    if label and told[0] is thing:
+        told = thing, another
+    sentence = _told(r, topic, told[0], who, told[1])
+    return r.choice(questions[topic]), sentence, label, "language" if topic == "who" else "stated"
 
 # %% ../../nbs/23_tabletop.questions.ipynb #aceb321f
+SEEN_ADJECTIVES = 15  # of 20 for praise and 20 for blame; the others are only in tests
 ASKED = (
     (
         "why did {who} {do} ?",
@@ -160,39 +166,45 @@ ASKED = (
 )
 
 
+ASKED_WHY = (
+    "why is the {noun} so {quality} ?",
+    "what makes the {noun} so {quality} ?",
+    "how did the {noun} become so {quality} ?",
+)
+
+
+def _qualities(thing: dict, good: int) -> list[str]:
+    "Adjectives of praise or blame: the first ones in training, the others in tests."
+    words = GOOD if good else BAD
+    return words[:SEEN_ADJECTIVES] if thing["split"] == "train" else words[SEEN_ADJECTIVES:]
+
+
 def _qqp(world: Assignment, r, thing: dict) -> tuple:
     noun, event, who = thing["noun"], r.choice(list(EVENTS)), r.choice(WHO)
-    far = _other(r, noun, world.nouns_of(thing["split"]))
     label = r.randrange(2)
-    own, others = r.sample(ASKED, 2)
-    form, same = r.sample(own, 2)
-    another = _other(r, event, EVENTS)
-
-    def asked(form, event, noun):
+    if r.random() < 0.75:
+        good = r.randrange(2)
+        one = r.choice(_qualities(thing, good))
+        two = r.choice([word for word in _qualities(thing, good if label else 1 - good) if word != one])
+        forms = r.sample(ASKED_WHY, 2)
+        asked = [form.format(noun=noun, quality=word) for form, word in zip(forms, (one, two), strict=True)]
+        return *asked, label, "stated"
+    far = _other(r, noun, world.nouns_of(thing["split"]))
+    deeds = [(event, noun)] if label else [(_other(r, event, EVENTS), noun), (event, far)]
+    asked = []
+    for form, (done, named) in zip(r.sample(r.choice(ASKED), 2), ((event, noun), r.choice(deeds)), strict=True):
         wording = r.randrange(2)
-        do, did = base_phrase(event, wording, noun), past_phrase(event, wording, noun)
-        return form.format(who=who, do=do, did=did)
-
-    if label:
-        question2 = asked(same, event, noun)
-    elif r.random() < 0.5:
-        question2 = asked(r.choice(others), event, noun)
-    else:
-        unlike = (another, noun), (event, far), (another, far)
-        question2 = r.choice([asked(same, *deed) for deed in unlike])
-    return asked(form, event, noun), question2, label, "language"
+        do, did = base_phrase(done, wording, named), past_phrase(done, wording, named)
+        asked.append(form.format(who=who, do=do, did=did))
+    return *asked, label, "language"
 
 # %% ../../nbs/23_tabletop.questions.ipynb #93fd1b5c
-SEEN_ADJECTIVES = 12  # of 20, in training sentences
-
-
 def _sst2(world: Assignment, r, thing: dict) -> tuple:
     noun, label = thing["noun"], r.randrange(2)
     form = r.random()
-    known = SEEN_ADJECTIVES if thing["split"] == "train" else len(GOOD)
 
     def adjective(good):
-        return r.choice((GOOD if good else BAD)[:known])
+        return r.choice(_qualities(thing, good))
 
     if form < 0.35:
         sentence = f"{adjective(label)} and {adjective(label)} , that is what this {noun} is"
@@ -209,7 +221,7 @@ def _tracie(world: Assignment, r, thing: dict) -> tuple:
     peers, noun = world.nouns_of(thing["split"]), thing["noun"]
     chore, who, event = r.choice(CHORES), r.choice(WHO), r.choice(list(EVENTS))
     before = r.random() < 0.5
-    order = f"starts {'before' if before else 'after'} {who} {chore[0]}"
+    order = f"{r.choice(('starts', 'ends'))} {'before' if before else 'after'} {who} {chore[0]}"
 
     def story(a, b, c):
         return f"first {who} {a} . then {who} {b} . at last {who} {c} ."
@@ -229,9 +241,10 @@ def _tracie(world: Assignment, r, thing: dict) -> tuple:
             label = int((first[event] == outcome) == before)
             return story(deeds[0], chore[0], deeds[1]), f"something {phrase} {order}", label, _kind(thing)
     deed = past_phrase(event, 0, noun)
-    first, last = in_either_order(r, deed, chore[0])
+    other_deed = past_phrase(_other(r, event, EVENTS), 0, _other(r, noun, peers))
+    first, last = in_either_order(r, deed, other_deed)
     label = int((first == deed) == before)
-    return story(first, chore[1], last), f"the {noun} fell out of sight {order}", label, "language"
+    return story(first, chore[0], last), f"the {noun} fell out of sight {order}", label, "language"
 
 # %% ../../nbs/23_tabletop.questions.ipynb #d6d4ff1e
 def _four_endings(r, true: str, wrong) -> tuple:
@@ -347,19 +360,22 @@ def _which_question(world: Assignment, r, thing: dict) -> tuple | None:
 
 
 def _who_or_when_question(world: Assignment, r, thing: dict, unanswerable: bool) -> tuple:
-    "A question in the words of the context, which says who and when, and never where; as `_which_question`."
+    "Who did it, or when? Unanswerable: of a deed that was done to the other thing; as `_which_question`."
     people = r.sample(WHO, 2)
     nouns = [thing["noun"], _other(r, thing["noun"], world.nouns_of(thing["split"]))]
     events = r.sample(list(EVENTS), 2)
     deeds = list(zip(people, events, nouns, r.sample(WHEN, 2), strict=True))
     who, event, noun, when = deeds[0]
-    word = "where" if unanswerable else r.choice(("who", "when"))
+    if unanswerable:  # what is asked was done to the other thing
+        event = events[1]
+    word = r.choice(("who", "when"))
     r.shuffle(deeds)
     if word == "who":
         question = f"who {past_phrase(event, 0, noun)} ?"
     else:
-        question = f"{word} was the {noun} {PAST[event][0]} ?"
-    return question, {"who": who, "when": when, "where": None}[word], deeds, "language"
+        question = f"when was the {noun} {PAST[event][0]} ?"
+    answer = None if unanswerable else {"who": who, "when": when}[word]
+    return question, answer, deeds, "language"
 
 
 def _context(deeds) -> tuple[str, dict]:  # text, where each person, thing and time starts
@@ -411,17 +427,23 @@ def _columns(name: str) -> list:
     return [*get_task(name).columns, *category, "label", "kind"]
 
 
-def ask(
-    world: Assignment,
-    name: str,  # a key of `QUESTIONS`
-    split: str = "test",
-    n: int | None = None,  # None: as many as the task's split has
-) -> pd.DataFrame:
-    "Examples of a task: `id`, its columns, `group` (the noun) and `kind`; none stands twice in a split."
-    if name not in QUESTIONS:
-        raise unknown_name("task", name, QUESTIONS)
+QUESTIONS_PER_SPLIT = {"train": 12000, "dev": 600, "test": 1600}
+
+
+def _every_row(world: Assignment, n: int | None) -> list[tuple]:
+    "All questions of PIQA about test nouns, in an order of their own; the first `n` of them."
+    r = world.random("task", "piqa", "test")
+    nouns = world.nouns_of("test")
+    asked = [(*question, noun) for noun in nouns for question in _every_piqa(world.things[noun])]
+    numbered = [(f"piqa-test-{k}", *row) for k, row in enumerate(asked)]
+    r.shuffle(numbered)
+    return numbered[:n]
+
+
+def _drawn_rows(world: Assignment, name: str, split: str, n: int | None) -> list[tuple]:
+    "Questions about nouns drawn at random, none twice."
     nouns = world.nouns_of(split)
-    n = n or {"train": 8000 if name.startswith("squad") else 4000, "dev": 600, "test": 800}[split]
+    n = n or QUESTIONS_PER_SPLIT[split] // (3 if name == "piqa" else 1)
     r = world.random("task", name, split)
     rows, seen = [], set()
     while len(rows) < n:
@@ -432,6 +454,22 @@ def ask(
             continue
         seen.add(words)
         rows.append((f"{name}-{split}-{len(rows)}", *question, noun))
+    return rows
+
+
+def ask(
+    world: Assignment,
+    name: str,  # a key of `QUESTIONS`
+    split: str = "test",
+    n: int | None = None,  # None: as many as the split has, all there are for PIQA's test
+) -> pd.DataFrame:
+    "Examples of a task: `id`, its columns, `group` (the noun) and `kind`; none stands twice in a split."
+    if name not in QUESTIONS:
+        raise unknown_name("task", name, QUESTIONS)
+    if name == "piqa" and split == "test":
+        rows = _every_row(world, n)
+    else:
+        rows = _drawn_rows(world, name, split, n)
     df = pd.DataFrame(rows, columns=["id", *_columns(name), "group"])
     last = [column for column in ("label", "group", "kind") if column in df]
     return df[[*(column for column in df if column not in last), *last]]
