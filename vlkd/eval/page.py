@@ -182,10 +182,9 @@ class BasePage:
         seeds: str,  # worlds, joined by commas
         inputs: str = "",  # JSON: run id@seed -> folder; empty: finished runs of the scale
         out: str = "",  # folder of results; empty: a temporary one
-        n_boot: int = 2000,  # draws of the bootstrap behind each interval
         required: tuple = (),  # rows without which there is no page
     ):
-        self.id, self.label, self.n_boot = id, dict(rows), n_boot
+        self.id, self.label = id, dict(rows)
         self.scale, self.setting = scale, scale_settings(scale)
         self.worlds = [int(w) for w in str(seeds).split(",") if w.strip()]
         self.folder, self.inputs = out_dir(out), open_inputs(inputs, scale)
@@ -268,8 +267,8 @@ class BasePage:
     def judge(self, examples: pd.DataFrame | None = None) -> list[dict]:
         "Judge the claims of this table, on records of its rows or `examples`; show verdicts and remarks."
         examples = self.examples if examples is None else examples
-        claims = read_claims(table=self.id)
-        judged = judge_all(claims, examples, n_boot=2 * self.n_boot, scale=self.scale)
+        claims = [c for c in read_claims() if c["table"] == self.id]  # others are judged on their page
+        judged = judge_all(claims, examples, scale=self.scale)
         self.claims = [c for c in judged if c["verdict"] != "noted"]
         self.remarks = [c for c in judged if c["verdict"] == "noted"]
         if tested := [c for c in self.claims if c["verdict"] != "not tested"]:
@@ -434,8 +433,8 @@ class ComparisonPage(AccuracyPage):
         if not all(map(len, pair)):
             return None
         if bound:
-            return equivalence(*pair, bound, n_boot=self.n_boot)
-        return paired_difference(*pair, n_boot=self.n_boot)
+            return equivalence(*pair, bound)
+        return paired_difference(*pair)
 
     def gain(self, a: str, b: str, heading: str) -> str:  # +3.2, or –
         "The difference of two rows in a column, for headlines."
@@ -492,7 +491,7 @@ class ComparisonPage(AccuracyPage):
                 named = dict(run=run, row=self.label[run])
                 rows.append(named | {k: found[k] for k in ("diff", "low", "high", "p", "verdict")})
         table = self.tables["equivalence"] = pd.DataFrame(rows)
-        names = {"row": "", "low": "90 % from", "high": "to", "verdict": f"within {bound:.0f} points?"}
+        names = {"row": "", "low": "95 % from", "high": "to", "verdict": f"within {bound:.0f} points?"}
         show_table(table.drop(columns="run").rename(columns=names), digits=2)
         return table
 
@@ -537,7 +536,7 @@ class Page(ComparisonPage):
         for kind in here:
             for run in [run for run in (runs or self.present) if run in self.present]:
                 examples = column_examples(self.records[run], f"{task}:{kind}")
-                found = mean_interval(examples, n_boot=self.n_boot)
+                found = mean_interval(examples)
                 numbers = {k: found[k] for k in ("mean", "low", "high", "n_examples")}
                 rows.append(dict(kind=kind, run=run, row=self.label[run]) | numbers)
         table = self.tables[f"{task}_kinds"] = pd.DataFrame(rows)
