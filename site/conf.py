@@ -65,7 +65,7 @@ def report_order(folder: Path) -> list[str]:
 def add_contents(app, docname, content):
     "Below a README come the pages of its folder, and a report has a grid of cards: GitHub shows neither."
     folder, _, name = docname.rpartition("/")
-    if name != "README":
+    if name != "README" or folder == "nbs":  # notebooks stand below library.md and experiments.md
         return
     here, prefix = Path(app.srcdir) / folder, f"{folder}/" if folder else ""
     if cards := index_cards(here):
