@@ -151,13 +151,13 @@ def missing_data_note(headings) -> str:  # a sentence; empty: no data set is kno
 CHIPS = {"holds": "✓", "fails": "✗", "opposite": "⇄", "undecided": "?", "not tested": "–"}
 ENOUGH_WORLDS = 5
 RULE = (
-    "*Asked for* is the smallest effect of interest. A claim **holds** where an effect above zero is shown "
-    "and the estimate is what is asked for or more, **fails** where an effect of that size is excluded, is "
-    "**opposite** where one as far below zero is shown, and is else **undecided**. That two rows are equal, "
-    "or that nothing is lost, holds where a difference, or a loss, of that size is excluded. Tests are at 5 "
-    "% after Holm's correction within families of claims, over all pages; intervals are of 95 %, "
-    "uncorrected. *Detectable* is the smallest effect that so many worlds find four times out of five. *Stated* is "
-    "before or after the runs, by the commits of both."
+    "*Asked for* is the smallest effect of interest. A claim **holds** where an effect above zero is "
+    "shown and the estimate is what is asked for or more, **fails** where an effect of that size is "
+    "excluded, is **opposite** where one as far below zero is shown, and is else **undecided**. That "
+    "two rows are equal, or that nothing is lost, holds where a difference, or a loss, of that size is "
+    "excluded. Tests are at 5 % after Holm's correction within families of claims, over all pages; "
+    "intervals are of 95 %, uncorrected. *Detectable* is the smallest effect that so many worlds find "
+    "four times out of five. *Stated* is before or after the runs, by the commits of both."
 )
 
 
