@@ -839,6 +839,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'vlkd.plots.looks': ('plots.html#looks', 'vlkd/plots.py'),
                             'vlkd.plots.markdown_text': ('plots.html#markdown_text', 'vlkd/plots.py'),
                             'vlkd.plots.method_of': ('plots.html#method_of', 'vlkd/plots.py'),
+                            'vlkd.plots.shares': ('plots.html#shares', 'vlkd/plots.py'),
                             'vlkd.plots.style': ('plots.html#style', 'vlkd/plots.py'),
                             'vlkd.plots.table_md': ('plots.html#table_md', 'vlkd/plots.py')},
             'vlkd.reproduce.cluster': { 'vlkd.reproduce.cluster.Cluster': ('reproduce.cluster.html#cluster', 'vlkd/reproduce/cluster.py'),
