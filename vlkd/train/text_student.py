@@ -196,6 +196,7 @@ def train_student(
     corpus: str = "text",  # text, captions or text+captions
     start=None,  # a language model to begin with
     name: str = "student",
+    options: dict | None = None,  # of `TrainingOptions`
 ) -> tuple[StudentObjective, list]:  # objective in eval mode, history
     "Train a student on sentences alone, beside a frozen teacher where `kd` names terms."
     s = data.s
@@ -234,6 +235,7 @@ def train_student(
         seed=seed,
         save_every=s.save_every,
         name=name,
+        options=options,
     )
     return objective.eval(), history
 

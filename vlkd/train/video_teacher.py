@@ -165,6 +165,7 @@ def train_teacher(
     hinge: dict | None = None,  # arguments that replace the preset's
     nce: dict | None = None,
     name: str = "teacher",
+    options: dict | None = None,  # of `TrainingOptions`
 ) -> tuple[Teacher, list]:  # teacher in eval mode, history
     "Train a teacher on `data.pairs` until it converges on held-out pairs or `steps` are done."
     s, pairs = data.s, data.pairs
@@ -207,6 +208,7 @@ def train_teacher(
         eval_every=min(s.eval_every, steps),
         patience=s.patience,
         name=name,
+        options=options,
     )
     return teacher.eval(), history
 
