@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELD_OUT', 'VALID', 'FLICKR30K', 'ESNLI_VE', 'chunks', 'tidy_wikitext', 'squad_articles', 'wikitext_articles',
            'real_sentences', 'bert_vocab', 'flickr8k_captions', 'held_out_photos', 'photo_splits', 'flickr8k_features',
-           'real_pairs', 'real_retrieval', 'flickr30k_captions', 'EsnliVeFormat']
+           'real_pairs', 'real_retrieval', 'flickr30k_captions', 'EsnliVeFormat', 'tested_photos']
 
 # %% ../../nbs/15_data.public.ipynb #eb0da2dd
 import re
@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core.files import rng
 from ..core.settings import data_dir
-from .readers import json_document, json_rows, read_table, sentences, text_lines
+from .readers import find_file, json_document, json_rows, read_table, sentences, text_lines
 from .tasks import Format, Task
 from .text import VideoText, check_vocabulary, padded_clips
 
@@ -244,3 +244,10 @@ ESNLI_VE = Task(
     format=EsnliVeFormat(dict(train=["dev.csv"], dev=["test.csv"]), _ESNLI_VE | dict(gold_label="label")),
     folder="esnlive",
 )
+
+
+def tested_photos(root=None) -> set[str]:
+    "Flickr30k's numbers of the photos of e-SNLI-VE, development and test."
+    folder = Path(root or data_dir()) / "esnlive"
+    tables = [read_table(find_file(folder, [name]), ["Flickr30kID"]) for name in ("dev.csv", "test.csv")]
+    return {photo.split(".")[0] for table in tables for photo in table["Flickr30kID"]}
