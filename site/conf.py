@@ -48,7 +48,7 @@ TABLE_TAGS = ["table", "caption", "thead", "tbody", "tr", "th", "td", "div", "p"
 def add_contents(app, docname, content):
     "Below a README come the pages of its folder. Said here because GitHub shows a toctree as code."
     folder, _, name = docname.rpartition("/")
-    if name != "README":
+    if name != "README" or folder == "nbs":  # notebooks stand below library.md and experiments.md
         return
     pages = sorted(d for d in app.env.found_docs if d.rpartition("/")[0] == folder and d != docname)
     sections = [f"/{d}" for d in SECTIONS if d in pages] or [f"/{d}" for d in pages]

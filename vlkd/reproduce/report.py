@@ -53,6 +53,14 @@ def _with_needs(name: str, nodes: dict) -> dict:  # name -> node
     return found | {name: nodes[name]}
 
 # %% ../../nbs/73_reproduce.report.ipynb #136acd57
+def _ft_seeds(folder: Path) -> int:
+    "How often the students of a finished table were fine-tuned on each task."
+    try:
+        return int(read_json(folder / "run.json")["parts"]["params"]["ft_seeds"])
+    except (ValueError, KeyError, TypeError):  # a receipt of another time
+        return 1
+
+
 def finished_tables(scale: str, seeds=None, plan=None) -> list[FinishedTable]:
     "Finished tables of a scale, in the plan's order."
     confirmation = set(read_sections(settings_file()).get("worlds", {}).get("confirmation", []))
@@ -71,9 +79,10 @@ def finished_tables(scale: str, seeds=None, plan=None) -> list[FinishedTable]:
             worlds = tuple(map(int, name.split("@")[1].split("-")))
             if wanted and worlds != wanted:
                 continue
-            if worlds not in graphs:
-                graphs[worlds] = graph(["all"], scale, list(worlds), plan)
-            candidates.append(FinishedTable(graphs[worlds][name], _with_needs(name, graphs[worlds])))
+            how = worlds, _ft_seeds(runs / name)
+            if how not in graphs:
+                graphs[how] = graph(["all"], scale, list(worlds), plan, ft_seeds=how[1])
+            candidates.append(FinishedTable(graphs[how][name], _with_needs(name, graphs[how])))
         if candidates:
             chosen.append(max(candidates, key=rank))
     return chosen
