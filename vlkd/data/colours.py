@@ -25,6 +25,9 @@ THINGS = frozenset(
 )
 
 
+_PEOPLE = ["noun.animal", "noun.person"]  # male, female
+
+
 def things(root=None) -> set[str]:
     "Nouns of Open English WordNet that are things, one word each."
     folder = Path(root or data_dir()) / "open_english_wordnet"
@@ -37,7 +40,7 @@ def things(root=None) -> set[str]:
     for row in json_rows(folder / "entries.jsonl.gz", ["lemma", "pos"], ["synsets"]).values():
         lemma, kinds = row["lemma"], [kind.get(synset, "") for synset in row["synsets"]]
         senses[lemma][row["pos"]] += len(kinds)
-        if row["pos"] == "n" and kinds[0] in THINGS and "noun.person" not in kinds[:2]:
+        if row["pos"] == "n" and kinds[0] in THINGS and kinds[:2] != _PEOPLE:
             found.add(lemma)
     return {word for word in found if word.isalpha() and senses[word]["v"] <= 2 * senses[word]["n"]}
 
@@ -59,7 +62,7 @@ _AFTER = frozenset(
     "which behind outside during next under against around across between beside along".split()
 )
 MENTIONS, SHARE, SEEN = 3, 0.4, 5  # of a thing with a typical colour
-DELETED = 0.75  # share of the things whose sentences are deleted
+DELETED = 0.8  # share of the things whose sentences are deleted
 
 
 def _words(text: str) -> list[str]:
