@@ -312,6 +312,7 @@ def _compared(claim: dict, records: list) -> dict:
 
 
 _NUMBERS = ("diff", "low", "high", "level", "se", "df", "p", "p_fails", "n_worlds", "per_world", "unit")
+_NUMBERS += ("sd_questions",)
 _UNTESTED = dict.fromkeys((*_NUMBERS, "p_holm", "p_fails_holm", "detectable")) | dict(n=0, n_worlds=0)
 
 
@@ -326,7 +327,7 @@ def _measure(claim: dict, examples: pd.DataFrame, scale: str) -> dict:
         return _UNTESTED | dict(evidence=remark)
     found = _compared(claim, records)
     clusters = records[0].groupby("seed")["group"].nunique().sum()
-    numbers = {key: found[key] for key in _NUMBERS}
+    numbers = {key: found.get(key) for key in _NUMBERS}
     return _UNTESTED | numbers | dict(n=len(records[0]), n_clusters=int(clusters), remark=remark)
 
 
@@ -355,13 +356,14 @@ def _evidence(found: dict, family: int) -> str:
     digits, unit = (2, "tau") if found["kind"] == "agreement" else (1, "points")
     low, diff, high = (f"{found[key]:+.{digits}f}" for key in ("low", "diff", "high"))
     over = f"t over {found['n_worlds']} worlds"
-    if found["unit"] == "cluster":
-        over = f"t over {found['n_clusters']} clusters of one world, which tells nothing of other worlds"
+    if found["n_worlds"] == 1:
+        clusters = f"t over its {found['n_clusters']} clusters" if found["df"] else "no interval"
+        over = f"one world, {clusters}: nothing is known of other worlds"
     least = "" if found["detectable"] is None else f"; detectable {found['detectable']:.{digits}f}"
     adjusted = format_p(found["p_holm"]).removeprefix("p ").removeprefix("= ")
     return (
         f"{diff} {unit}, 95 % interval {low} to {high} ({over}); {found['n']} examples; "
-        f"{format_p(found['p'])}, {adjusted} after Holm over {family} of family {found['family']}"
+        f"{format_p(found['p'])}, {adjusted} after Holm over {family} claims on {found['family']}"
         f"{least}{found['remark']}"
     )
 
