@@ -23,6 +23,7 @@ BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*/*.ipynb"))
 PAGES = ("README.md", "CONTRIBUTING.md")
+LINKING = (*PAGES, "nbs/README.md")
 
 
 def text(name):
@@ -201,11 +202,28 @@ def test_plan_and_notebooks_agree():
 # Pages
 
 
-def test_readme_is_what_the_index_says():
+@pytest.fixture(scope="module")
+def pages():
+    "The script that writes README.md and nbs/README.md."
     spec = importlib.util.spec_from_file_location("readme", ROOT / "site" / "readme.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.readme() == text("README.md"), "run `make readme`"
+    return module
+
+
+def test_readme_is_what_the_index_says(pages):
+    markdown, figure = pages.readme()
+    assert markdown == text("README.md"), "run `make readme`"
+    assert figure is None or figure == (ROOT / pages.PICTURE).read_bytes(), "run `make readme`"
+
+
+def test_page_of_notebooks_lists_them_all(pages):
+    assert pages.notebooks() == text("nbs/README.md"), "run `make readme`"
+    listed = set(re.findall(r"\]\(([^)]+\.ipynb)\)", text("nbs/README.md")))
+    there = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("[!.]*.ipynb")}
+    assert listed == {p for p in there if ".ipynb_checkpoints" not in p} - {"index.ipynb"}
+    titles = re.findall(r"^\| \[([^]]+)\]\([^)]+\) \| (.*) \|$", text("nbs/README.md"), re.M)
+    assert len(titles) == len(listed) and all(title and about for title, about in titles)
 
 
 def prose(page):
@@ -213,10 +231,10 @@ def prose(page):
     return re.sub(r"^```.*?^```", "", text(page), flags=re.S | re.M)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", LINKING)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\((?!\w+:|#)([^)\s#]+)", prose(page)):
-        assert (ROOT / link).exists(), f"{page} links to {link}"
+        assert (ROOT / page).parent.joinpath(link).exists(), f"{page} links to {link}"
 
 
 def commands(page):

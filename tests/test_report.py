@@ -88,7 +88,8 @@ class Toy:
     def finish(self, seeds=1):
         "Write the records of all runs as the runner would."
         for node in graph(["all"], "smoke", seeds, self.plan).values():
-            claim = dict(id="c1", text=SCRIPT, verdict="holds", evidence="+0.25", n=2)
+            claim = dict(id="c1", text=SCRIPT, verdict="holds", diff=0.25, low=0.1, high=0.4, n=2)
+            claim["n_worlds"] = len(node.seeds)
             record(
                 node.folder,
                 dict(best=0.75),
@@ -127,15 +128,17 @@ def test_pages(toy):
     assert files == {
         "README.md",
         "claims.md",
+        "gallery.md",
         "report.json",
         "runs.csv",
         "t1.md",
         "t1/line.png",
         "t1/result.json",
         "t1/scores.csv",
+        "t1/scores.tex",
     }
     page = (folder / "t1.md").read_text()
-    for text in ("0.75 at best", "runs/smoke", "![t1, line](t1/line.png)", "````\nin "):
+    for text in ("0.75 at best", "runs/smoke", "![t1: line](t1/line.png)", "````\nin "):
         assert text in page
     for text in (
         "hidden words",
@@ -149,7 +152,10 @@ def test_pages(toy):
     for name in ("README.md", "claims.md"):
         text = (folder / name).read_text()
         assert "<script" not in text and "a\\|b" in text
-    assert "## Toy, Table 1" in text
+    assert "Toy, Table 1" in text and "provisional: holds" in text  # one world
+    assert "1 provisional" in (folder / "README.md").read_text()
+    assert r"\toprule" in (folder / "t1" / "scores.tex").read_text()
+    assert "vlkd reproduce t1 --scale smoke --seeds 1,\n" in page
     assert len((folder / "runs.csv").read_text().splitlines()) == 3
 
 
@@ -162,7 +168,7 @@ def test_a_figure_that_was_only_shown_gets_a_file(toy):
     toy.notebook.write_text(json.dumps(cells))
     toy.finish()
     folder = toy.report()
-    assert "![t1, output-1](t1/output-1.png)" in (folder / "t1.md").read_text()
+    assert "![t1: output-1](t1/output-1.png)" in (folder / "t1.md").read_text()
     assert (folder / "t1" / "output-1.png").is_file()
 
 

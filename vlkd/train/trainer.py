@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['WHAT_TO_DO', 'BOOLEANS', 'ALLOCATOR_CACHING', 'LOSS_SUMS', 'TRACKERS', 'ALWAYS', 'Objective', 'check_trainable',
            'Progress', 'FiniteGuard', 'checkpoint_problem', 'last_checkpoint', 'TrainingOptions', 'option_value',
-           'training_options', 'micro_batch_size', 'term_weights', 'weighted', 'check_same_start', 'compile_layers',
-           'ObjectiveTrainer', 'full_tensor', 'ShardedTrainer', 'trackers', 'end_reports', 'check_options',
-           'checkpoint_to_resume', 'history_of', 'option_arguments', 'saving', 'machine_name', 'say', 'fit']
+           'training_options', 'micro_batch_size', 'term_weights', 'weighted', 'sums_in_sentences', 'check_same_start',
+           'compile_layers', 'ObjectiveTrainer', 'full_tensor', 'ShardedTrainer', 'trackers', 'end_reports',
+           'check_options', 'checkpoint_to_resume', 'history_of', 'option_arguments', 'saving', 'machine_name', 'say',
+           'fit']
 
 # %% ../../nbs/53_train.trainer.ipynb #7a7ec4f4
 import contextlib
@@ -285,6 +286,13 @@ def weighted(name: str, loss: torch.Tensor, weights: dict | None = None) -> torc
     if not weights or name not in weights:
         return loss
     return loss * weights[name].to(loss.dtype)
+
+
+def sums_in_sentences(losses: dict, counts: dict, sentences: int) -> dict:
+    "Losses that are means over so many tokens (`counts`) as sums over a sentence's, mean over sentences."
+    return {
+        name: loss * counts[name] / sentences if name in counts else loss for name, loss in losses.items()
+    }
 
 
 def check_same_start(objective: nn.Module) -> None:
