@@ -348,8 +348,9 @@ class BasePage:
     def judge(self, examples: pd.DataFrame | None = None) -> list[dict]:
         "Judge the claims of this table, on records of its rows or `examples`; show the primary ones."
         examples = self.examples if examples is None else examples
-        claims = [c for c in read_claims() if c["table"] == self.id]  # others are judged on their page
-        judged = judge_all(claims, examples, scale=self.scale)
+        stated = read_claims()
+        claims = [c for c in stated if c["table"] == self.id]  # others are judged on their page
+        judged = judge_all(claims, examples, scale=self.scale, stated=stated)
         for claim in judged:
             claim["when"] = self._stated_when(claim)
         self.claims = [c for c in judged if c["verdict"] != "noted"]
