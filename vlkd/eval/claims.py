@@ -44,7 +44,8 @@ _KINDS = dict(  # kind of claim -> its runs, what else it needs, what it may hav
 _TYPES = dict(tasks=list, min_effect=float, bound=float, chance=float, not_at=dict)
 _TYPES |= dict(primary=bool, also=list, ranks=dict)  # others are str
 _RETRIEVAL = tuple(f"retrieval-{k}" for k in ("own", "noun", "event", "outcome", "peer"))
-_KNOWN_TASKS = (*TASKS, "squad1", "squad2", *_RETRIEVAL, "probe", "zero_shot")
+_REAL = ("esnli_ve", "retrieval-photo", "colour-word", "colour-probe")  # at scale real alone
+_KNOWN_TASKS = (*TASKS, "squad1", "squad2", *_RETRIEVAL, "probe", "zero_shot", *_REAL)
 _MOST_PRIMARY = 6  # of a table
 
 

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..core.files import atomic, write_checksums
 from ..core.settings import Scale
 from ..data.catalog import Card, cards
+from ..plots import markdown_text
 
 # %% ../../nbs/39_models.card.ipynb #c4d10007
 def training_sets(s: Scale) -> list[Card]:
@@ -120,7 +121,7 @@ def model_card(
         + PAGE.format(
             name=name,
             about=about,
-            settings="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+            settings="\n".join(f"| {key} | {markdown_text(value)} |" for key, value in rows.items()),
             results=results_section(measured),
             limits=LIMITS.get(s.data_kind, LIMITS["real"]).format(vocabulary=s.vocab_size),
         )

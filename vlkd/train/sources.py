@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL_TASKS', 'FEATURES', 'TEXTS', 'FEATURE_FOLDERS', 'FEATURE_WIDTHS', 'REQUIRED', 'TIMES', 'DataSource',
-           'official_files', 'read_official', 'RealSource', 'tabletop_features', 'TabletopSource', 'middle_frame',
-           'PublicSource', 'text_of', 'columns_2d', 'MiddleFrames', 'PaperSource', 'read_clip_captions', 'clip_videos',
-           'OwnSource', 'load_data']
+           'official_files', 'read_official', 'RealSource', 'tabletop_features', 'TabletopSource', 'PublicSource',
+           'text_of', 'columns_2d', 'MiddleFrames', 'PaperSource', 'read_clip_captions', 'clip_videos', 'OwnSource',
+           'load_data']
 
 # %% ../../nbs/50_train.sources.ipynb #b4d9c188
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,11 @@ from vlkd.core.files import (
     rng,
     write_array,
     write_checksums,
+    write_json,
 )
 from ..core.settings import Scale, data_dir, path, scale, unknown_name
 from ..data.catalog import require
+from ..data.colours import TellsColour, coloured_nouns, things
 from ..data.corpus import CorpusTokens, Source, text_files, tokenize_corpus
 from vlkd.data.howto100m import (
     CaptionTable,
@@ -35,12 +37,31 @@ from vlkd.data.howto100m import (
     caption_tokens,
     howto_pairs,
 )
-from ..data.public import bert_vocab, real_pairs, real_sentences
+from vlkd.data.public import (
+    ESNLI_VE,
+    bert_vocab,
+    flickr8k_captions,
+    flickr30k_captions,
+    photo_splits,
+    real_pairs,
+    real_retrieval,
+    real_sentences,
+    tested_photos,
+)
 from ..data.squad import SQUAD_FOLDER, SQUAD_VERSIONS, qnli_from_squad, read_squad, squad_files
 from ..data.tasks import TASKS, Task, get_task, read_task
-from ..data.text import Tokens, VideoText, load_vocabulary, padded_clips, tokenize, train_tokenizer
+from vlkd.data.text import (
+    Tokens,
+    VideoText,
+    load_vocabulary,
+    padded_clips,
+    tokenize,
+    train_tokenizer,
+    word_counts,
+    word_pieces,
+)
 from ..data.video import Features
-from ..features.extract import VideoItem, extract_videos, read_parts
+from ..features.extract import VideoItem, read_parts
 from ..tabletop.encoders import load_tabletop_encoder
 from ..tabletop.questions import QUESTIONS
 from ..tabletop.render import FRAMES
@@ -209,57 +230,80 @@ class TabletopSource(DataSource):
         return self.world.task(name, split, few.get(split))
 
 # %% ../../nbs/50_train.sources.ipynb #90856189
-def middle_frame(pairs: VideoText) -> VideoText:
-    "The same clips, of which only the middle frame is seen."
-    frames = pairs.mask.sum(1)
-    clip, middle = np.arange(len(frames)), np.where(frames > 0, frames // 2, 0)
-    features = np.asarray(pairs.features)[clip, middle][:, None]
-    mask = pairs.mask[clip, middle][:, None]
-    return VideoText(pairs.captions, pairs.clip, features, mask, pairs.train, pairs.valid, pairs.names)
-
-
 class PublicSource(RealSource):
     "Public data under `VLKD_DATA`."
 
-    tasks = ("sst2", "qnli", "piqa", "tracie")
-    folders = dict(mnli="mnli_1k", mnli_mm="mnli_1k", swag="swag_fixture_21rows")  # noqa: RUF012 a constant
-    train_limit = 20_000  # examples of SQuAD, and of QNLI from it
+    tasks = (ESNLI_VE, "qnli", "sst2")
+    train_limit = 20_000  # examples of QNLI
 
-    def __init__(self, s: Scale, seed: int, features: str = "video"):
+    def __init__(self, s: Scale, seed: int):
         super().__init__(s, seed)
-        self.root, self.features = data_dir(), features
+        self.root = data_dir()
+
+    @cached_property
+    def texts(self) -> tuple[list[str], list[str]]:  # to train on, held out
+        "Wikipedia sentences, before any is deleted."
+        return real_sentences(limit=self.s.sentences, max_tokens=self.s.max_tokens)
 
     @cached_property
     def tokenizer(self):
-        return load_vocabulary(bert_vocab(), max(self.s.max_tokens, self.s.ft_tokens))
+        longest = max(self.s.max_tokens, self.s.ft_tokens)
+        return load_vocabulary(self.vocabulary, longest)
+
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        "The entries, learnt from text and captions, and kept in the cache under the words' fingerprint."
+        own = real_pairs(limit=self.s.captions, retrieval=self.s.clip_pool)
+        counts = word_counts([*self.texts[0], *(own.captions[i] for i in own.train)])
+        nouns = list(self.colours.noun)  # entries of their own, so that one state stands for each
+        name = fingerprint(sorted(counts.items()), nouns, self.s.vocab_size)
+        f = path("cache") / "real" / f"vocabulary-{name}.json"
+        if not f.is_file():
+            pieces = word_pieces(counts, self.s.vocab_size - len(nouns))
+            write_json(f, list(dict.fromkeys([*pieces, *nouns])))
+        return read_json(f)
+
+    @cached_property
+    def colours(self) -> pd.DataFrame:  # noun, colour, kind
+        "Things that have a typical colour, by captions of photos that no test uses."
+        captions = flickr8k_captions()
+        train = photo_splits(self.s.clip_pool)["train"]
+        other = set(captions) - set(train)
+        other = {photo.split("_")[0] for photo in other} | tested_photos()
+        seen = [caption for photo in train for caption in captions[photo]]
+        more = flickr30k_captions().items()
+        more = [caption for photo, own in more if photo.split(".")[0] not in other for caption in own]
+        return coloured_nouns([*seen, *more], seen, things())
+
+    @cached_property
+    def tells(self) -> TellsColour:
+        "Which sentences are deleted."
+        nouns = self.colours
+        return TellsColour(frozenset(nouns.noun[nouns.kind == "video-only"]))
 
     @cached_property
     def pairs(self) -> VideoText:
-        pairs = real_pairs(
-            path("cache") / "real",
-            limit=self.s.captions,
-            extract=partial(extract_videos, workers=1, shard_size=128),
-            max_frames=self.s.max_frames,
-        )
-        return pairs if self.features == "video" else middle_frame(pairs)
+        return real_pairs(limit=self.s.captions, retrieval=self.s.clip_pool, drop=self.tells)
+
+    @cached_property
+    def photos(self) -> VideoText:
+        "Photos set apart for retrieval."
+        return real_retrieval(self.s.clip_pool)
 
     @cached_property
     def sentences(self) -> list[str]:
-        return real_sentences(limit=self.s.sentences, max_tokens=self.s.max_tokens)[0]
+        return [sentence for sentence in self.texts[0] if not self.tells(sentence)]
+
+    @cached_property
+    def held_out(self) -> list[str]:
+        "Sentences of articles that no model reads."
+        return self.texts[1]
 
     def named_task(self, name, split):
         if name == "qnli" and split == "train":
             squad = self.root / "squad" / "train-v1.1.json.gz"
             return qnli_from_squad(squad, seed=0, limit=self.train_limit)
-        df = super().named_task(name, split)
-        if split != "train":
-            return df
-        if name in SQUAD_VERSIONS:
-            order = rng("squad", 0).permutation(len(df))
-            return df.iloc[order[: self.train_limit]].reset_index(drop=True)
-        texts = list(TASKS[name].columns)  # one PIQA training row recurs in the validation set
-        held_out = set(map(tuple, super().named_task(name, "dev")[texts].to_numpy()))
-        return df[[tuple(row) not in held_out for row in df[texts].to_numpy()]].reset_index(drop=True)
+        return super().named_task(name, split)
 
 # %% ../../nbs/50_train.sources.ipynb #eadb3013
 TEXTS = {  # file, how it is cleaned
@@ -496,6 +540,6 @@ def load_data(
             raise ValueError(f"scale {s.name!r} has no {what}: real videos and texts are what they are")
     if s.data_kind == "paper":
         return PaperSource(s, seed, features=features)
-    if features == "clip":
-        raise ValueError(f"scale {s.name!r} has no CLIP features here")
-    return PublicSource(s, seed, features)
+    if features != "video":
+        raise ValueError(f"scale {s.name!r} has one kind of features, of photos: features should be video")
+    return PublicSource(s, seed)
