@@ -417,9 +417,8 @@ class BasePage:
         if not len(examples):
             show_markdown("No run of this page has records of single questions, so no claim is tested.")
             return []
-        stated = read_claims()
-        claims = [c for c in stated if c["table"] == self.id]  # others are judged on their page
-        judged = judge_all(claims, examples, scale=self.scale, stated=stated)
+        claims = [c for c in read_claims() if c["table"] == self.id]  # others are judged on their page
+        judged = judge_all(claims, examples, scale=self.scale)
         for claim in judged:
             claim["when"] = self._stated_when(claim)
         self.claims = [c for c in judged if c["verdict"] != "noted"]

@@ -213,19 +213,12 @@ def equivalence(
     return found | dict(p=within, p_beyond=beyond, bound=float(bound), verdict=verdict)
 
 
-def holm(
-    pvalues,
-    n: int = 0,  # tests in all, where some are not at hand; 0: these
-) -> np.ndarray:  # adjusted, same order
-    """Holm's adjusted p-values: the k-th smallest of n times n-k+1, made monotone and at most 1.
-
-    Without the other tests it is never smaller than with them, whatever they find.
-    """
+def holm(pvalues) -> np.ndarray:  # adjusted, same order
+    "Holm's adjusted p-values: the k-th smallest of n times n-k+1, made monotone and at most 1."
     p = np.asarray(pvalues, float)
-    n = max(n, p.size)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"p-values should be a list of numbers in 0..1, got {pvalues}")
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(n, n - len(p), -1)))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return adjusted
