@@ -231,10 +231,36 @@ def prose(page):
     return re.sub(r"^```.*?^```", "", text(page), flags=re.S | re.M)
 
 
+def broken_links(markdown, folder):
+    "Relative links of a text that lead to no file."
+    links = re.findall(r"\]\((?!\w+:|#)([^)\s#]+)", re.sub(r"`[^`\n]*`", "", markdown))
+    return [link for link in links if not (folder / link).exists()]
+
+
 @pytest.mark.parametrize("page", LINKING)
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\((?!\w+:|#)([^)\s#]+)", prose(page)):
-        assert (ROOT / page).parent.joinpath(link).exists(), f"{page} links to {link}"
+    assert broken_links(prose(page), (ROOT / page).parent) == []
+
+
+def test_links_of_reports_lead_somewhere():
+    pages = [p for p in (ROOT / "reports").rglob("*.md") if "latest" not in p.parts]
+    assert pages and {str(p): found for p in pages if (found := broken_links(prose(p), p.parent))} == {}
+    assert broken_links("[a](x.md) [b](README.md#c) `[d](y.md)`", ROOT) == ["x.md"]
+
+
+def test_links_of_notebooks_lead_somewhere():
+    for notebook in (ROOT / "nbs").rglob("[!.]*.ipynb"):
+        words = re.sub(r"^```.*?^```", "", "\n\n".join(cells(notebook, "markdown")), flags=re.S | re.M)
+        assert broken_links(words, notebook.parent) == [], notebook.name
+        assert broken_links(shown_markdown(notebook), notebook.parent) == [], notebook.name
+
+
+def shown_markdown(notebook):
+    "What the outputs of a notebook show as Markdown."
+    outputs = [
+        o for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", [])
+    ]
+    return "\n".join("".join(o.get("data", {}).get("text/markdown", "")) for o in outputs)
 
 
 def commands(page):

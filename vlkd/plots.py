@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAGE_WIDTH', 'palette', 'markers', 'COLOURS', 'VERDICTS', 'style', 'method_of', 'looks', 'bars_with_ci', 'forest',
-           'curves', 'heatmap', 'film_strip', 'markdown_text', 'cell_text', 'table_md']
+           'curves', 'shares', 'heatmap', 'film_strip', 'markdown_text', 'cell_text', 'table_md']
 
 # %% ../nbs/05_plots.ipynb #0f1c294c
 import html
@@ -268,6 +268,27 @@ def curves(
         ax.get_legend().remove()
         _legend(ax, alone)
     ax.set(xlabel="step", ylabel=ylabel or y, title=title)
+    return ax
+
+# %% ../nbs/05_plots.ipynb #6e1d84cf
+def shares(
+    df,  # a row a bar, a column a part; per cent
+    colours: dict,  # column -> colour
+    *,
+    xlabel: str,
+    title: str = "",
+    ax=None,
+):
+    "Stacked horizontal bars, first row on top; parts that are large enough say their size."
+    alone, ax = ax is None, _new_lines(ax, df.index)
+    left = df.cumsum(axis=1) - df
+    for column, colour in colours.items():
+        bars = ax.barh(range(len(df)), df[column], left=left[column], color=colour, label=column)
+        light = int(colour[1:3], 16) * 0.3 + int(colour[3:5], 16) * 0.59 + int(colour[5:7], 16) * 0.11 > 140
+        words = [f"{share:.0f}" if share >= 6 else "" for share in df[column]]
+        ax.bar_label(bars, words, label_type="center", color="black" if light else "white", fontsize=10)
+    _legend(ax, alone)
+    ax.set(xlabel=xlabel, xlim=(0, 100), title=title)
     return ax
 
 # %% ../nbs/05_plots.ipynb #93f0b6d2

@@ -8,6 +8,7 @@ __all__ = ['MATCHES', 'outcome_clips', 'outcome_figure', 'Film', 'clear_frames',
 # %% ../../nbs/26_tabletop.pictures.ipynb #4f8d2b74
 from copy import copy
 from itertools import pairwise
+from textwrap import wrap
 
 import numpy as np
 import pandas as pd
@@ -107,29 +108,31 @@ def gallery(
 ) -> Film:
     "Clips that were found for sentences, a line each; where there are no frames the caption stands alone."
     style()
-    clip, line, top, bottom = 1.12, 1.88, 0.34, 0.6  # inches
-    height = top + line * len(rows) + bottom
+    clip, title = 1.12, 0.19  # inches: the side of a clip, a line of text
+    texts = ["\n".join(wrap(text, 82)) for text, _ in rows]
+    tall = [clip + 0.56 + title * (1 + text.count("\n")) for text in texts]
+    top = 0.15 + title * (1 + max(head.count("\n") for head in heads))
+    height = top + sum(tall) + 0.6
     fig = Film(figsize=(PAGE_WIDTH, height))
     pitch = PAGE_WIDTH / len(heads)
 
     def write(x, y, text, **look):  # inches from the left and from the top
-        fig.text(x / PAGE_WIDTH, 1 - y / height, text, **(dict(va="top", fontsize=10) | look))
+        look = dict(va="top", fontsize=10, linespacing=1.05) | look
+        fig.text(x / PAGE_WIDTH, 1 - y / height, text, **look)
 
     for column, head in enumerate(heads):
-        write((column + 0.5) * pitch, 0.08, head, ha="center", fontsize=11.5, weight="bold")
-    for number, (text, clips) in enumerate(rows):
-        y = top + number * line
-        write(0.1, y + 0.02, text, style="italic")
+        write((column + 0.5) * pitch, 0.08, head, ha="center", fontsize=11, weight="bold")
+    for (_, clips), text, below in zip(rows, texts, top + np.cumsum(tall) - 0.44, strict=True):
+        write(0.1, below - clip - 0.07, text, style="italic", va="bottom")
         for column, (frames, caption, match) in enumerate(clips):
             colour, symbol, _ = MATCHES[match]
             x = (column + 0.5) * pitch
-            below = y + 0.3 + clip
             if frames is None:
-                write(x, y + 0.3 + clip / 2, caption, ha="center", va="center", color=colour)
+                write(x, below - clip / 2, caption, ha="center", va="center", color=colour)
                 continue
             box = ((x - clip / 2) / PAGE_WIDTH, 1 - below / height, clip / PAGE_WIDTH, clip / height)
             fig.add_clip(box, frames, colour)
-            write(x, below + 0.07, f"{symbol} {caption}", ha="center", color=colour, linespacing=1.05)
+            write(x, below + 0.07, f"{symbol} {caption}", ha="center", color=colour)
     for n, (colour, symbol, meaning) in enumerate(MATCHES.values()):
         write(0.5 + 2.3 * (n % 2), height - 0.5 + 0.22 * (n // 2), f"{symbol} {meaning}", color=colour)
     return fig
