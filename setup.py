@@ -10,6 +10,8 @@ ROOT = Path(__file__).resolve().parent
 SHARED = [
     "settings.ini",
     "site/conf.py",
+    "site/page.js",
+    "site/style.css",
     "site/tables.js",
     "data_cards",
     "nbs/experiments",

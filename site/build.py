@@ -34,6 +34,9 @@ def stage(source: Path):
     (source / "api").mkdir(parents=True)
     for page in [*(ROOT / name for name in PAGES), *(ROOT / "site").glob("*.md")]:
         shutil.copy2(page, source)
+    (source / "site").mkdir()
+    for picture in (ROOT / "site").glob("*.png"):
+        shutil.copy2(picture, source / "site")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name)
     copy_notebooks(ROOT / "nbs", source / "nbs")

@@ -35,13 +35,30 @@ function addSortKeys(table) {
   }
 }
 
+// Buttons that filter the ledger by verdict; the box beside them filters by any words.
+function addButtons(table, shown) {
+  const verdicts = [...table.tBodies[0].rows].map((row) => row.cells[0].textContent.trim().replace(/^\W+ /, ""));
+  const bar = document.createElement("div");
+  bar.className = "filters";
+  for (const verdict of ["", ...new Set(verdicts)]) {
+    const button = document.createElement("button");
+    button.textContent = verdict || "all";
+    button.addEventListener("click", () => shown.column(0).search(verdict).draw());
+    bar.append(button);
+  }
+  table.closest(".dt-container").prepend(bar);
+}
+
 document.addEventListener("DOMContentLoaded", async () => {
-  const tables = [...document.querySelectorAll("article table, div.body table")].filter(isPlain);
+  const all = document.querySelectorAll("article table:not(.gallery), div.body table:not(.gallery)");
+  const tables = [...all].filter(isPlain);
   if (!tables.length) return;
   const { default: DataTable } = await import(datatables);
-  const options = { paging: false, searching: false, info: false, autoWidth: false, order: [] };
+  const options = { paging: false, info: false, autoWidth: false, order: [] };
   for (const table of tables) {
+    const ledger = table.classList.contains("ledger");
     addSortKeys(table);
-    new DataTable(table, options);
+    const shown = new DataTable(table, { ...options, searching: ledger });
+    if (ledger) addButtons(table, shown);
   }
 });

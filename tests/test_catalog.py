@@ -12,9 +12,10 @@ from vlkd.core.settings import scales
 from vlkd.data.catalog import SECTIONS, cards, print_status, read_card, require, status, waiting
 from vlkd.reproduce.plan import load_plan
 
-ALL = """flickr8k free_exercise_db glue_diagnostics glue_mnli glue_qnli glue_qqp glue_sst2 howto100m mnli_1k
-msvd_clips piqa squad superglue_axb swag swag_fixture_21rows tabletop tokenizer_vocabs tracie video_raw
-weights wikipedia_en wikitext wikitext103"""
+ALL = """esnlive flickr30k_captions flickr8k free_exercise_db glue_diagnostics glue_mnli glue_qnli glue_qqp
+glue_sst2 howto100m mnli_1k msvd_clips open_english_wordnet piqa squad superglue_axb swag
+swag_fixture_21rows tabletop tokenizer_vocabs tracie video_raw weights wikipedia_en wikitext
+wikitext103"""
 FILES = [("a.tsv", True, 3), ("photos/", True, None), ("b.txt", False, None)]
 BLOCK = dict(
     id="spoons",
@@ -204,8 +205,9 @@ def test_without_data(monkeypatch, capsys):
     print_status()
     printed = capsys.readouterr().out
     assert "export VLKD_DATA=" in printed and "@micro:" not in printed
-    assert re.search(r"\*@real: .*flickr8k.*glue_mnli \(column MNLI\)", printed)
-    assert re.search(r"m7@real: glue_diagnostics \(column Lexicon", printed)
+    assert re.search(r"\*@paper: .*glue_mnli \(column MNLI\)", printed)
+    assert re.search(r"real@real: .*flickr8k.*squad", printed)
+    assert re.search(r"m7@paper: glue_diagnostics \(column Lexicon", printed)
 
 
 def test_a_wrong_folder_is_an_error(monkeypatch, tmp_path):
@@ -250,7 +252,7 @@ def count(f) -> int:
         return len(json.loads(data))
     if f.suffix == ".npz":
         return len(np.load(f)["files"])
-    has_header = f.parent.name.startswith("glue_") or f.suffix == ".csv"
+    has_header = f.parent.name.startswith("glue_") or ".csv" in f.name
     return data.count(b"\n") + (not data.endswith(b"\n")) - has_header
 
 
@@ -275,6 +277,9 @@ def test_licences_agree_with_the_sources(data):
         "research use": "research use",
         "mit": "SWAG: MIT",
         "MultiNLI terms": "MultiNLI:",
+        "none stated for the labels; SNLI texts CC BY-SA 4.0": "states no licence",
+        "WordNet licence and CC BY 4.0": "WordNet licence (Princeton) + CC BY 4.0",
+        "research and educational use": "research/educational use",
         "GLUE terms, none stated for the texts": "terms per gluebenchmark; no file in repo",
     }
     for card in cards().values():

@@ -6,6 +6,7 @@ import pytest
 
 from vlkd.core.records import Run, record
 from vlkd.core.settings import scale
+from vlkd.data.public import ESNLI_VE
 from vlkd.data.scores import category_scores
 from vlkd.data.squad import evaluate_squad
 from vlkd.data.tasks import CATEGORIES
@@ -152,19 +153,19 @@ def public():
 
 
 def test_what_real_folders_give(public):
-    for task, n in dict(mnli=1000, mnli_mm=1000, swag=11, axb=1104).items():
-        assert len(public.task(task, "test")) == n
+    sizes = {ESNLI_VE: 14186, "qnli": 5463, "sst2": 872, "axb": 1104}
+    assert {task: len(public.task(task, "test")) for task in sizes} == sizes
+    assert len(public.task("qnli", "train")) == 20_000
     with pytest.raises(ValueError, match="unknown task 'mnil'; did you mean"):
         public.task("mnil", "test")
-    assert public.tasks == ("sst2", "qnli", "piqa", "tracie")
+    assert public.tasks == (ESNLI_VE, "qnli", "sst2")
 
 
 @pytest.mark.parametrize(
     "task, split, message",
     [
-        ("swag", "train", "train.csv"),
         ("squad2", "train", "train-v2.0.json"),
-        ("mnli", "train", "no train data for 'mnli'.*train.tsv"),
+        ("mnli", "train", "no train data for 'mnli'.*glue_mnli is not a folder"),
         ("qqp", "test", "no dev data for 'qqp'.*glue_qqp is not a folder"),
     ],
 )

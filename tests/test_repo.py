@@ -23,6 +23,7 @@ BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*/*.ipynb"))
 PAGES = ("README.md", "CONTRIBUTING.md")
+LINKING = (*PAGES, "nbs/README.md")
 
 
 def text(name):
@@ -201,11 +202,28 @@ def test_plan_and_notebooks_agree():
 # Pages
 
 
-def test_readme_is_what_the_index_says():
+@pytest.fixture(scope="module")
+def pages():
+    "The script that writes README.md and nbs/README.md."
     spec = importlib.util.spec_from_file_location("readme", ROOT / "site" / "readme.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.readme() == text("README.md"), "run `make readme`"
+    return module
+
+
+def test_readme_is_what_the_index_says(pages):
+    markdown, figure = pages.readme()
+    assert markdown == text("README.md"), "run `make readme`"
+    assert figure is None or figure == (ROOT / pages.PICTURE).read_bytes(), "run `make readme`"
+
+
+def test_page_of_notebooks_lists_them_all(pages):
+    assert pages.notebooks() == text("nbs/README.md"), "run `make readme`"
+    listed = set(re.findall(r"\]\(([^)]+\.ipynb)\)", text("nbs/README.md")))
+    there = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("[!.]*.ipynb")}
+    assert listed == {p for p in there if ".ipynb_checkpoints" not in p} - {"index.ipynb"}
+    titles = re.findall(r"^\| \[([^]]+)\]\([^)]+\) \| (.*) \|$", text("nbs/README.md"), re.M)
+    assert len(titles) == len(listed) and all(title and about for title, about in titles)
 
 
 def prose(page):
@@ -213,10 +231,36 @@ def prose(page):
     return re.sub(r"^```.*?^```", "", text(page), flags=re.S | re.M)
 
 
-@pytest.mark.parametrize("page", PAGES)
+def broken_links(markdown, folder):
+    "Relative links of a text that lead to no file."
+    links = re.findall(r"\]\((?!\w+:|#)([^)\s#]+)", re.sub(r"`[^`\n]*`", "", markdown))
+    return [link for link in links if not (folder / link).exists()]
+
+
+@pytest.mark.parametrize("page", LINKING)
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\((?!\w+:|#)([^)\s#]+)", prose(page)):
-        assert (ROOT / link).exists(), f"{page} links to {link}"
+    assert broken_links(prose(page), (ROOT / page).parent) == []
+
+
+def test_links_of_reports_lead_somewhere():
+    pages = [p for p in (ROOT / "reports").rglob("*.md") if "latest" not in p.parts]
+    assert pages and {str(p): found for p in pages if (found := broken_links(prose(p), p.parent))} == {}
+    assert broken_links("[a](x.md) [b](README.md#c) `[d](y.md)`", ROOT) == ["x.md"]
+
+
+def test_links_of_notebooks_lead_somewhere():
+    for notebook in (ROOT / "nbs").rglob("[!.]*.ipynb"):
+        words = re.sub(r"^```.*?^```", "", "\n\n".join(cells(notebook, "markdown")), flags=re.S | re.M)
+        assert broken_links(words, notebook.parent) == [], notebook.name
+        assert broken_links(shown_markdown(notebook), notebook.parent) == [], notebook.name
+
+
+def shown_markdown(notebook):
+    "What the outputs of a notebook show as Markdown."
+    outputs = [
+        o for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", [])
+    ]
+    return "\n".join("".join(o.get("data", {}).get("text/markdown", "")) for o in outputs)
 
 
 def commands(page):

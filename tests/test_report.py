@@ -1,11 +1,13 @@
 "Reports of toy runs: what a page says, what is published, what is found out, and the HTML."
 
 import base64
+import html
 import importlib.util
 import io
 import json
 import re
 import shutil
+from urllib.parse import unquote
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -88,7 +90,8 @@ class Toy:
     def finish(self, seeds=1):
         "Write the records of all runs as the runner would."
         for node in graph(["all"], "smoke", seeds, self.plan).values():
-            claim = dict(id="c1", text=SCRIPT, verdict="holds", evidence="+0.25", n=2)
+            claim = dict(id="c1", text=SCRIPT, verdict="holds", diff=0.25, low=0.1, high=0.4, n=2)
+            claim["n_worlds"] = len(node.seeds)
             record(
                 node.folder,
                 dict(best=0.75),
@@ -127,15 +130,17 @@ def test_pages(toy):
     assert files == {
         "README.md",
         "claims.md",
+        "gallery.md",
         "report.json",
         "runs.csv",
         "t1.md",
         "t1/line.png",
         "t1/result.json",
         "t1/scores.csv",
+        "t1/scores.tex",
     }
     page = (folder / "t1.md").read_text()
-    for text in ("0.75 at best", "runs/smoke", "![t1, line](t1/line.png)", "````\nin "):
+    for text in ("0.75 at best", "runs/smoke", "![t1: line](t1/line.png)", "````\nin "):
         assert text in page
     for text in (
         "hidden words",
@@ -149,7 +154,10 @@ def test_pages(toy):
     for name in ("README.md", "claims.md"):
         text = (folder / name).read_text()
         assert "<script" not in text and "a\\|b" in text
-    assert "## Toy, Table 1" in text
+    assert "Toy, Table 1" in text and "provisional: holds" in text  # one world
+    assert "1 provisional" in (folder / "README.md").read_text()
+    assert r"\toprule" in (folder / "t1" / "scores.tex").read_text()
+    assert "vlkd reproduce t1 --scale smoke --seeds 1,\n" in page
     assert len((folder / "runs.csv").read_text().splitlines()) == 3
 
 
@@ -162,7 +170,7 @@ def test_a_figure_that_was_only_shown_gets_a_file(toy):
     toy.notebook.write_text(json.dumps(cells))
     toy.finish()
     folder = toy.report()
-    assert "![t1, output-1](t1/output-1.png)" in (folder / "t1.md").read_text()
+    assert "![t1: output-1](t1/output-1.png)" in (folder / "t1.md").read_text()
     assert (folder / "t1" / "output-1.png").is_file()
 
 
@@ -194,6 +202,72 @@ def test_html(toy, capsys):
     assert "t1.html" in (folder / "html" / "index.html").read_text()
     script = (folder / "html" / "_static" / "tables.js").read_text()
     assert "tables.js" in page and script.startswith('const datatables = "data:text/javascript;base64,')
+
+
+def broken_links(folder):
+    "Links and sources of HTML pages that lead to no file, or to no place in it."
+    found = []
+    for page in folder.glob("*.html"):
+        for link in re.findall(r"""(?:href|src)=["']([^"']*)["']""", page.read_text()):
+            file, _, place = html.unescape(unquote(link)).partition("#")
+            target = folder / file.partition("?")[0] if file else page
+            if re.match(r"\w+:", link):
+                continue
+            if not target.is_file() or (place and f'id="{place}"' not in target.read_text()):
+                found.append(f"{page.name}: {link}")
+    return found
+
+
+def test_html_links_lead_somewhere_and_pictures_say_what_they_show(toy):
+    pytest.importorskip("sphinx")
+    toy.plan.write_text(PLAN + SECOND)
+    toy.finish()
+    folder = toy.report(html=True) / "html"
+    assert broken_links(folder) == []
+    (folder / "t2.html").unlink()
+    assert "index.html: t2.html" in broken_links(folder)
+    pictures = [p for f in folder.glob("*.html") for p in re.findall(r"<img[^>]*>", f.read_text())]
+    alts = [re.search(r'alt="([^"]*)"', picture)[1] for picture in pictures]
+    assert {"t1: line", "t2: line"} <= {*alts} and "No description" not in "".join(alts)
+
+
+def test_html_of_verdicts(toy):
+    pytest.importorskip("sphinx")
+    toy.finish(seeds=5)
+    folder = toy.report(html=True) / "html"
+    index, ledger = ((folder / f"{name}.html").read_text() for name in ("index", "claims"))
+    assert 'class="chip holds"' in ledger and "ledger" in ledger
+    assert '<div class="bar"><i class="holds"></i></div>' in index and "result-card" in index
+    toy.finish(seeds=1)
+    shutil.rmtree(toy.folder / "runs" / "smoke" / "t1@1-2-3-4-5")
+    folder = toy.report(html=True) / "html"
+    index, ledger = ((folder / f"{name}.html").read_text() for name in ("index", "claims"))
+    assert 'class="chip provisional"' in ledger and "chip holds" not in ledger
+    assert '<i class="provisional"></i>' in index and "1 holds" not in index
+
+
+def test_pages_link_their_neighbours(toy):
+    toy.plan.write_text(PLAN + SECOND.replace("Private", "Open"))
+    toy.finish()
+    folder = toy.report()
+    first, second = ((folder / f"{name}.md").read_text() for name in ("t1", "t2"))
+    assert "[t2 →](t2.md)" in first and "[← t1](t1.md)" in second and "[t1 →]" not in second
+
+
+def family_claim(name, p):
+    "A judged claim of one family, whose p is given."
+    keys = dict(id=name, table="t1", text=name, kind="greater", family="f", primary=True, remark="")
+    numbers = dict(diff=3.0, low=1.0, high=5.0, se=1.0, df=4, level=0.95, n=10, n_clusters=2, n_worlds=5)
+    return keys | numbers | dict(p=p, p_fails=1.0, min_effect=1.0, unit="world", verdict="holds")
+
+
+def test_families_reach_over_all_pages():
+    report = dict(tables=[dict(id=t, paper="Toy") for t in ("t1", "t2")])
+    results = {t: dict(claims=[family_claim(t, p)]) for t, p in (("t1", 0.001), ("t2", 0.04))}
+    alone = R.all_claims(dict(tables=report["tables"][:1]), results)["t1"][0]
+    together = R.all_claims(report, results)
+    assert alone["p_holm"] == 0.001 and together["t1"][0]["p_holm"] == 0.002
+    assert together["t2"][0]["p_holm"] == 0.04 and together["t2"][0]["table"] == "t2"
 
 
 def test_without_sphinx_pages_are_markdown(toy, capsys, monkeypatch):

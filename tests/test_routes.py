@@ -140,3 +140,16 @@ def test_own_encoder(tmp_path, capsys):
     features = Features(tmp_path / "out")
     assert features.manifest["encoder"] == "brightness"
     assert np.allclose(features["white"], 1, atol=0.02)
+
+
+def test_claim(tmp_path):
+    "The claim that is printed is one that can be read, of the kind that is explained."
+    from vlkd.eval.claims import read_claims
+
+    recipe = PAGE.read_text(encoding="utf-8").split("## Recipe: a claim")[1]
+    printed = re.search(r"^```toml\n(.*?)^```", recipe, re.S | re.M)[1]
+    file = tmp_path / "claims.toml"
+    file.write_text('[defaults]\npaper = "a paper"\nwhere = "Table 5"\n\n' + printed)
+    (claim,) = read_claims(file)
+    assert (claim["id"], claim["kind"], claim["bound"]) == ("m5.stated", "not_worse", 5.0)
+    assert read_claims(table="m5"), "no claim of table m5: print another example"

@@ -37,11 +37,9 @@ from vlkd.data.corpus import open_text
 from vlkd.data.howto100m import caption_table, howto_videos, read_captions
 from vlkd.data.public import (
     bert_vocab,
-    exercise_clips,
     flickr8k_captions,
     flickr8k_features,
     held_out_photos,
-    msvd_clips,
     photo_splits,
     squad_articles,
     wikitext_articles,
@@ -406,11 +404,6 @@ ARTICLES = {
     "tokenizer_vocabs/bert-base-uncased-vocab.txt.gz": packed("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n"),
 }
 TEXT = "Cork floats.\n\n = T = \nnaïve @-@ text\n".encode()
-EXERCISES = [
-    dict(id="a", instructions=["Lift it up high. Put it down again."], images=["a/0.jpg", "a/1.jpg"]),
-    dict(id="b", instructions=[], images=[]),
-]
-CLIPS = [dict(clip="a", captions=["a man runs"]), dict(clip="b", captions=["x y"])]
 
 
 def some_claims() -> bytes:
@@ -444,8 +437,6 @@ READERS = dict(
     claims=({"claims.toml": some_claims()}, lambda d: read_claims(d / "claims.toml")),
     settings=({"settings.ini": (ROOT / "settings.ini").read_bytes()}, ini),
     flickr=(FLICKR, flickr),
-    exercises=({"free_exercise_db/exercises.jsonl": json_lines(EXERCISES)}, exercise_clips),
-    msvd=({"msvd_clips/index.jsonl": json_lines(CLIPS)}, msvd_clips),
     articles=(ARTICLES, articles),
     text=({"text/a.txt": TEXT, "text/b.txt.gz": packed("More text.\n")}, text),
     mobilenet=({"mobilenet_v2_imagenet_fp16.npz": MOBILENET}, mobilenet),

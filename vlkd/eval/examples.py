@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MATCH_COLOURS', 'outcome_counts', 'differing', 'answer_name', 'with_texts', 'question_table', 'events_in', 'scene',
-           'is_filmed', 'text_queries', 'clip_matches', 'match_level', 'training_clip', 'clip_grid', 'same_event_clips',
-           'rate_table', 'chance_rates', 'constant_rates', 'found_clips', 'own_and_others', 'shared_words',
-           'cross_fitted_map', 'shown_answer', 'clip_answers', 'sentences_of', 'text_retrieval', 'retrieval_records']
+           'is_filmed', 'text_queries', 'clip_matches', 'match_level', 'training_clip', 'gallery_cell', 'clip_grid',
+           'same_event_clips', 'rate_table', 'chance_rates', 'constant_rates', 'found_clips', 'own_and_others',
+           'shared_words', 'cross_fitted_map', 'shown_answer', 'clip_answers', 'sentences_of', 'text_retrieval',
+           'retrieval_records']
 
 # %% ../../nbs/66_eval.examples.ipynb #3824ce00
 import re
@@ -25,6 +26,7 @@ from ..models.video_text import Teacher
 from ..plots import film_strip, style
 from ..tabletop.language import BASE, OUTCOME_PHRASES, PAST, states_outcome
 from ..tabletop.nouns import CLIP_EVENTS
+from ..tabletop.pictures import clear_frames
 from ..tabletop.world import World
 from ..train.video_teacher import held_out_clips, sentence_states
 
@@ -222,6 +224,15 @@ def training_clip(world: World, noun, event):  # index of a clip, or None
         return None
     clips = world.clips[(world.clips.noun == noun) & (world.clips.event == event) & ~world.clips.held_out]
     return int(clips.sort_values("take").index[0])
+
+
+def gallery_cell(world: World, clip, noun, event) -> tuple:  # of `tabletop.pictures.gallery`
+    "A clip, what it shows, and how well that matches a sentence; no clip where none was filmed."
+    if clip is None:
+        return None, "never filmed", "none"
+    shown = world.clips.iloc[clip]
+    caption = f"{shown.event} {shown.noun}\n{shown.outcome}"
+    return clear_frames(world, clip), caption, match_level(world, clip, noun, event)
 
 
 def clip_grid(

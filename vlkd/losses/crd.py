@@ -37,6 +37,7 @@ class CRD(nn.Module):
         bank_size: int = 16384,  # M: places of the queue, or the number of samples
         temperature: float = 0.07,  # Eq. 8 has 1
         momentum: float = 0.5,  # of "full": how much of a slot stays
+        normalize: bool = True,  # divide scores by constants Z of the first batch; Eq. 8 as printed has none
     ):
         super().__init__()
         check_choice(("queue", "full"), bank=bank)
@@ -48,14 +49,14 @@ class CRD(nn.Module):
             raise ValueError(f"momentum should be from 0 to 1, got {momentum}")
         self.student_dim, self.teacher_dim = student_dim, teacher_dim
         self.negatives, self.bank, self.bank_size = negatives, bank, bank_size
-        self.temperature, self.momentum = temperature, momentum
+        self.temperature, self.momentum, self.normalize = temperature, momentum, normalize
         self.f1 = nn.Linear(student_dim, feature_dim)
         self.f2 = nn.Linear(teacher_dim, feature_dim)
         self.generator = torch.Generator().manual_seed(torch.randint(2**62, (), device="cpu").item())
         for name in ("memory_v1", "memory_v2"):  # of students, of teachers
             self.register_buffer(name, self._first_memory(feature_dim))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # samples stored so far
-        self.register_buffer("log_z", torch.zeros(2))  # of "full": of the student's and teacher's scores
+        self.register_buffer("log_z", torch.zeros(2))  # of the student's and of the teacher's scores
 
     def _first_memory(self, feature_dim):
         if self.bank == "queue":
@@ -118,14 +119,17 @@ class CRD(nn.Module):
         drawn = self.draw_negatives(filled) if filled >= N else torch.arange(filled, device=student.device)
         others = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
         positive = (student * teacher).sum(-1) / self.temperature
-        loss = 0
+        keep = torch.ones(len(student), len(drawn), dtype=torch.bool, device=student.device)
+        keep = torch.cat([keep, others], 1) if filled < N else keep
+        scores = []
         for x, partners, memory in ((student, teacher, self.memory_v2), (teacher, student, self.memory_v1)):
-            scores = x @ memory[drawn].to(x.dtype).T / self.temperature
-            keep = torch.ones_like(scores, dtype=torch.bool)
-            if filled < N:
-                scores = torch.cat([scores, x @ partners.T / self.temperature], 1)
-                keep = torch.cat([keep, others], 1)
-            p, n = _nce(positive, scores, math.log(N / self.bank_size))
+            negatives = x @ memory[drawn].to(x.dtype).T
+            negatives = torch.cat([negatives, x @ partners.T], 1) if filled < N else negatives
+            scores.append((positive, negatives / self.temperature))
+        log_z = self._normalisers(scores, _finite(student, teacher), keep).to(student.dtype)
+        loss = 0
+        for (_, negatives), z in zip(scores, log_z, strict=True):
+            p, n = _nce(positive - z, negatives - z, math.log(N / self.bank_size))
             loss = loss + (p + N * (n * keep).sum(1) / keep.sum(1)).mean()
         return loss
 
@@ -151,14 +155,17 @@ class CRD(nn.Module):
         scores = x @ others.T if others.dim() == 2 else torch.einsum("bd,bkd->bk", x, others)
         return positive, scores / self.temperature
 
-    def _normalisers(self, scores, finite):
+    def _normalisers(self, scores, finite, keep=None):
         "log Z of both sides: those of the first batch, from its finite rows; training keeps them."
-        if self.seen:
+        if self.seen or not self.normalize:
             return self.log_z
         log_z = []
         for positive, negatives in scores:
+            if keep is not None:  # a sample is no negative of its own, and others may not be finite
+                negatives = negatives.masked_fill(~(keep & negatives.isfinite()), -torch.inf)
             rows = torch.cat([positive[:, None], negatives], 1).detach()[finite]
-            log_z.append(torch.logsumexp(rows.flatten(), 0) - math.log(max(rows.numel(), 1)))
+            count = int((rows > -torch.inf).sum())
+            log_z.append(torch.logsumexp(rows.flatten(), 0) - math.log(max(count, 1)))
         log_z = torch.stack(log_z) + math.log(self.bank_size)
         if self.training and finite.any():
             self.log_z.copy_(log_z)

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..core.files import fingerprint, read_json
 from ..core.settings import data_dir, read_sections, settings_file
 from ..core.settings import scale as scale_settings
-from .plan import Node, plan_nodes, read_cells
+from .plan import Node, notebook_parameters, plan_nodes, read_cells
 
 # %% ../../nbs/71_reproduce.keys.ipynb #71aa0007
 _documented = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -159,6 +159,8 @@ def set_key(
     code, cells = notebook_code(node.entry["file"])
     real = settings["scale"]["data_kind"] != "tabletop"
     given = dict(scale=node.scale, seed=node.seeds[0], seeds=",".join(map(str, node.seeds)))
+    if node.is_table or "ft_seeds" in notebook_parameters(node.entry["file"]):
+        given["ft_seeds"] = node.ft_seeds
     node.parts = dict(
         code=code,
         params=dict(node.entry["params"], **given),
@@ -176,9 +178,10 @@ def graph(
     seeds=1,  # see `world_seeds`
     plan=None,  # plan file
     need_data: bool = True,  # without it real data may be absent, and keys are then those of no data
+    ft_seeds: int = 1,  # how often each task is fine-tuned
 ) -> dict[str, Node]:  # name -> node, needs first
     "The runs that `ids` need at a scale and for some seeds, with their keys."
-    nodes, library = plan_nodes(ids, scale, seeds, plan), library_modules()
+    nodes, library = plan_nodes(ids, scale, seeds, plan, ft_seeds), library_modules()
     for node in nodes.values():
         set_key(node, nodes, need_data, library)
     return nodes

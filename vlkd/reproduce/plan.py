@@ -119,7 +119,9 @@ def _check_scales(entry: dict):
             raise ValueError(f"at: {scale} = {changes!r} should be a table of parameters")
 
 # %% ../../nbs/70_reproduce.plan.ipynb #70aa0015
-_given = dict(scale="str", seed="int", seeds="str", out="str", inputs="str")  # by the runner, if declared
+_given = dict(
+    scale="str", seed="int", seeds="str", ft_seeds="int", out="str", inputs="str"
+)  # by the runner, if declared
 
 
 def _check_parameters(where: str, params: dict, notebook: str, declared: dict):
@@ -260,6 +262,7 @@ class Node:
     scale: str
     seeds: tuple
     root: Path
+    ft_seeds: int = 1
     needs: list = field(default_factory=list)
     parts: dict = field(default_factory=dict)
     key: str = ""
@@ -336,9 +339,12 @@ def plan_nodes(
     scale: str = "micro",  # section of settings.ini
     seeds=1,  # see `world_seeds`
     plan=None,  # plan file; none: all plans
+    ft_seeds: int = 1,  # how often each task is fine-tuned
 ) -> dict[str, Node]:  # name -> node without key, needs first
     "The runs that some tables need at a scale, for some seeds."
     scale_settings(scale)  # an unknown scale is an error
+    if ft_seeds < 1:
+        raise ValueError(f"ft_seeds should be at least 1, got {ft_seeds}")
     entries, seeds, root = load_plan(plan), tuple(world_seeds(seeds)), path("runs") / scale
     nodes = {}
 
@@ -347,7 +353,7 @@ def plan_nodes(
         if entry["kind"] == "run" and len(worlds) > 1:
             return [node for world in worlds for node in add(name, (world,))]
         params = entry["params"] | entry.get("at", {}).get(scale, {})
-        node = Node(dict(entry, params=params), scale, worlds, root)
+        node = Node(dict(entry, params=params), scale, worlds, root, ft_seeds)
         if node.name in nodes:
             return [node.name]
         for need in entry["needs"]:

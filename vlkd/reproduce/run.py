@@ -790,11 +790,12 @@ def reproduce(
     dry_run: bool = False,  # only print what would run and why
     plan=None,  # plan file; none: those of nbs/experiments
     cluster=None,  # machines that run them, a `vlkd.reproduce.cluster.Cluster`; none: this one
+    ft_seeds: int = 1,  # how often each task is fine-tuned; published reports have 3
 ) -> dict:  # fresh, done (names), failed, skipped (name -> why); in a dry run fresh and would_run
     "Bring tables or runs up to date. A failed run stops only what needs it; a wrong plan is an error."
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs should be at least 1, got {jobs}")
-    nodes = graph(ids, scale, seeds, plan, need_data=not dry_run)
+    nodes = graph(ids, scale, seeds, plan, need_data=not dry_run, ft_seeds=ft_seeds)
     reasons = {name: reason for name, node in nodes.items() if (reason := why(node))}
     fresh = [name for name in nodes if name not in reasons]
     if dry_run:

@@ -76,6 +76,7 @@ def reproduce(
     ] = None,
     scale: Annotated[str, Option(help="Section of settings.ini: smoke, micro, real, paper.")] = "micro",
     seeds: Annotated[str, Option(help="Number of confirmation worlds (3), a list (1,2,3), or dev.")] = "1",
+    ft_seeds: Annotated[int, Option(help="How often each task is fine-tuned; published reports have 3.")] = 1,
     jobs: Annotated[
         int | None, Option(help="Runs at a time; empty: 2, on a cluster as many as it has slots.")
     ] = None,
@@ -93,7 +94,8 @@ def reproduce(
         from vlkd.reproduce.cluster import Cluster
 
         cluster = Cluster(scheduler)
-    result = run.reproduce(ids or None, scale=scale, seeds=seeds, jobs=jobs, dry_run=dry_run, cluster=cluster)
+    how = dict(scale=scale, seeds=seeds, ft_seeds=ft_seeds)
+    result = run.reproduce(ids or None, **how, jobs=jobs, dry_run=dry_run, cluster=cluster)
     if dry_run:
         _show_costs(ids or None, scale, seeds)
         return
@@ -156,7 +158,7 @@ def extract(
         str,
         Option(
             help="Encoder of frames: mobilenet, resnet152, clip, timm:MODEL, open_clip:ARCH, grid, "
-            "tabletop-resnet, tabletop-clip, MODULE:NAME or FILE.py:NAME of your own, none; "
+            "tabletop-2d, tabletop-clip, MODULE:NAME or FILE.py:NAME of your own, none; "
             "NAME=FILE names the weights."
         ),
     ] = "mobilenet",

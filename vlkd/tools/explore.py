@@ -29,10 +29,9 @@ from transformers.utils.logging import disable_progress_bar
 from ..core.files import read_json, rng
 from ..core.records import Run, open_inputs
 from ..core.settings import scale, unknown_name
-from ..data.public import exercise_clips
 from ..data.tasks import get_task
 from ..data.text import tokenize
-from ..data.video import read_frames, read_photos
+from ..data.video import read_photos
 from ..eval import examples
 from ..eval.probe import STATIC_ATTRIBUTES, attribute_sentence, fit_probe, noun_states
 from ..eval.retrieval import nearest_clips, ridge
@@ -396,10 +395,6 @@ def _public_frames(explorer: Explorer, name: str):  # frames, or None for an unk
     (source, _, id), root = name.partition("/"), getattr(explorer.data, "root", None)
     if source == "flickr8k":
         return read_photos(root / "flickr8k" / "images" / id, size=96)[0]
-    if source == "exercises":
-        return read_photos(exercise_clips(root)[id][0], size=96)[0]
-    if source == "msvd":
-        return read_frames(root / "msvd_clips" / f"{id}.mp4", fps=1.0, size=96)[0]
     return None
 
 

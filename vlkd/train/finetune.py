@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALSO_ANSWERS', 'encode', 'segments', 'TaskObjective', 'task_batch', 'classifier', 'predict', 'answers', 'finetune',
-           'test_sets', 'finetune_all']
+           'test_sets', 'finetuning_seed', 'finetune_all']
 
 # %% ../../nbs/58_train.finetune.ipynb #5aa1ad05
 from collections.abc import Iterable
@@ -187,18 +187,25 @@ def test_sets(data: DataSource, tasks: Iterable, split: str, also: bool) -> dict
     return sets
 
 
+def finetuning_seed(seed: int, ft_seed: int) -> int:
+    "The seed of a world's fine-tuning number `ft_seed`; the first has the world's own."
+    return seed + 100_000 * ft_seed
+
+
 def finetune_all(
     folder,  # a transformers folder with its tokeniser
     data: DataSource,
     out,  # folder for checkpoints and progress
     *,
     seed: int = 0,
+    seeds: int = 1,  # how often each task is fine-tuned, each time with other random numbers
     run: str = "",
     split: str = "test",
     tasks: Iterable | str | None = None,  # names of `data.tasks.TASKS`, `squad1`, `squad2`, or `Task` objects
 ) -> pd.DataFrame:
     """Fine-tune on tasks, one after another, and join the records of `finetune` and `finetune_squad`, NaN in
-    the columns of the other. Who names `mnli` also gets those of `ALSO_ANSWERS` that the data have; without
+    the columns of the other. Their column `ft_seed` counts the fine-tunings of a task from 0; `seed` is the
+    one given in all of them. Who names `mnli` also gets those of `ALSO_ANSWERS` that the data have; without
     `tasks` those of `data.tasks` are run, and no others.
 
     All data are read before anything is trained: a task without data raises FileNotFoundError, an unknown
@@ -208,11 +215,15 @@ def finetune_all(
     tests = test_sets(data, data.tasks if tasks is None else tasks, split, also=tasks is not None)
     train = {task: data.task(task, "train") for task in tests}
     recipe = squad_recipe(data.s)
-    who = dict(seed=seed, run=run)
-    records = []
-    for task, test in tests.items():
+
+    def tuned(task, ft_seed):
+        place = Path(out) / f"seed-{ft_seed}" if ft_seed else Path(out)
+        who = dict(seed=finetuning_seed(seed, ft_seed), run=run)
         if task in SQUAD_VERSIONS:
-            records.append(finetune_squad(folder, train[task], test[task], out, recipe, task=task, **who))
+            answered = finetune_squad(folder, train[task], tests[task][task], place, recipe, task=task, **who)
         else:
-            records.append(finetune(folder, task, train[task], test, data.s, out, **who))
+            answered = finetune(folder, task, train[task], tests[task], data.s, place, **who)
+        return answered.assign(seed=seed, ft_seed=ft_seed)
+
+    records = [tuned(task, ft_seed) for ft_seed in range(seeds) for task in tests]
     return pd.concat(records, ignore_index=True)

@@ -34,7 +34,7 @@ from vlkd.retrieval.vokens import (
 )
 from .sources import DataSource
 from .terms import CRD_TOKENS, Outputs, Term, TermSetup, any_reads, term_class, term_names
-from .trainer import Objective, fit, weighted
+from .trainer import Objective, fit, sums_in_sentences, weighted
 from .video_teacher import masked_batch
 
 # %% ../../nbs/56_train.text_student.ipynb #c5e24747
@@ -52,12 +52,14 @@ class StudentObjective(Objective):
         weights: dict | None = None,  # term -> its weight in the loss
         pool: torch.Tensor | None = None,  # (K, Dt) vectors of clips, for vokens
         head: bool = True,  # whether states pass a distillation head
+        reduction: str = "mean",  # over tokens: "mean" of all, or "sum" within a sentence (Eqs. 5, 6, 9)
     ):
         super().__init__()
         self.kd, self.kd_as_written = term_names(kd), kd
         if self.kd and teacher_lm is None:
             raise ValueError(f"{kd} needs a teacher")
-        self.lm = lm
+        check_choice(("mean", "sum"), reduction=reduction)
+        self.lm, self.reduction = lm, reduction
         self.frozen = (teacher_lm, pool)  # in a tuple, which hides them from `nn.Module`
         given = {name: term_class(name).weight for name in self.kd} | (weights or {})
         self.weights = {term_class(name).name: weight for name, weight in given.items()}
@@ -71,6 +73,10 @@ class StudentObjective(Objective):
         return [self.frozen[0]] if self.kd else []
 
     def counts(self, batch):
+        return {} if self.reduction == "sum" else self.token_counts(batch)
+
+    def token_counts(self, batch: dict) -> dict:  # loss -> tokens
+        "Over how many tokens of a batch each loss is a mean, where it is one over tokens."
         counts = {name: term.count(batch) for name, term in self.terms.items()}
         per_token = {name: count for name, count in counts.items() if count is not None}
         return dict(mlm=batch["where"].sum()) | per_token
@@ -91,6 +97,8 @@ class StudentObjective(Objective):
         losses = dict(mlm=weighted("mlm", loss, term_weights))
         for name, term in self.terms.items():
             losses[name] = weighted(name, term(student, teacher, batch), term_weights)
+        if self.reduction == "sum":
+            losses = sums_in_sentences(losses, self.token_counts(batch), len(batch["ids"]))
         distillation = sum(self.weights[name] * losses[name] for name in self.kd)
         return dict(loss=losses["mlm"] + distillation, **losses)
 
@@ -196,6 +204,7 @@ def train_student(
     corpus: str = "text",  # text, captions or text+captions
     start=None,  # a language model to begin with
     name: str = "student",
+    options: dict | None = None,  # of `TrainingOptions`
 ) -> tuple[StudentObjective, list]:  # objective in eval mode, history
     "Train a student on sentences alone, beside a frozen teacher where `kd` names terms."
     s = data.s
@@ -213,7 +222,8 @@ def train_student(
         lm.load_state_dict(start.state_dict())
     arguments = preset_arguments(preset)
     arguments["crd"] = arguments.get("crd", {}) | dict(crd_keys=crd_keys)
-    terms = dict(args=arguments, weights=weights, pool=pool, head=head)
+    reduction = arguments.get("total", {}).get("reduction", "mean")
+    terms = dict(args=arguments, weights=weights, pool=pool, head=head, reduction=reduction)
     objective = StudentObjective(lm, teacher.lm if names else None, kd, s=s, **terms)
     if any(term.start for term in objective.terms.values()):
         first = [(k, 0) for k in range(min(len(data.tokens), 64))]
@@ -234,6 +244,7 @@ def train_student(
         seed=seed,
         save_every=s.save_every,
         name=name,
+        options=options,
     )
     return objective.eval(), history
 

@@ -23,7 +23,7 @@ from ..losses.contrastive import cyclic_negatives, info_nce, token_hinge
 from ..models.bert import hidden_states, masked_mean, mlm_loss
 from ..models.video_text import Teacher, VisualEncoder, clip_batch
 from .sources import DataSource
-from .trainer import Objective, fit, weighted
+from .trainer import Objective, fit, sums_in_sentences, weighted
 
 # %% ../../nbs/55_train.video_teacher.ipynb #89e5c1bd
 CONTRASTS = ("hinge", "info_nce", "none")
@@ -42,9 +42,12 @@ class TeacherObjective(Objective):
         freeze_video: bool = False,  # leave the visual encoder as it is
         hinge: dict | None = None,  # arguments of `token_hinge`
         nce: dict | None = None,  # arguments of `info_nce`
+        reduction: str = "mean",  # over tokens: "mean" of all, or "sum" within a sentence (Eq. 3)
     ):
         super().__init__()
         check_choice(CONTRASTS, contrast=contrast)
+        check_choice(("mean", "sum"), reduction=reduction)
+        self.reduction = reduction
         self.teacher, self.contrast, self.mlm, self.weight = teacher, contrast, mlm, weight
         self.hinge, self.nce = hinge or {}, nce or {}
         if freeze_video or contrast == "none":
@@ -54,7 +57,7 @@ class TeacherObjective(Objective):
         self.coupled = () if contrast == "none" else (contrast,)
 
     def counts(self, batch):
-        return dict(mlm=batch["where"].sum()) if self.mlm else {}
+        return dict(mlm=batch["where"].sum()) if self.mlm and self.reduction == "mean" else {}
 
     def contrast_loss(self, states, videos, mask, draw) -> torch.Tensor:  # (B, L, D), (B, D), (B, L), (B,)
         "The contrast of tokens and videos, over the batches of all processes; `draw` are random numbers."
@@ -67,15 +70,18 @@ class TeacherObjective(Objective):
 
     def forward(self, ids, mask, masked, where, features, frames, draw, term_weights=None):
         states = hidden_states(self.teacher.lm, masked, mask)
-        losses, total = {}, 0
+        losses = {}
         if self.mlm:
             loss = mlm_loss(self.teacher.lm, states, ids, where)
             losses["mlm"] = weighted("mlm", loss, term_weights)
-            total = total + losses["mlm"]
         if self.contrast != "none":
             videos = self.teacher.video(features, frames)
             losses["contrast"] = self.contrast_loss(states, videos, mask, draw)
-            total = total + self.weight * losses["contrast"]
+        if self.reduction == "sum":
+            counts = dict(mlm=where.sum()) | (dict(contrast=mask.sum()) if self.contrast == "hinge" else {})
+            losses = sums_in_sentences(losses, counts, len(ids))
+        weights = dict(mlm=1.0, contrast=self.weight)
+        total = sum(weights[name] * loss for name, loss in losses.items())
         return dict(loss=total, **losses)
 
 # %% ../../nbs/55_train.video_teacher.ipynb #afe319c6
@@ -165,6 +171,7 @@ def train_teacher(
     hinge: dict | None = None,  # arguments that replace the preset's
     nce: dict | None = None,
     name: str = "teacher",
+    options: dict | None = None,  # of `TrainingOptions`
 ) -> tuple[Teacher, list]:  # teacher in eval mode, history
     "Train a teacher on `data.pairs` until it converges on held-out pairs or `steps` are done."
     s, pairs = data.s, data.pairs
@@ -179,6 +186,7 @@ def train_teacher(
         hinge=arguments.get("token_hinge", {}) | (hinge or {}),
         nce=arguments.get("info_nce", {}) | (nce or {}),
     )
+    given["reduction"] = arguments.get("total", {}).get("reduction", "mean")
     objective = TeacherObjective(
         teacher, contrast, mlm=mlm, weight=weight, freeze_video=freeze_video, **given
     )
@@ -207,6 +215,7 @@ def train_teacher(
         eval_every=min(s.eval_every, steps),
         patience=s.patience,
         name=name,
+        options=options,
     )
     return teacher.eval(), history
 
