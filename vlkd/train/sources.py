@@ -74,7 +74,7 @@ class DataSource:
     s: Scale  # sizes of data, models and trainings
     seed: int  # of the data; a world at Tabletop
     # which `finetune_all` runs where none are named
-    tasks = ("sst2", "qnli", "qqp", "mnli", "piqa", "tracie")
+    tasks = ("sst2", "qnli", "qqp", "mnli", "piqa")
 
     tokenizer: object  # fast tokeniser of BERT's kind, for captions, sentences and tasks
     pairs: VideoText  # captions and the features of their clips: the teacher trains on them

@@ -241,6 +241,7 @@ def train_student(
         lr=s.lr,
         warmup=s.warmup,
         weight_decay=s.weight_decay,
+        beta2=s.adam_beta2,
         seed=seed,
         save_every=s.save_every,
         name=name,

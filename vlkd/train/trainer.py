@@ -623,6 +623,7 @@ def fit(
     lr: float,
     warmup: int = 0,  # steps
     weight_decay: float = 0.01,
+    beta2: float = 0.999,  # of AdamW
     seed: int = 0,
     lengths=None,  # (n,) of the examples: those of similar length share a batch
     save_every: int = 0,  # steps; 0: never
@@ -656,6 +657,7 @@ def fit(
         learning_rate=lr,
         warmup_steps=warmup,
         weight_decay=weight_decay,
+        adam_beta2=beta2,
         seed=seed,
         data_seed=seed,
         run_name=f"{name}@{seed}",

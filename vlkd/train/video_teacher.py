@@ -209,6 +209,7 @@ def train_teacher(
         lr=s.teacher_lr,
         warmup=s.warmup,
         weight_decay=s.weight_decay,
+        beta2=s.adam_beta2,
         seed=seed,
         lengths=data.caption_tokens.lengths[pairs.train],
         valid=(collator(pairs.valid[:held_out], 2**31), held_out),
