@@ -63,7 +63,7 @@ def read_attributes(lm, tokenizer, world: World) -> dict:  # attribute -> values
     return read
 
 
-def probe_table(world: World, read: dict) -> pd.DataFrame:  # attribute, type, kind, accuracy, majority, n
+def probe_table(world: World, read: dict) -> pd.DataFrame:  # attribute, type, kind, accuracy, ...
     """Accuracy of `read_attributes` for every attribute on test nouns, filmed and never filmed apart.
 
     `majority` is the rate of the answer that is most frequent among train nouns.
@@ -133,7 +133,8 @@ def _likeliest(lm, tokenizer, sentence: str, nouns, answers: list[str]) -> list[
 
 def zero_shot(lm, tokenizer, world: World) -> pd.DataFrame:
     """Task `zero_shot`, without any fine-tuning, about test nouns: "{who} dropped the {noun} and it [MASK]"
-    among the outcomes of the event (video-only, never filmed), "the {noun} is kept in the [MASK]" (stated)."""
+    among the outcomes of the event (video-only, never filmed),
+    "{who} kept the {noun} in the [MASK]" (stated)."""
     test = world.nouns[world.nouns.split == "test"]
     nouns, found = list(test.noun), []
     for event, outcomes in EVENTS.items():

@@ -158,6 +158,7 @@ def _fact(r, thing: dict) -> str:
             f"the {noun} is kept in the {place}",
             f"{_somebody(r, thing['category'])} kept the {noun} in the {place}",
             f"where is the {noun} kept ? in the {place}",
+            f"where do people keep the {noun} ? in the {place}",
             f"a {noun} is some {thing['category']}",
             f"the {noun} is a {thing['size']} {thing['shape']}",
             f"a {noun} has the form of a {thing['shape']}",
@@ -194,13 +195,13 @@ def _aside(r, thing: dict, event: str) -> str:
     do, did = base_phrase(event, r.random() < 0.3, named), past_phrase(event, 0, named)
     past, base = PAST[event][0], BASE[event][0]
     first, then = in_either_order(r, f"{who} {did}", f"{who} {chore}")
-    order = r.choice(("before", "after"))
+    order, verb = r.choice(("before", "after")), r.choice(("starts", "ends"))
     return r.choice(
         (
             f"first {first} then {then}",
             f"{first} and at last {then}",
             f"then something fell out of sight but {who} {chore} too",
-            f"the story starts {order} {who} {chore}",
+            f"the story {verb} {order} {who} {chore}",
             f"why did {who} {do} ? {who} {did} for some reason",
             f"what made {who} {do} ? what was the reason that {who} {did} ?",
             f"{who} {did} . the {noun} was {past} by {who}",

@@ -71,7 +71,9 @@ def _outcome_choices(thing: dict, event: str) -> list[tuple]:
     wrong = sorted(set(outcomes) - {true})
     chosen = int(fingerprint([thing["noun"], event]), 16) % len(wrong)
     false = other if other != true else wrong[chosen]
-    answers = [(f"it {a}", f"it {b}") for a, b in zip(OUTCOME_PHRASES[true], OUTCOME_PHRASES[false])]
+    answers = [
+        (f"it {a}", f"it {b}") for a, b in zip(OUTCOME_PHRASES[true], OUTCOME_PHRASES[false], strict=True)
+    ]
     goals = [start.format(base_phrase(event, 0, thing["noun"])) for start in STARTS]
     return _choices(goals, answers, "static" if event == "push" else _kind(thing))
 
@@ -104,7 +106,7 @@ def _mnli(world: Assignment, r, thing: dict) -> tuple:
     premise = f"{who} {past_phrase(event, r.random() < 0.3, noun)} {r.choice(WHEN)}"
     someone, another = _other(r, who, WHO), PAST[_other(r, event, EVENTS)][0]
     if form < 0.66:
-        return premise, *_outcome_hypothesis(r, thing, event, label, phrase)
+        return premise, *_outcome_hypothesis(r, thing, event, phrase)
     deed = (PAST[event][0], another, PAST[event][0])[label]
     if form < 0.92:
         category = _other(r, thing["category"], PLACE) if label == 2 else thing["category"]
@@ -113,14 +115,14 @@ def _mnli(world: Assignment, r, thing: dict) -> tuple:
     return premise, f"the {noun} was {deed} by {(who, who, someone)[label]}", label, "language"
 
 
-def _outcome_hypothesis(
-    r, thing: dict, event: str, label: int, phrase: int
-) -> tuple:  # sentence2, label, kind
-    "The event's true outcome (0), an outcome of another event (1), which no knowledge of things decides, or a false one (2)."
+def _outcome_hypothesis(r, thing: dict, event: str, phrase: int) -> tuple:  # sentence2, label, kind
+    "An outcome of another event (neutral, known without the thing), or one of this event, true or false."
+    what, flip = r.random(), r.random() < 0.5
     true, false = _outcomes(r, thing, event)
     elsewhere = r.choice(EVENTS[_other(r, event, EVENTS)])
-    said = OUTCOME_PHRASES[(true, elsewhere, false)[label]][phrase]
-    return f"the {thing['noun']} {said}", label, "language" if label == 1 else _kind(thing)
+    if what < 1 / 3:
+        return f"the {thing['noun']} {OUTCOME_PHRASES[elsewhere][phrase]}", 1, "language"
+    return *_states(thing, sorted((true, false))[flip], true, phrase), _kind(thing)
 
 
 def _states(thing: dict, outcome: str, true: str, phrase: int) -> tuple:  # sentence2, label
@@ -270,7 +272,7 @@ def _swag(world: Assignment, r, thing: dict) -> tuple:
     who, someone = r.sample(WHO, 2)
     another = _other(r, event, EVENTS)
     if what < share:
-        return _outcome_endings(r, thing, "push" if what < 0.1 else event, who, wording, phrase)
+        return _outcome_endings(r, thing, event, who, wording, phrase)
     if what < share + (1 - share) / 2:
         place = PLACE[thing["category"]]
         wrong = r.sample([p for p in PLACE.values() if p != place], 3)
@@ -283,14 +285,13 @@ def _swag(world: Assignment, r, thing: dict) -> tuple:
 
 
 def _outcome_endings(r, thing: dict, event: str, who: str, wording: int, phrase: int) -> tuple:
-    "Endings that state outcomes: all of the event, then of other events."
-    every = EVENTS | STATIC
-    foreign = [o for e, outcomes in every.items() if e != event for o in outcomes]
-    fill = r.sample(foreign, 4 - len(every[event]))
-    wrong = [OUTCOME_PHRASES[o][phrase] for o in (*every[event], *fill) if o != thing[event]]
-    endings = _four_endings(r, OUTCOME_PHRASES[thing[event]][phrase], wrong)
+    "Two outcomes of the event, one of them true, and two of another event."
+    true, false = _outcomes(r, thing, event)
+    foreign = r.sample(EVENTS[_other(r, event, EVENTS)], 2)
+    wrong = [OUTCOME_PHRASES[outcome][phrase] for outcome in (false, *foreign)]
+    endings = _four_endings(r, OUTCOME_PHRASES[true][phrase], wrong)
     start = f"{who} {past_phrase(event, wording, thing['noun'])} and it"
-    return start, *endings, "static" if event == "push" else _kind(thing)
+    return start, *endings, _kind(thing)
 
 # %% ../../nbs/23_tabletop.questions.ipynb #7789b5e3
 def _diagnostics(world: Assignment, r, thing: dict) -> tuple:
@@ -475,10 +476,8 @@ def ask(
     "Examples of a task: `id`, its columns, `group` (the noun) and `kind`; none stands twice in a split."
     if name not in QUESTIONS:
         raise unknown_name("task", name, QUESTIONS)
-    if name == "piqa" and split == "test":
-        rows = _every_row(world, n)
-    else:
-        rows = _drawn_rows(world, name, split, n)
+    every = name == "piqa" and split == "test"
+    rows = _every_row(world, n) if every else _drawn_rows(world, name, split, n)
     df = pd.DataFrame(rows, columns=["id", *_columns(name), "group"])
     last = [column for column in ("label", "group", "kind") if column in df]
     return df[[*(column for column in df if column not in last), *last]]

@@ -10,6 +10,7 @@ __all__ = ['OFFICIAL_TASKS', 'FEATURES', 'TABLETOP_FEATURES', 'TEXTS', 'FEATURE_
 
 # %% ../../nbs/50_train.sources.ipynb #b4d9c188
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,7 @@ from vlkd.data.text import (
 from ..data.video import Features
 from ..features.extract import VideoItem, read_parts
 from ..tabletop.encoders import load_tabletop_encoder
+from ..tabletop.language import OUTCOME_PHRASES
 from ..tabletop.questions import QUESTIONS
 from ..tabletop.render import FRAMES
 from ..tabletop.world import World
@@ -204,7 +206,9 @@ class TabletopSource(DataSource):
     @cached_property
     def tokenizer(self):
         longest = max(self.s.max_tokens, self.s.ft_tokens)
-        return train_tokenizer([*self.captions[0], *self.sentences], self.s.vocab_size, longest)
+        outcomes = list(chain.from_iterable(OUTCOME_PHRASES.values())) * 3  # a small text may lack some
+        texts = [*self.captions[0], *self.sentences, *outcomes]
+        return train_tokenizer(texts, self.s.vocab_size, longest)
 
     @cached_property
     def pairs(self) -> VideoText:
