@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EFFORTS', 'INTRODUCTION', 'wait', 'interleave', 'summary', 'peak_memory', 'machine', 'machine_stamp', 'target',
            'begin_benchmark', 'record_benchmark', 'bench_plan', 'bench_scale', 'benchmarks', 'run_benchmarks',
-           'targets_md', 'benchmark_md', 'benchmarks_page', 'publish_benchmarks']
+           'targets_md', 'benchmark_md', 'speed_figure', 'benchmarks_page', 'write_page', 'publish_benchmarks']
 
 # %% ../../nbs/78_tools.bench.ipynb #c0c7238a
 import contextlib
@@ -23,12 +23,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from ..core.device import device
 from ..core.files import atomic_folder, fingerprint, read_json, write_json
 from ..core.records import Run, record, run_folder, versions
 from ..core.settings import path, unknown_name
-from ..plots import table_md
+from ..plots import PAGE_WIDTH, looks, style, table_md
 from ..reproduce.plan import load_plan
 from ..reproduce.run import reproduce
 
@@ -329,6 +330,34 @@ def _origin_md(result: dict) -> str:
     )
 
 
+def speed_figure(
+    steps: pd.DataFrame,  # of the benchmark of steps: model, variant, tokens/s, GB
+):  # Figure
+    "Bars of tokens a second and of memory, multiples of the first variant's; their ends say how much it is."
+    import seaborn
+
+    style()
+    steps = steps[~steps.variant.str.contains(",")]  # ours as it is, without its single options
+    fig = Figure(figsize=(1.2 * PAGE_WIDTH, 1.3 + 0.8 * steps.model.nunique()))
+    axes = fig.subplots(1, 2, sharey=True)
+    colours = {name: look["color"] for name, look in looks(steps.variant.unique()).items()}
+    for ax, column, what in zip(
+        axes, ("tokens/s", "GB"), ("tokens a second", "memory of tensors"), strict=True
+    ):
+        first = steps.groupby("model")[column].transform("first")
+        drawn = steps.assign(multiple=steps[column] / first)
+        seaborn.barplot(drawn, x="multiple", y="model", hue="variant", palette=colours, errorbar=None, ax=ax)
+        for bars, (_, part) in zip(ax.containers, drawn.groupby("variant", sort=False), strict=True):
+            unit = " GB" if column == "GB" else ""
+            ax.bar_label(bars, [f" {_number(x)}{unit}" for x in part[column]], fontsize=9.5)
+        ax.set(xlabel=f"{what}, {drawn.variant.iloc[0]} = 1", ylabel="")
+        ax.grid(axis="y", visible=False)
+        ax.margins(x=0.2)
+        ax.get_legend().remove()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return fig
+
+
 def benchmarks_page(folder: Path) -> str:
     "The page of all machines whose results lie in `folder`, in Markdown."
     out = ["# Benchmarks", INTRODUCTION]
@@ -336,6 +365,8 @@ def benchmarks_page(folder: Path) -> str:
         published = read_json(file)
         computer, results = published["machine"], published["results"]
         out += [f"## {_processor(computer)}, {computer['cores']} cores", _machine_md(computer)]
+        if (folder / file.stem / "speed.png").is_file():
+            out.append(f"![Tokens a second and memory of a training step]({file.stem}/speed.png)")
         targets = [x | dict(target=f"{n}: {x['target']}") for n, r in results.items() for x in r["targets"]]
         if targets:
             out += ["### Targets", targets_md(targets)]
@@ -345,6 +376,15 @@ def benchmarks_page(folder: Path) -> str:
             links = " · ".join(f"[{Path(f).name}]({f})" for f in files.values())
             out += [benchmark_md(result | dict(targets=[]), frames), _origin_md(result), links]
     return "\n\n".join(out) + "\n"
+
+
+def write_page(folder: Path) -> None:
+    "The page of the results in `folder`, and the figure of each machine that has measured steps."
+    for file in folder.glob("*/steps.csv"):
+        steps = pd.read_csv(file)
+        if {"model", "variant", "tokens/s", "GB"} <= set(steps):
+            speed_figure(steps).savefig(file.with_name("speed.png"), metadata={"Software": None})
+    (folder / "README.md").write_text(benchmarks_page(folder), encoding="utf-8")
 
 
 def publish_benchmarks() -> Path:  # reports/bench
@@ -358,5 +398,5 @@ def publish_benchmarks() -> Path:  # reports/bench
             shutil.copytree(folder, new, dirs_exist_ok=True)
         for name, run in runs.items():
             _publish_run(new, name, run)
-        (new / "README.md").write_text(benchmarks_page(new), encoding="utf-8")
+        write_page(new)
     return folder
