@@ -476,7 +476,12 @@ def _stamp(entries: list[dict], tables: list[FinishedTable], scale: str, plan) -
 
 def _correct_claims(folder: Path, report: dict, results: dict) -> None:
     "Write the claims of each page anew: its families reach over other pages."
-    for table, claims in all_claims(report, results).items():
+    by_table = all_claims(report, results)
+    every = [claim for claims in by_table.values() for claim in claims]
+    for table in by_table:
+        # claims of other pages that this one shows too are not among its primary ones
+        others = [dict(c, primary=False) for c in every if table in c.get("also", ())]
+        claims = [*by_table[table], *others]
         file = folder / f"{table}.md"
         if not file.is_file():
             continue
