@@ -341,7 +341,7 @@ EXTRACT = [
     ("grid --clips resnext152 --weights W", "looked for resnext3d_152"),
     ("grid --clips resnext3d=V/a.mp4", "a.mp4: not a readable weights file"),
     ("resnet152 --weights W", "no weights here; looked for resnet152"),
-    ("tabletop-resnet=W", "no folder encoders here"),
+    ("tabletop-2d=W", "no folder encoders here"),
     ("timm:foo=F", "foo"),
     ("open_clip:foo=F", "foo"),
     ("resnet152=F", ""),

@@ -279,6 +279,7 @@ def test_licences_agree_with_the_sources(data):
         "MultiNLI terms": "MultiNLI:",
         "none stated for the labels; SNLI texts CC BY-SA 4.0": "states no licence",
         "WordNet licence and CC BY 4.0": "WordNet licence (Princeton) + CC BY 4.0",
+        "research and educational use": "research/educational use",
         "GLUE terms, none stated for the texts": "terms per gluebenchmark; no file in repo",
     }
     for card in cards().values():

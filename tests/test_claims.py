@@ -145,12 +145,19 @@ def test_holm_within_a_family():
 
 
 def test_pages_judged_apart_are_corrected_together():
-    "The ledger corrects over all pages, and correcting what is corrected changes nothing."
+    "The report corrects over all pages, and correcting what is corrected changes nothing."
     r = pd.concat([worlds(run, p, n=60) for run, p in (("a", 0.7), ("b", 0.5), ("c", 0.52))])
     first, second = [greater()], [greater(id="y", better="c", table="m7")]
     together = judge_all([*first, *second], r)
+    assert together[0]["p_holm"] == pytest.approx(2 * together[0]["p"])
     assert correct_families([*judge_all(first, r), *judge_all(second, r)]) == together
     assert correct_families(together) == together
+
+
+def test_primary_claims_are_corrected_on_their_own():
+    r = pd.concat([worlds(run, p, n=60) for run, p in (("a", 0.7), ("b", 0.5), ("c", 0.52))])
+    found = judge_all([greater(), greater(id="y", better="c", primary=True)], r)
+    assert all(c["p_holm"] == c["p"] for c in found)
 
 
 def test_a_weak_effect_among_many_claims_is_undecided():

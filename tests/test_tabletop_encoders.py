@@ -148,7 +148,7 @@ def test_clips_that_look_back_end_at_their_row(tmp_path):
 
 
 @video
-@pytest.mark.parametrize("kind", ["resnet", pytest.param("clip", marks=clip)])
+@pytest.mark.parametrize("kind", ["2d", pytest.param("clip", marks=clip)])
 def test_films_of_a_world_through_the_command(tmp_path, monkeypatch, kind):
     "In two processes, or in this one with a small CLIP."
     if kind == "clip":
@@ -161,7 +161,7 @@ def test_films_of_a_world_through_the_command(tmp_path, monkeypatch, kind):
         write_mp4(
             v / f"{i:02}.mp4", x if i else np.kron(x, np.ones((1, 2, 2, 1), np.uint8)), 1
         )  # the first at twice the size
-    options = ["--frames", f"tabletop-{kind}", "--clips", "tabletop-3d", "--workers", 1 + (kind == "resnet")]
+    options = ["--frames", f"tabletop-{kind}", "--clips", "tabletop-3d", "--workers", 1 + (kind == "2d")]
     done = command("extract", v, "--out", tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     feats, enc = Features(tmp_path / "out"), load_tabletop_encoder(kind=kind)
@@ -178,7 +178,7 @@ def test_films_of_a_world_through_the_command(tmp_path, monkeypatch, kind):
 @video
 def test_a_folder_of_other_features_is_refused(tmp_path):
     write_mp4(tmp_path / "v/a.mp4", World(6).frames([0])[0], 1)
-    extract_videos(tmp_path / "v", tmp_path / "out", "tabletop-resnet", "tabletop-3d", workers=1)
+    extract_videos(tmp_path / "v", tmp_path / "out", "tabletop-2d", "tabletop-3d", workers=1)
     with pytest.raises(ValueError, match=r"other features .encoder"):
         extract_videos(tmp_path / "v", tmp_path / "out", None, "tabletop-3d", workers=1)
     with pytest.raises(ValueError, match="fps 2 should divide the 1 frames a second of tabletop-3000-0-3d"):

@@ -43,7 +43,7 @@ _KINDS = dict(  # kind of claim -> its runs, what else it needs, what it may hav
 )
 _TYPES = dict(tasks=list, min_effect=float, bound=float, chance=float, not_at=dict)
 _TYPES |= dict(primary=bool, also=list, ranks=dict)  # others are str
-_RETRIEVAL = tuple(f"retrieval-{k}" for k in ("clip", "noun", "event", "outcome", "peer"))
+_RETRIEVAL = tuple(f"retrieval-{k}" for k in ("own", "noun", "event", "outcome", "peer"))
 _REAL = ("esnli_ve", "retrieval-photo", "colour-word", "colour-probe")  # at scale real alone
 _KNOWN_TASKS = (*TASKS, "squad1", "squad2", *_RETRIEVAL, "probe", "zero_shot", *_REAL)
 _MOST_PRIMARY = 6  # of a table
@@ -313,6 +313,7 @@ def _compared(claim: dict, records: list) -> dict:
 
 
 _NUMBERS = ("diff", "low", "high", "level", "se", "df", "p", "p_fails", "n_worlds", "per_world", "unit")
+_NUMBERS += ("sd_questions",)
 _UNTESTED = dict.fromkeys((*_NUMBERS, "p_holm", "p_fails_holm", "detectable")) | dict(n=0, n_worlds=0)
 
 
@@ -327,7 +328,7 @@ def _measure(claim: dict, examples: pd.DataFrame, scale: str) -> dict:
         return _UNTESTED | dict(evidence=remark)
     found = _compared(claim, records)
     clusters = records[0].groupby("seed")["group"].nunique().sum()
-    numbers = {key: found[key] for key in _NUMBERS}
+    numbers = {key: found.get(key) for key in _NUMBERS}
     return _UNTESTED | numbers | dict(n=len(records[0]), n_clusters=int(clusters), remark=remark)
 
 
@@ -356,13 +357,14 @@ def _evidence(found: dict, family: int) -> str:
     digits, unit = (2, "tau") if found["kind"] == "agreement" else (1, "points")
     low, diff, high = (f"{found[key]:+.{digits}f}" for key in ("low", "diff", "high"))
     over = f"t over {found['n_worlds']} worlds"
-    if found["unit"] == "cluster":
-        over = f"t over {found['n_clusters']} clusters of one world, which tells nothing of other worlds"
+    if found["n_worlds"] == 1:
+        clusters = f"t over its {found['n_clusters']} clusters" if found["df"] else "no interval"
+        over = f"one world, {clusters}: nothing is known of other worlds"
     least = "" if found["detectable"] is None else f"; detectable {found['detectable']:.{digits}f}"
     adjusted = format_p(found["p_holm"]).removeprefix("p ").removeprefix("= ")
     return (
         f"{diff} {unit}, 95 % interval {low} to {high} ({over}); {found['n']} examples; "
-        f"{format_p(found['p'])}, {adjusted} after Holm over {family} of family {found['family']}"
+        f"{format_p(found['p'])}, {adjusted} after Holm over {family} claims on {found['family']}"
         f"{least}{found['remark']}"
     )
 
@@ -385,11 +387,16 @@ def _smallest(found: dict, n: int) -> float | None:
     return detectable(found, 0.05 / tails / n, power)
 
 
+def _family(claim: dict) -> tuple:
+    "Claims that are corrected together."
+    return claim.get("family", ""), claim.get("primary", False)
+
+
 def correct_families(judged: list[dict]) -> list[dict]:  # the same claims, in order
     "Judged claims with Holm's correction within each family of all that are given, and their verdicts."
     judged = [dict(claim) for claim in judged]
-    for family in dict.fromkeys(c["family"] for c in judged):
-        tested = [c for c in judged if c["family"] == family and c["p"] is not None]
+    for family in dict.fromkeys(map(_family, judged)):
+        tested = [c for c in judged if _family(c) == family and c["p"] is not None]
         for key in ("p", "p_fails"):
             for claim, p in zip(tested, holm([c[key] for c in tested]), strict=True):
                 claim[f"{key}_holm"] = float(p)
@@ -397,9 +404,7 @@ def correct_families(judged: list[dict]) -> list[dict]:  # the same claims, in o
         for claim in tested:
             claim["detectable"] = _smallest(claim, left)
             claim["evidence"] = _evidence(claim, len(tested))
-    for claim in judged:
-        claim["verdict"] = _verdict(claim)
-    return judged
+    return [claim | dict(verdict=_verdict(claim)) for claim in judged]
 
 
 def judge_all(
@@ -417,7 +422,7 @@ def judge_all(
     for claim in claims:
         found = _measure(claim, examples, scale)
         stated = {key: claim[key] for key in _TEXTS} | dict(stated=stated_at(claim), test=rule(claim))
-        stated |= dict(family=claim.get("family", ""), primary=claim.get("primary", False))
+        stated |= dict(zip(("family", "primary"), _family(claim), strict=True))
         stated |= dict(also=claim.get("also", []), min_effect=claim.get("min_effect", claim.get("bound")))
         provisional = 0 < found["n_worlds"] < _ENOUGH_WORLDS
         judged.append(stated | found | dict(provisional=provisional))

@@ -151,6 +151,8 @@ def _interval(df: pd.DataFrame, cluster: str) -> dict:
     found = estimate(_per_world(df))
     if found["n_worlds"] == 1:
         found |= _with_interval(found["diff"], *_error_of_clusters(df, cluster)) | dict(unit="cluster")
+    of_questions = [_error_of_clusters(world, cluster)[0] for _, world in df.groupby("seed")]
+    found["sd_questions"] = float(np.mean(np.square(of_questions))) ** 0.5
     n_clusters = int(df.groupby("seed")[cluster].nunique().sum())
     return found | dict(n_clusters=n_clusters, n_examples=len(df))
 
@@ -160,12 +162,13 @@ def paired_difference(
     b: pd.DataFrame,  # records of two runs over the same examples
     *,
     cluster: str = "group",  # column whose values are drawn together where there is but one world
-) -> dict:  # diff, low, high, p, se, df, unit, n_worlds, n_clusters, n_examples, per_world, detectable
+) -> dict:  # diff, low, high, p, se, df, unit, n_worlds, per_world, detectable, sd_questions ...
     """Accuracy of `a` minus accuracy of `b` in points: mean over worlds of the mean over tasks, with its
     95 % interval and two-sided p.
 
     `unit` says what the interval is over: worlds, or the clusters of a single world, which tells nothing of
-    others. `detectable` is the smallest difference found with 80 % power at this standard error.
+    others. `detectable` is the smallest difference found with 80 % power at this standard error, and
+    `sd_questions` how much one world's number would vary with other questions.
     """
     found = _interval(pair_examples(a, b), cluster)
     return found | dict(p=p_value(found), detectable=detectable(found))

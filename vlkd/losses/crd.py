@@ -161,8 +161,8 @@ class CRD(nn.Module):
             return self.log_z
         log_z = []
         for positive, negatives in scores:
-            if keep is not None:  # a sample is no negative of its own
-                negatives = negatives.masked_fill(~keep, -torch.inf)
+            if keep is not None:  # a sample is no negative of its own, and others may not be finite
+                negatives = negatives.masked_fill(~(keep & negatives.isfinite()), -torch.inf)
             rows = torch.cat([positive[:, None], negatives], 1).detach()[finite]
             count = int((rows > -torch.inf).sum())
             log_z.append(torch.logsumexp(rows.flatten(), 0) - math.log(max(count, 1)))

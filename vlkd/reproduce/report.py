@@ -369,7 +369,10 @@ def _verdict_rank(verdicts: pd.Series) -> pd.Series:
     return verdicts.map(lambda chip: order.index(chip) if chip in order else len(order) - 1.5)
 
 
-_EARLIER_RULE = "Judged by the rules of an earlier version: a bootstrap over worlds and nouns, Holm's correction within a table."
+_EARLIER_RULE = (
+    "Judged by the rules of an earlier version: a bootstrap over worlds and nouns, "
+    "Holm's correction within a table."
+)
 
 
 def _ledger(report: dict, results: dict) -> str:
@@ -473,7 +476,12 @@ def _stamp(entries: list[dict], tables: list[FinishedTable], scale: str, plan) -
 
 def _correct_claims(folder: Path, report: dict, results: dict) -> None:
     "Write the claims of each page anew: its families reach over other pages."
-    for table, claims in all_claims(report, results).items():
+    by_table = all_claims(report, results)
+    every = [claim for claims in by_table.values() for claim in claims]
+    for table in by_table:
+        # claims of other pages that this one shows too are not among its primary ones
+        others = [dict(c, primary=False) for c in every if table in c.get("also", ())]
+        claims = [*by_table[table], *others]
         file = folder / f"{table}.md"
         if not file.is_file():
             continue

@@ -158,7 +158,7 @@ def extract(
         str,
         Option(
             help="Encoder of frames: mobilenet, resnet152, clip, timm:MODEL, open_clip:ARCH, grid, "
-            "tabletop-resnet, tabletop-clip, MODULE:NAME or FILE.py:NAME of your own, none; "
+            "tabletop-2d, tabletop-clip, MODULE:NAME or FILE.py:NAME of your own, none; "
             "NAME=FILE names the weights."
         ),
     ] = "mobilenet",
