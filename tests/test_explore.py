@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-import types
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -191,34 +190,53 @@ def test_two_of_a_noun_in_one_sentence(x):
     assert b not in set(near.noun) and a not in set(near.noun)
 
 
-class Widget:
-    def __init__(self, **kw):
-        self.kw, self.value = kw, kw.get("value")
-
-
 def test_panel_without_widgets(x, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     assert ex.panel(x) is None and "edit the sentence of the next cell" in capsys.readouterr().out
 
 
-def test_panel_with_widgets(x, monkeypatch, capsys):
-    widgets, made, seen = types.ModuleType("ipywidgets"), {}, []
-    widgets.Text = widgets.Dropdown = widgets.Layout = Widget
-    widgets.interactive = lambda f, **controls: made.update(f=f, controls=controls) or Widget()
-    monkeypatch.setitem(sys.modules, "ipywidgets", widgets)
-    monkeypatch.setattr(ex, "show", seen.append)
-    assert ex.panel(x) is not None
-    controls, update = made["controls"], made["f"]
-    assert list(controls) == ["sentence", "student", "against"]
-    assert controls["sentence"].value == ex.example_sentence(x)
-    assert controls["student"].kw["options"] == x.students
-    assert [controls["student"].value, controls["against"].value] == x.default_models[1:]
-    update(**{k: v.value for k, v in controls.items()})
-    assert "The nearest clips" in seen[0]
-    update("drop it", student="student-text", against="student-text")
-    assert len(seen) == 2
-    update(" ")
-    assert len(seen) == 2 and "the sentence is empty" in capsys.readouterr().out
+def test_panel_with_widgets(x):
+    pytest.importorskip("ipywidgets")
+    panel = ex.Panel(x)
+    assert panel.box.value == ex.example_sentence(x) and panel.note.value == ""
+    assert list(panel.first.options) == x.students
+    assert [panel.first.value, panel.second.value] == x.default_models[1:]
+    assert [len(tab.children) for tab in panel.tabs.children] == [1] + [0] * (len(panel.titles) - 1)
+    clips = panel.tabs.children[0].children[0]
+    panel.tabs.selected_index = 2
+    assert len(panel.tabs.children[2].children) == 1 and panel.sign.value == ""
+    panel.tabs.selected_index = 0
+    assert panel.tabs.children[0].children[0] is clips  # drawn once
+    panel.box.value = " "
+    assert "the sentence is empty" in panel.note.value and not panel.tabs.children[0].children
+    panel.box.value = "the zyzzyva"
+    assert "No model has ever read" in panel.note.value and panel.tabs.children[0].children
+
+
+def test_each_thing_of_a_sentence_can_be_looked_at(x):
+    pytest.importorskip("ipywidgets")
+    a, b = x.world.splits["train"][:2]
+    panel = ex.Panel(x, f"put the {a} on the {b}")
+    assert list(panel.thing.options) == [a, b] and panel.question.noun == a
+    panel.thing.value = b
+    assert panel.question.noun == b and panel.thing.value == b
+    with pytest.raises(ValueError, match="names no kite"):
+        ex.Question(x, f"put the {a} on the {b}", noun="kite")
+
+
+@pytest.mark.parametrize(
+    "form", ["so you drop the {} " + "very " * 300, "very " * 300 + "the {}", "the {} " * 80]
+)
+def test_a_sentence_that_is_too_long_is_cut(x, form):
+    pages = ex.sentence_pages(x, form.format(x.world.splits["test"][0]))
+    assert "is not read" in pages["Note"] and "The nearest clips" in pages
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_characters_outside_the_font_are_boxes(x):
+    for page in ex.sentence_pages(x, "水 и ñ 🎈").values():
+        if isinstance(page, plt.Figure):
+            ex.figure_png(page)
 
 
 def test_real_runs(data, monkeypatch):

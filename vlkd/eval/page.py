@@ -23,7 +23,7 @@ from ..core.records import open_inputs, out_dir, record
 from ..core.settings import scale as scale_settings
 from ..data.catalog import status
 from .claims import in_subset, judge_all, read_claims, stated_when
-from .stats import equivalence, format_p, paired_difference
+from .stats import detectable, equivalence, estimate, format_p, p_value, paired_difference
 from ..plots import cell_text, forest, heatmap, markdown_text, style, table_md
 
 # %% ../../nbs/65_eval.page.ipynb #1ce9fde7
@@ -472,8 +472,8 @@ class AccuracyPage(BasePage):
 
     def column(self, column: str) -> str:
         "A column without the tasks of which no row has a record: an average over four can be one over two."
-        (wanted, subset), there = parse_column(column), set(self.examples.task)
-        left = "+".join([t for t in wanted if t in there] or wanted)
+        wanted, subset = parse_column(column)
+        left = "+".join([t for t in wanted if t in self._tasks] or wanted)
         return f"{left}:{subset}" if subset else left
 
     def available(self, columns: dict) -> dict:
@@ -484,12 +484,28 @@ class AccuracyPage(BasePage):
 
     def per_world(self, columns: dict) -> pd.DataFrame:  # index (run, world), a column a heading
         "Accuracy in per cent: mean over a column's tasks."
+        order = self._cells[["run", "seed"]].drop_duplicates()
         accuracy = {}
-        for run in self.present:
-            for world, examples in self.records[run].groupby("seed"):
-                by_column = {h: column_examples(examples, c).groupby("task") for h, c in columns.items()}
-                accuracy[run, world] = {h: 100 * d.right.mean().mean() for h, d in by_column.items()}
-        return pd.DataFrame.from_dict(accuracy, orient="index", dtype=float).rename_axis(["run", "world"])
+        for heading, column in columns.items():
+            counted = (
+                column_examples(self._cells, column).groupby(["run", "seed", "task"])[["sum", "size"]].sum()
+            )
+            by_task = (counted["sum"] / counted["size"]).unstack("task")
+            accuracy[heading] = 100 * by_task.mean(axis=1, skipna=False)
+        index = pd.MultiIndex.from_frame(order, names=["run", "world"])
+        found = {h: values.reindex(index.set_names(values.index.names)) for h, values in accuracy.items()}
+        return pd.DataFrame({h: v.to_numpy(float) for h, v in found.items()}, index=index)
+
+    @cached_property
+    def _cells(self) -> pd.DataFrame:  # run, seed, task, kind (and category), sum, size
+        "Right answers and questions by kind: all that accuracies need of the records."
+        keys = [k for k in ("run", "seed", "task", "kind", "category") if k in self.examples]
+        counted = self.examples[[*keys, "right"]].fillna(dict.fromkeys(keys, ""))
+        return counted.groupby(keys, sort=False).right.agg(["sum", "size"]).reset_index()
+
+    @cached_property
+    def _tasks(self) -> set:
+        return set(self.examples.task.unique())
 
     @cached_property
     def mean(self) -> pd.DataFrame:  # index run, a column a heading
@@ -595,13 +611,31 @@ class ComparisonPage(AccuracyPage):
     def _compared(self) -> dict:
         return {}
 
+    @cached_property
+    def _by_world(self) -> dict:  # column -> accuracy by run and world
+        return {}
+
     def _compare(self, a: str, b: str, column: str, bound: float) -> dict | None:
         if not {a, b} <= set(self.present):
             return None
+        if len(self.worlds) > 1 and not bound:
+            return self._over_worlds(a, b, self.column(column))
         pair = [column_examples(self.records[run], self.column(column)) for run in (a, b)]
         if not all(map(len, pair)):
             return None
         return equivalence(*pair, bound) if bound else paired_difference(*pair)
+
+    def _over_worlds(self, a: str, b: str, column: str) -> dict | None:
+        "`paired_difference` of several worlds, which needs each world's accuracies alone."
+        if column not in self._by_world:
+            self._by_world[column] = self.per_world({column: column})[column]
+        accuracy = self._by_world[column]
+        difference = (accuracy[a] - accuracy[b]).round(9)
+        if difference.isna().any():
+            return None
+        counted = column_examples(self._cells[self._cells.run == a], column)
+        found = estimate(difference) | dict(n_clusters=None, n_examples=int(counted["size"].sum()))
+        return found | dict(p=p_value(found), detectable=detectable(found))
 
     def gain(self, a: str, b: str, heading: str) -> str:  # +3.2, or –
         "The difference of two rows in a column, for headlines."
@@ -809,11 +843,11 @@ class Page(ComparisonPage):
     def _kind_columns(self, tasks) -> dict:
         "Headings of kinds of questions, in the order of kinds, then of tasks; then the tasks without kinds."
         names = {column: heading for heading, column in self.columns.items()}
-        kinds = {}
+        kinds, asked = {}, self._cells[self._cells.run == self.baseline]
         for kind in _KIND_ORDER:
             for task in tasks:
                 column = f"{task}:{kind}"
-                if len(column_examples(self.records[self.baseline], column)):
+                if len(column_examples(asked, column)):
                     kinds[names.get(column) or f"{_TASK_NAMES.get(task, task.upper())} {kind}"] = column
         language = {h: c for h, c in self.columns.items() if c in GLUE.split("+")}
         return kinds | language

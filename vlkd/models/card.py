@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..core.files import atomic, write_checksums
-from ..core.settings import Scale
+from ..core.settings import Scale, scale, scales
 from ..data.catalog import Card, cards
 from ..plots import markdown_text
 
@@ -22,9 +22,11 @@ def training_sets(s: Scale) -> list[Card]:
     if s.data_kind == "tabletop":
         return [cards()["tabletop"]]
 
+    alike = {name for name in scales() if scale(name).data_kind == s.data_kind}  # other sizes
+
     def trains(card: Card) -> bool:
-        scales = {table.partition("@")[2] for table in card.needed_by}
-        return s.name in scales and bool({"teacher", "student"} & set(card.roles))
+        named = {table.partition("@")[2] for table in card.needed_by}
+        return bool(alike & named) and bool({"teacher", "student"} & set(card.roles))
 
     return [card for card in cards().values() if trains(card)]
 

@@ -369,7 +369,10 @@ def _verdict_rank(verdicts: pd.Series) -> pd.Series:
     return verdicts.map(lambda chip: order.index(chip) if chip in order else len(order) - 1.5)
 
 
-_EARLIER_RULE = "Judged by the rules of an earlier version: a bootstrap over worlds and nouns, Holm's correction within a table."
+_EARLIER_RULE = (
+    "Judged by the rules of an earlier version: a bootstrap over worlds and nouns, "
+    "Holm's correction within a table."
+)
 
 
 def _ledger(report: dict, results: dict) -> str:

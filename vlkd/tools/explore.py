@@ -7,11 +7,13 @@ __all__ = ['VIEWS', 'Model', 'Explorer', 'model_table', 'small_explorer', 'open_
            'known_nouns', 'Question', 'word_counts', 'unknown_words', 'example_sentence', 'find_clips', 'clip_frames',
            'clips_figure', 'attention', 'rollout', 'select_attention', 'attention_figure', 'heads_figure',
            'nearest_nouns', 'nouns_figure', 'facts_sentence', 'noun_attributes', 'attributes_figure', 'predict_masked',
-           'predictions_figure', 'recorded_answers', 'disagreements', 'answers_figure', 'sentence_pages', 'panel']
+           'predictions_figure', 'recorded_answers', 'disagreements', 'answers_figure', 'ask', 'sentence_pages',
+           'Panel', 'panel']
 
 # %% ../../nbs/76_tools.explore.ipynb #e4670cad
 import contextlib
 import functools
+import html
 import io
 import re
 import textwrap
@@ -41,6 +43,7 @@ from ..plots import bars_with_ci, palette, style, table_md
 from ..reproduce.run import reproduce
 from ..tabletop.language import OUTCOME_PHRASES, PAST, stated_counts
 from ..tabletop.nouns import EVENTS, NOUNS, STATIC
+from ..tabletop.pictures import MATCHES
 from ..train.sources import load_data
 from ..train.video_teacher import held_out_clips, sentence_states
 
@@ -204,16 +207,10 @@ def open_explorer(
 
 # %% ../../nbs/76_tools.explore.ipynb #dcdbe1f3
 def figure_png(fig) -> bytes:
-    "A figure as a PNG of few colours, a quarter of the size of an ordinary one."
-    from PIL import Image
-
-    full, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(full, format="png", dpi=90)
-    reduced = (
-        Image.open(full).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    )
-    reduced.save(small, "PNG", optimize=True)
-    return small.getvalue()
+    "A figure as a PNG."
+    png = io.BytesIO()
+    fig.savefig(png, format="png", dpi=90)
+    return png.getvalue()
 
 
 def show(pages) -> None:
@@ -251,7 +248,7 @@ def clean_sentence(sentence: str) -> str:
         raise ValueError(f"a sentence is text, got {type(sentence).__name__}")
     cleaned = _MASK.sub("[MASK]", " ".join(sentence.split()))
     if not re.search(r"\w", cleaned):
-        raise ValueError("the sentence is empty: type one, for example: let us drop the kettle")
+        raise ValueError("the sentence is empty: type one that names a thing and what happens to it")
     return cleaned
 
 
@@ -267,23 +264,43 @@ def known_nouns(explorer: Explorer) -> list:
     return [n for nouns in NOUNS.values() for n in nouns if len(explorer.data.tokenizer.tokenize(n)) == 1]
 
 
+@_kept
+def _longest_noun(explorer: Explorer) -> int:
+    return max(len(explorer.data.tokenizer.tokenize(noun)) for noun in known_nouns(explorer))
+
+
 class Question:
     """A sentence, and the models that are asked about it.
 
-    `noun` is the first of its nouns that can be compared, `event` what it tells of at Tabletop, or empty.
+    `nouns` are those of its nouns that can be compared, `noun` the one that is looked at, the first where
+    none is named, and `event` what it tells of at Tabletop; each may be empty.
     """
 
-    def __init__(self, explorer: Explorer, sentence: str, models=()):  # names; empty: the default ones
+    def __init__(self, explorer: Explorer, sentence: str, models=(), noun: str = ""):
         self.explorer, self.sentence = explorer, clean_sentence(sentence)
         self.models = [explorer.model(name) for name in models or explorer.default_models]
-        self.noun = next((w for w in _words(self.sentence) if w in known_nouns(explorer)), "")
+        known = set(known_nouns(explorer))
+        self.nouns = list(dict.fromkeys(w for w in _words(self.read) if w in known))
+        if noun and noun not in self.nouns:
+            raise ValueError(f"the sentence names no {noun}; it names {', '.join(self.nouns) or 'nothing'}")
+        self.noun = noun or next(iter(self.nouns), "")
         self.event = next(iter(examples.events_in(self.sentence.lower())), "")
 
     @property
+    def read(self) -> str:
+        "What of the sentence all models read, with room for a noun of more entries in the place of its own."
+        longest = self.explorer.s.max_tokens - _longest_noun(self.explorer)
+        options = dict(truncation=True, max_length=longest, return_offsets_mapping=True)
+        ends = [end for _, end in self.explorer.data.tokenizer(self.sentence, **options).offset_mapping]
+        return self.sentence[: max(ends)]
+
+    @property
     def template(self) -> str:
-        "The sentence with a place for a noun where its own stands."
-        cleaned = re.sub("[{}]", "", self.sentence)
-        return re.sub(rf"\b{re.escape(self.noun)}\b", "{noun}", cleaned, count=1, flags=re.I)
+        "What is read of the sentence, with a place for a noun where its own stands."
+        cleaned = re.sub("[{}]", "", self.read)
+        noun = rf"\b{re.escape(self.noun)}\b"
+        first = re.sub(noun, "{noun}", cleaned, count=1, flags=re.I)
+        return re.sub(rf"{noun}(?!}})", "it", first, flags=re.I) if self.noun not in ("", "noun") else first
 
     @property
     def masked(self) -> str:
@@ -419,16 +436,26 @@ def _titled(fig, title: str):
     return fig
 
 
+@functools.cache
+def _drawn_characters() -> set:
+    "What the font of the figures can draw."
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return {chr(code) for code in get_font(findfont(FontProperties())).get_charmap()}
+
+
+def _drawable(words: str) -> str:
+    "Words with a box for each character that the font of the figures lacks."
+    return "".join(w if w in _drawn_characters() or w.isspace() else "▯" for w in words)
+
+
 def _quoted(sentence: str) -> str:
-    return textwrap.fill(f"“{sentence}”", 84)
+    return textwrap.fill(f"“{textwrap.shorten(_drawable(sentence), 240, placeholder=' ...')}”", 84)
 
 
 def _legend(fig, colours: dict, handles=()) -> None:  # meaning -> colour
     handles = [*handles, *(plt.Rectangle((0, 0), 1, 1, color=c, label=t) for t, c in colours.items())]
     fig.legend(handles=handles, loc="outside lower center", ncol=len(handles), fontsize=9.5)
-
-
-_MATCHES = ("this noun in this event", "this event and its outcome", "the noun or the event", "neither")
 
 
 def clips_figure(question: Question, k: int = 4):
@@ -442,12 +469,12 @@ def clips_figure(question: Question, k: int = 4):
             name = textwrap.shorten(clip.name.partition(" (")[0], 34, placeholder=" ...")
             title = f"{name}  {clip.score:.2f}" if world or frames is None else f"{clip.score:.2f}"
             caption = textwrap.shorten(clip.caption.rstrip(" ."), 80, placeholder=" ...")
-            colour = examples.MATCH_COLOURS[clip.match] if world else "#222222"
-            strips.append((frames, title, colour, textwrap.fill(f"“{caption}”", 43)))
+            colour, symbol, _ = MATCHES[clip.match] if world else ("#222222", "", "")
+            strips.append((frames, f"{symbol} {title}", colour, textwrap.fill(f"“{caption}”", 43)))
         lines.append((model.label, strips))
     fig = examples.clip_grid(lines)
     if world:
-        _legend(fig, dict(zip(_MATCHES, examples.MATCH_COLOURS.values(), strict=True)))
+        _legend(fig, {f"{symbol} {meaning}": colour for colour, symbol, meaning in MATCHES.values()})
     return _titled(fig, _quoted(question.sentence))
 
 # %% ../../nbs/76_tools.explore.ipynb #f333726e
@@ -500,7 +527,8 @@ def _panels(question: Question, width: float, height: float, lines: int = 1, **o
 
 
 def _heat_map(ax, values, tokens, vmax: float, size: float) -> None:
-    labels = dict(xticklabels=tokens, yticklabels=tokens)
+    shown = [_drawable(token) for token in tokens] if tokens is not False else False
+    labels = dict(xticklabels=shown, yticklabels=shown)
     seaborn.heatmap(values, vmin=0, vmax=vmax, cmap="Blues", cbar=False, square=True, ax=ax, **labels)
     ax.tick_params(length=0, labelsize=size)
     ax.tick_params(axis="y", rotation=0)
@@ -520,6 +548,8 @@ def attention_figure(question: Question, layer: int | None = None, head: int | N
         values = select_attention(maps, layer, head)
         others = values[~np.eye(len(values), dtype=bool)]
         _heat_map(ax, values, tokens, others.max() if layer is None else values.max(), size)
+        bar = fig.colorbar(ax.collections[0], ax=ax, shrink=0.6, pad=0.02)
+        bar.set_label("share of attention", fontsize=9.5)
     which = "mean of heads" if head is None else f"head {head}"
     what = "attention rollout" if layer is None else f"attention of layer {layer}, {which}"
     return _titled(fig, f"{what}: a row's token attends to a column's")
@@ -539,6 +569,7 @@ def heads_figure(question: Question):
         _heat_map(ax, maps[i, j], tokens if few else False, vmax=1, size=7.5)
         ax.set_title(f"layer {i + 1}, head {j + 1}", fontsize=9.5)
         ax.label_outer()
+    fig.colorbar(axes[0, 0].collections[0], ax=axes, shrink=0.7, label="share of attention")
     return _titled(fig, model.label.replace("\n", " "))
 
 # %% ../../nbs/76_tools.explore.ipynb #2bdf4473
@@ -584,7 +615,7 @@ def _bars(ax, ranks, values, names, notes, colours) -> None:
     bars = ax.barh(ranks, values, color=colours, height=0.78)
     ax.bar_label(bars, notes, padding=3, fontsize=9, color="#555555")
     ax.set_ylim(ranks.max() + 0.6, 0.4)
-    ax.set_yticks(ranks, names, fontsize=10.5)
+    ax.set_yticks(ranks, list(map(_drawable, names)), fontsize=10.5)
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
 
@@ -867,34 +898,98 @@ VIEWS = {  # title -> function of a question
 }
 
 
-def sentence_pages(
-    explorer: Explorer, sentence: str, a: str = "", b: str = ""
-) -> dict:  # title -> figure, frame or sentence
-    "All there is to see of a sentence, for the teacher and two students (empty: the default ones)."
+def ask(explorer: Explorer, sentence: str, a: str = "", b: str = "", noun: str = "") -> Question:
+    "A sentence for the teacher and two students; empty: the default ones, and the sentence's first noun."
     defaults = [*explorer.default_models[1:], "", ""]
     chosen = [explorer.model(name).name for name in (a or defaults[0], b or defaults[1]) if name]
     students = list(dict.fromkeys(chosen))
-    question = Question(explorer, sentence, [explorer.teacher_of("".join(students[-1:])), *students])
+    return Question(explorer, sentence, [explorer.teacher_of("".join(students[-1:])), *students], noun)
+
+
+def sentence_pages(
+    explorer: Explorer, sentence: str, a: str = "", b: str = "", noun: str = ""
+) -> dict:  # title -> figure, frame or sentence
+    "All there is to see of a sentence, for the teacher and two students (empty: the default ones)."
+    question = ask(explorer, sentence, a, b, noun)
     pages = {title: view(question) for title, view in VIEWS.items()}
     return {title: page for title, page in pages.items() if not isinstance(page, str | None) or page}
 
 
-def panel(explorer: Explorer, sentence: str = ""):
-    "A text box and two lists of students above `sentence_pages`; None, with a hint, without `ipywidgets`."
-    try:
+def _page_widget(page):
+    "A figure as a picture, a frame as a table, else a sentence."
+    import ipywidgets as widgets
+
+    if isinstance(page, plt.Figure):
+        return widgets.Image(value=figure_png(page), format="png", layout=widgets.Layout(max_width="100%"))
+    if isinstance(page, pd.DataFrame):
+        return widgets.HTML(page.to_html(index=False))
+    return widgets.HTML(html.escape(page or "Nothing to show for this sentence."))
+
+
+class Panel:
+    """A box for a sentence, lists of two students and of the sentence's things, and a tab a view.
+
+    A view is made when its tab is first looked at, once a question.
+    """
+
+    def __init__(self, explorer: Explorer, sentence: str = ""):
         import ipywidgets as widgets
+
+        self.explorer, self.question = explorer, None
+        wide = widgets.Layout(width="40em")
+        text = dict(value=sentence or example_sentence(explorer), description="sentence", layout=wide)
+        self.box = widgets.Text(continuous_update=False, **text)
+        first, second, *_ = [*(explorer.default_models[1:] or [""]) * 2]
+        self.first = widgets.Dropdown(options=explorer.students, value=first or None, description="student")
+        self.second = widgets.Dropdown(options=explorer.students, value=second or None, description="against")
+        self.thing = widgets.Dropdown(description="about")
+        self.sign, self.note = widgets.HTML(), widgets.HTML()
+        self.titles = [title for title in VIEWS if title != "Note"]
+        self.tabs = widgets.Tab([widgets.VBox() for _ in self.titles], titles=self.titles)
+        lists = widgets.HBox([self.first, self.second, self.thing])
+        self.widget = widgets.VBox([self.box, lists, self.note, self.sign, self.tabs])
+        for control in (self.box, self.first, self.second, self.thing):
+            control.observe(self.ask, "value")
+        self.tabs.observe(lambda change: self.draw(), "selected_index")
+        self.ask(dict(owner=self.box))
+
+    def ask(self, change) -> None:
+        "A new question: all tabs are empty until they are looked at."
+        noun = "" if change["owner"] is self.box else self.thing.value or ""
+        for tab in self.tabs.children:
+            tab.children = ()
+        try:
+            chosen = (self.first.value or "", self.second.value or "", noun)
+            self.question = ask(self.explorer, self.box.value, *chosen)
+            note = unknown_words(self.question)
+        except (ValueError, RuntimeError) as error:
+            self.question, note = None, str(error)
+        self.note.value = html.escape(note)
+        if self.question:
+            self.thing.unobserve(self.ask, "value")
+            self.thing.options = self.question.nouns
+            self.thing.value = self.question.noun or None
+            self.thing.observe(self.ask, "value")
+            self.draw()
+
+    def draw(self) -> None:
+        "Make the view of the tab that is looked at, if it has not been made."
+        at = self.tabs.selected_index or 0
+        if not self.question or self.tabs.children[at].children:
+            return
+        self.sign.value = "<b>working ...</b>"
+        try:
+            page = VIEWS[self.titles[at]](self.question)
+        except (ValueError, RuntimeError) as error:
+            page = str(error)
+        self.tabs.children[at].children = (_page_widget(page),)
+        self.sign.value = ""
+
+
+def panel(explorer: Explorer, sentence: str = ""):
+    "The widget of a `Panel`; None, with a hint, without `ipywidgets`."
+    try:
+        return Panel(explorer, sentence).widget
     except ImportError:
         print("ipywidgets is not installed: edit the sentence of the next cell and run it.")
         return None
-
-    def update(sentence, **students):
-        try:
-            show(sentence_pages(explorer, sentence, *students.values()))
-        except ValueError as e:
-            print(e)
-
-    wide = widgets.Layout(width="32em")
-    box = widgets.Text(value=sentence or example_sentence(explorer), continuous_update=False, layout=wide)
-    defaults = zip(("student", "against"), explorer.default_models[1:] * 2, strict=False)
-    lists = {k: widgets.Dropdown(options=explorer.students, value=name) for k, name in defaults}
-    return widgets.interactive(update, sentence=box, **lists)
