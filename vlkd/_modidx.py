@@ -558,6 +558,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'vlkd.eval.probe.attribute_sentence': ('eval.probe.html#attribute_sentence', 'vlkd/eval/probe.py'),
                                  'vlkd.eval.probe.fill_mask': ('eval.probe.html#fill_mask', 'vlkd/eval/probe.py'),
                                  'vlkd.eval.probe.fit_probe': ('eval.probe.html#fit_probe', 'vlkd/eval/probe.py'),
+                                 'vlkd.eval.probe.noun_knowledge': ('eval.probe.html#noun_knowledge', 'vlkd/eval/probe.py'),
                                  'vlkd.eval.probe.noun_states': ('eval.probe.html#noun_states', 'vlkd/eval/probe.py'),
                                  'vlkd.eval.probe.probe': ('eval.probe.html#probe', 'vlkd/eval/probe.py'),
                                  'vlkd.eval.probe.probe_examples': ('eval.probe.html#probe_examples', 'vlkd/eval/probe.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATIC_ATTRIBUTES', 'noun_states', 'attribute_sentence', 'fit_probe', 'read_attributes', 'probe_table', 'probe',
-           'probe_examples', 'fill_mask', 'zero_shot']
+           'probe_examples', 'fill_mask', 'zero_shot', 'noun_knowledge']
 
 # %% ../../nbs/62_eval.probe.ipynb #920786d1
 import numpy as np
@@ -132,19 +132,28 @@ def _likeliest(lm, tokenizer, sentence: str, nouns, answers: list[str]) -> list[
 
 
 def zero_shot(lm, tokenizer, world: World) -> pd.DataFrame:
-    """Task `zero_shot`, without any fine-tuning, about test nouns: "{who} dropped the {noun} and it [MASK]"
+    """Task `zero_shot`, without any fine-tuning, about test nouns: "{who} dropped the {noun} and it [MASK] ."
     among the outcomes of the event (video-only, never filmed),
-    "{who} kept the {noun} in the [MASK]" (stated)."""
+    "{who} kept the {noun} in the [MASK] ." (stated)."""
     test = world.nouns[world.nouns.split == "test"]
     nouns, found = list(test.noun), []
     for event, outcomes in EVENTS.items():
         word = {outcome: OUTCOME_PHRASES[outcome][0].split()[0] for outcome in outcomes}
-        sentence = f"{{who}} {past_phrase(event, 0, '{noun}')} and it [MASK]"
+        sentence = f"{{who}} {past_phrase(event, 0, '{noun}')} and it [MASK] ."
         predicted = _likeliest(lm, tokenizer, sentence, nouns, list(word.values()))
         kinds = np.where(test.filmed, "video-only", "never filmed")
         found.append(_records("zero_shot", event, nouns, kinds, test[event].map(word), predicted))
-    sentence = "{who} kept the {noun} in the [MASK]"
+    sentence = "{who} kept the {noun} in the [MASK] ."
     predicted = _likeliest(lm, tokenizer, sentence, nouns, list(PLACE.values()))
     kinds = ["stated"] * len(nouns)
     found.append(_records("zero_shot", "place", nouns, kinds, test.category.map(PLACE), predicted))
     return pd.concat(found, ignore_index=True)
+
+# %% ../../nbs/62_eval.probe.ipynb #5e1f0a09
+def noun_knowledge(lm, tokenizer, world: World | None) -> tuple:  # as from probe_table; records of examples
+    "What a language model knows of the nouns of a world, by `probe` and `zero_shot`; None, None where there is none."
+    if world is None:
+        return None, None
+    read = read_attributes(lm, tokenizer, world)
+    records = [probe_examples(world, read), zero_shot(lm, tokenizer, world)]
+    return probe_table(world, read), pd.concat(records, ignore_index=True)
