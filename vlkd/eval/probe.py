@@ -151,7 +151,7 @@ def zero_shot(lm, tokenizer, world: World) -> pd.DataFrame:
 
 # %% ../../nbs/62_eval.probe.ipynb #5e1f0a09
 def noun_knowledge(lm, tokenizer, world: World | None) -> tuple:  # as from probe_table; records of examples
-    "What a language model knows of the nouns of a world, by `probe` and `zero_shot`; None, None where there is none."
+    "What a language model knows of a world's nouns, by `probe` and `zero_shot`; None, None without a world."
     if world is None:
         return None, None
     read = read_attributes(lm, tokenizer, world)
