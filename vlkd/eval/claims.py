@@ -249,11 +249,11 @@ def _comparable(claim: dict, examples: pd.DataFrame) -> tuple:  # (records of ea
     asked = examples[examples["task"].isin(claim["tasks"])]
     if claim.get("subset"):
         asked = asked[in_subset(asked, claim["subset"])]
-    there = set(asked["task"])
+    there = set(asked["task"].unique())
     tasks = [t for t in claim["tasks"] if t in there] or claim["tasks"]  # a scale may lack data for some
     by_run = [asked[asked["run"] == run] for run in runs]
     for run, records in zip(runs, by_run, strict=True):
-        if missing := [t for t in tasks if t not in set(records["task"])]:
+        if missing := [t for t in tasks if t not in set(records["task"].unique())]:
             of_kind = f" of kind {claim['subset']}" if claim.get("subset") else ""
             return None, f"no records of {run} on {', '.join(missing)}{of_kind}"
     n_tasks = pd.concat([records.groupby("seed")["task"].nunique() for records in by_run], axis=1)
