@@ -175,8 +175,8 @@ def test_the_public_step_has_the_official_values(desk):
 def test_a_batch_masks_as_many_tokens_in_each_sentence():
     bench = Workbench(scale("smoke"), 3, 20)
     where = bench.batch["where"]
-    assert (where.sum(1) == round(0.15 * 18)).all()
-    assert bench.masked == round(0.15 * 18)
+    assert (where.sum(1) == round(scale("smoke").mask_prob * 18)).all()
+    assert bench.masked == round(scale("smoke").mask_prob * 18)
     assert not where[:, [0, -1]].any()
 
 

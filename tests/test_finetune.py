@@ -136,9 +136,9 @@ def test_what_tabletop_gives(data):
         pd.testing.assert_frame_equal(data.task(task, "dev"), data.world.task(task, "dev", 60))
         assert len(data.task(task, "train")) == 200
     micro = load_data(scale("micro"), 101)
-    sizes = dict(swag=4000, squad1=8000)
+    sizes = dict(swag=12000, piqa=4000, squad1=12000)
     assert {task: len(micro.task(task, "train")) for task in sizes} == sizes
-    assert len(micro.task("squad2", "test")) == 800
+    assert len(micro.task("squad2", "test")) == 1600
     with pytest.raises(ValueError, match="train, dev or test"):
         data.task("swag", "deb")
 

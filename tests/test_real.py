@@ -11,7 +11,7 @@ from real_files import write_real_files
 
 from vlkd.core.records import Run
 from vlkd.core.settings import data_dir, scale
-from vlkd.data.colours import COLOURS
+from vlkd.data.colours import COLOUR_WORDS
 from vlkd.data.public import (
     bert_vocab,
     flickr8k_features,
@@ -132,7 +132,7 @@ def source(made_up, monkeypatch, tmp_path):
 
 def says_colour(noun, text):
     words = set(re.findall("[a-z]+", text.lower()))
-    return {noun, f"{noun}s"} & words and {*COLOURS, "grey"} & words
+    return {noun, f"{noun}s"} & words and {*COLOUR_WORDS, "grey"} & words
 
 
 def check_deleted(source):

@@ -108,7 +108,7 @@ def test_a_dry_run_names_the_part_that_changed(quick, monkeypatch, tmp_path):
     toy.edit("other", "import json", "from vlkd.core.files import read_json\\nimport json")
     assert toy.run()["failed"] == {}
     plots, files = library / "plots.py", library / "core" / "files.py"
-    assert changed(toy, plots, "import", "import os\nimport")["t1@1"] == "module vlkd.plots changed"
+    assert changed(toy, plots, "\nimport ", "\nimport os\nimport ")["t1@1"] == "module vlkd.plots changed"
     assert changed(toy, plots, '"""Figures', '"""Other figures') == {}
     reasons = changed(toy, files, "def fingerprint", "def other():\n    pass\n\n\ndef fingerprint")
     assert reasons["other@1"] == "module vlkd.core.files changed" and len(reasons) == 2

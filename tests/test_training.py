@@ -500,7 +500,7 @@ def right_of_mnli(world, x):
 
 def right_of_tracie(world, x):
     first, _, last, *_ = x.story.split(" . ")
-    asked, relation = re.fullmatch(r"something (.*) starts (before|after) .*", x.event).groups()
+    asked, relation = re.fullmatch(r"something (.*) (?:starts|ends) (before|after) .*", x.event).groups()
     nouns = [next(word for word in part.split() if word in world.nouns.index) for part in (first, last)]
     has = [world.nouns.loc[noun, event_of(first)] == OUTCOME[asked] for noun in nouns]
     assert sum(has) == 1

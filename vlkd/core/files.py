@@ -235,7 +235,8 @@ def checksum_problem(p) -> str:  # empty: none, or no checksums
     if not isinstance(wanted, dict):
         return f"{listed} does not map file names to checksums"
     problems = (file_problem(listed.parent / name, sha256) for name, sha256 in wanted.items())
-    return next(filter(None, problems), "")
+    problem = next(filter(None, problems), "")
+    return f"{problem}, by {listed}" if problem else ""
 
 
 def verify_checksums(p) -> None:

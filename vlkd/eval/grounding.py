@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from ..core.files import rng
-from ..data.colours import COLOURS
+from ..data.colours import COLOUR_WORDS
 from ..data.text import tokenize
 from .probe import fit_probe, noun_states
 from .retrieval import ridge
@@ -65,10 +65,10 @@ FOLDS = 10
 @torch.no_grad()
 def colour_scores(lm, tokenizer, nouns) -> np.ndarray:  # (nouns, colours)
     "Log-probability of each colour in a noun's sentences, without the mean over nouns."
-    colours = [tokenizer.convert_tokens_to_ids(colour) for colour in COLOURS]
+    colours = [tokenizer.convert_tokens_to_ids(colour) for colour in COLOUR_WORDS]
     device = next(lm.parameters()).device
     lm.eval()
-    total = np.zeros((len(nouns), len(COLOURS)))
+    total = np.zeros((len(nouns), len(COLOUR_WORDS)))
     for sentence in SENTENCES:
         texts = [sentence.format(noun=noun, mask=tokenizer.mask_token) for noun in nouns]
         tokens = tokenize(tokenizer, texts)
@@ -89,7 +89,7 @@ def probed_colours(states: np.ndarray, colours: np.ndarray) -> np.ndarray:
 
 def colour_answers(lm, tokenizer, nouns: pd.DataFrame) -> pd.DataFrame:  # tasks colour-word and colour-probe
     "What a model says of the colour of nouns (`data.colours`); a group is a noun."
-    label = nouns.colour.map(list(COLOURS).index).to_numpy()
+    label = nouns.colour.map(list(COLOUR_WORDS).index).to_numpy()
     who = (nouns.noun, nouns.noun, nouns.kind, label)
     word = colour_scores(lm, tokenizer, nouns.noun).argmax(1)
     probed = probed_colours(noun_states(lm, tokenizer, nouns.noun, PROBED), label)

@@ -205,7 +205,7 @@ ENCODERS = {  # name -> what loads it from a file, or from the folder of weights
     "resnext101": lambda weights: _load_resnext(weights, 101),
     "resnext152": lambda weights: _load_resnext(weights, 152),  # 2048 features
     "resnext3d": _load_resnext,  # of a file that `save_resnext3d` wrote, whatever its size
-    "tabletop-2d": lambda cache: _load_tabletop(cache, "resnet"),  # 2-D read-outs, 13 features
+    "tabletop-2d": lambda cache: _load_tabletop(cache, "2d"),  # 2-D read-outs, 13 features
     "tabletop-clip": lambda cache: _load_tabletop(cache, "clip"),  # 32 features
     "tabletop-3d": lambda cache: _load_tabletop(cache, "3d"),  # read-outs of five frames, 14 features
 }

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'Model', 'Explorer', 'model_table', 'small_explorer', 'open_explorer', 'figure_png', 'show', 'clean_sentence',
-           'known_nouns', 'Question', 'word_counts', 'unknown_words', 'example_sentence', 'find_clips', 'clip_frames',
+           'known_nouns', 'Question', 'word_table', 'unknown_words', 'example_sentence', 'find_clips', 'clip_frames',
            'clips_figure', 'attention', 'rollout', 'select_attention', 'attention_figure', 'heads_figure',
            'nearest_nouns', 'nouns_figure', 'facts_sentence', 'noun_attributes', 'attributes_figure', 'predict_masked',
-           'predictions_figure', 'recorded_answers', 'disagreements', 'answers_figure', 'ask', 'sentence_pages',
+           'predictions_figure', 'recorded_answers', 'disagreements', 'answers_figure', 'asked', 'sentence_pages',
            'Panel', 'panel']
 
 # %% ../../nbs/76_tools.explore.ipynb #e4670cad
@@ -44,7 +44,7 @@ from ..reproduce.run import reproduce
 from ..tabletop.language import OUTCOME_PHRASES, PAST, stated_counts
 from ..tabletop.nouns import EVENTS, NOUNS, STATIC
 from ..tabletop.pictures import MATCHES
-from ..train.sources import load_data
+from ..train.sources import OFFICIAL_TASKS, load_data
 from ..train.video_teacher import held_out_clips, sentence_states
 
 disable_progress_bar()  # in Jupyter every model that is opened would leave a bar above the figures
@@ -328,7 +328,7 @@ def _corpus_counts(explorer: Explorer) -> list:  # words of captions, of text
     return [Counter(word for text in texts for word in _words(text)) for texts in corpora]
 
 
-def word_counts(question: Question) -> pd.DataFrame:  # word, captions, text, entries
+def word_table(question: Question) -> pd.DataFrame:  # word, captions, text, entries
     """How often captions (which the teacher read) and text (which students read) hold each word.
 
     `entries` are the vocabulary entries that a word is split into.
@@ -341,7 +341,7 @@ def word_counts(question: Question) -> pd.DataFrame:  # word, captions, text, en
 
 def unknown_words(question: Question) -> str:  # empty where all is well
     "What of a sentence the models cannot have understood: unknown words, and what is too long."
-    counts = word_counts(question)
+    counts = word_table(question)
     counts, notes = counts[counts.word.str.contains(r"\w")], []
     unread = (counts.captions == 0) & (counts.text == 0)
     for readers, lacking in (
@@ -818,6 +818,7 @@ def recorded_answers(
             raise ValueError(f"{a} and {b} should be two students, which answered questions: {students}")
     first, second = (model.run.examples for model in models)
     both = first.merge(second, on=["task", "id"], suffixes=("", "_b"))
+    both = both[both.task.isin(OFFICIAL_TASKS)]  # probes ask no question in words
     if both.empty:
         raise ValueError(f"{a} and {b} were tested on no question in common")
     parts = [_task_answers(explorer, name, part, a, b) for name, part in both.groupby("task", sort=False)]
@@ -856,7 +857,8 @@ def answers_figure(answers: pd.DataFrame, title: str = ""):
 # %% ../../nbs/76_tools.explore.ipynb #229b16ab
 def _noun_answers(question: Question):
     "`recorded_answers` of the question's two students about its noun, or None."
-    answered = [m.name for m in question.models if "examples.parquet" in m.run.result["files"]]
+    answered = [m for m in question.models if "examples.parquet" in m.run.result["files"]]
+    answered = [m.name for m in answered if m.kind == "student"]
     if question.noun and len(answered) == 2:
         return recorded_answers(question.explorer, *answered, question.noun)
     return None
@@ -898,7 +900,7 @@ VIEWS = {  # title -> function of a question
 }
 
 
-def ask(explorer: Explorer, sentence: str, a: str = "", b: str = "", noun: str = "") -> Question:
+def asked(explorer: Explorer, sentence: str, a: str = "", b: str = "", noun: str = "") -> Question:
     "A sentence for the teacher and two students; empty: the default ones, and the sentence's first noun."
     defaults = [*explorer.default_models[1:], "", ""]
     chosen = [explorer.model(name).name for name in (a or defaults[0], b or defaults[1]) if name]
@@ -910,7 +912,7 @@ def sentence_pages(
     explorer: Explorer, sentence: str, a: str = "", b: str = "", noun: str = ""
 ) -> dict:  # title -> figure, frame or sentence
     "All there is to see of a sentence, for the teacher and two students (empty: the default ones)."
-    question = ask(explorer, sentence, a, b, noun)
+    question = asked(explorer, sentence, a, b, noun)
     pages = {title: view(question) for title, view in VIEWS.items()}
     return {title: page for title, page in pages.items() if not isinstance(page, str | None) or page}
 
@@ -960,7 +962,7 @@ class Panel:
             tab.children = ()
         try:
             chosen = (self.first.value or "", self.second.value or "", noun)
-            self.question = ask(self.explorer, self.box.value, *chosen)
+            self.question = asked(self.explorer, self.box.value, *chosen)
             note = unknown_words(self.question)
         except (ValueError, RuntimeError) as error:
             self.question, note = None, str(error)
