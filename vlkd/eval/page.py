@@ -535,7 +535,10 @@ class AccuracyPage(BasePage):
         found += self.missing_rows_notes()
         if self.absent:
             found.append(f"No such questions at scale {self.scale}: {', '.join(self.absent)}.")
-        waiting = missing_data_note([h for h in mean if mean[h].isna().all()])
+        empty = [h for h in mean if mean[h].isna().all()]
+        if empty and self.tabletop:
+            return [*found, f"Not among the tasks of Tabletop: {', '.join(empty)}."]
+        waiting = missing_data_note(empty)
         return [*found, waiting] if waiting else found
 
     def accuracy(

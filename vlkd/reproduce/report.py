@@ -561,7 +561,7 @@ def index_cards(folder: Path) -> str:  # MyST; empty: the folder is no report
             markdown_text(entry.get("question") or ""),
             _answer(result),
             f"```{{raw}} html\n{_bar(claims)}\n```" if _bar(claims) else "",
-            f"{count_verdicts(claims)}; {_worlds(entry).partition(' ')[0]} worlds",
+            f"{count_verdicts(claims)}; worlds: {_worlds(entry)}",
         ]
         body = "\n\n".join(filter(None, parts))
         cards.append(f"````{{container}} result-card\n{body}\n````")
