@@ -26,6 +26,14 @@ from vlkd.reproduce.run import acquire, is_locked, other_code
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def is_whole(file) -> bool:
+    "Whether Dask has written its file to the end: it is there before."
+    try:
+        return "address" in read_json(file)
+    except (OSError, ValueError):
+        return False
+
+
 class Dask:
     "A scheduler and workers in processes of their own, as the pages tell to start them."
 
@@ -50,7 +58,7 @@ class Dask:
         file = self.d / "scheduler.json"
         args = ("--scheduler-file", file, "--host", "127.0.0.1", "--port", "0")
         self.boss = self.start("scheduler", *args)
-        wait_for(file.is_file)
+        wait_for(lambda: is_whole(file))
         self.file = str(file)
         self.address = read_json(file)["address"]
         return self
@@ -443,7 +451,7 @@ def test_slurm_recipe(toy, tmp_path):
     )
     try:
         private = toy.d / "runs/cluster-7"
-        wait_for(lambda: (private / "scheduler.json").is_file() or process.poll() is not None, 60)
+        wait_for(lambda: is_whole(private / "scheduler.json") or process.poll() is not None, 60)
         assert read_json(private / "scheduler.json")["address"].startswith("tls://")
         assert private.stat().st_mode & 0o777 == 0o700
         left = tree(process)
