@@ -1115,6 +1115,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'vlkd/reproduce/run.py'),
                                     'vlkd.reproduce.run.is_complete': ('reproduce.run.html#is_complete', 'vlkd/reproduce/run.py'),
                                     'vlkd.reproduce.run.is_locked': ('reproduce.run.html#is_locked', 'vlkd/reproduce/run.py'),
+                                    'vlkd.reproduce.run.last_words': ('reproduce.run.html#last_words', 'vlkd/reproduce/run.py'),
                                     'vlkd.reproduce.run.longest_chains': ('reproduce.run.html#longest_chains', 'vlkd/reproduce/run.py'),
                                     'vlkd.reproduce.run.other_code': ('reproduce.run.html#other_code', 'vlkd/reproduce/run.py'),
                                     'vlkd.reproduce.run.prepare': ('reproduce.run.html#prepare', 'vlkd/reproduce/run.py'),
