@@ -1,5 +1,6 @@
 "The graph runner on notebooks that train nothing: what runs, what does not, what a crash leaves."
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from vlkd.core.settings import settings_file
 from vlkd.reproduce import keys
 from vlkd.reproduce.keys import graph
 from vlkd.reproduce.plan import load_plan
-from vlkd.reproduce.run import longest_chains
+from vlkd.reproduce.run import last_words, longest_chains
 
 
 def score(name, seed=1):
@@ -123,6 +124,15 @@ def test_a_dry_run_names_the_part_that_changed(quick, monkeypatch, tmp_path):
 
 
 # What fails
+
+
+def test_a_run_that_says_nothing_has_failed():
+    "Success is what a run says, {}; silence is none, even where its pipe is closed."
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    writer.send({})
+    assert last_words(reader) == {}
+    writer.close()
+    assert last_words(reader) is None
 
 
 def test_failure_stops_only_what_needs_it(toy, capfd):
