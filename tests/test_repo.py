@@ -120,7 +120,7 @@ MODULES = {module_of(p): p.name.split("_")[0] for p in NOTEBOOKS}
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name)
 def test_name_says_the_module(notebook):
-    parts = re.fullmatch(r"(\d\d)_([a-z0-9_.]+)\.ipynb", notebook.name)
+    parts = re.fullmatch(r"(\d[0-9a-z])_([a-z0-9_.]+)\.ipynb", notebook.name)
     assert parts, f"{notebook.name} is not NN_a.b.ipynb"
     module = parts[2]
     assert module_of(notebook) == module, f"{notebook.name} should have exactly one `#| default_exp {module}`"
