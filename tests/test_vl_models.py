@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlkd.models.single_stream import Layout, attention_probabilities, candidate_scores, padded
+from vlkd.losses.targeted import candidate_scores
+from vlkd.models.single_stream import Layout, attention_probabilities, padded
 from vlkd.models.uniter import UNITER, box_shares, from_uniter, uniter_config, uniter_loss, uniter_text
 
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=40)
