@@ -24,7 +24,7 @@ from vlkd.losses.adaptive import (
     reference_confidence,
 )
 from vlkd.losses.targeted import (
-    candidate_logits,
+    candidate_scores,
     confidence_gate,
     confidence_ratio,
     feature_l1,
@@ -215,7 +215,7 @@ def test_no_tokens_and_no_texts():
     assert confidence_gate(torch.zeros(0, C), torch.zeros(0, C)).shape == (0,)
     assert confidence_weight(torch.zeros(0, C), 0.7).shape == (0,)
     assert itm_info_nce(*torch.zeros(3, 0)).item() == 0
-    assert candidate_logits(torch.zeros(0, 2)).shape == (0, 4)
+    assert candidate_scores(torch.zeros(0, 2)).shape == (0, 4)
 
 
 def test_selection_refuses_what_it_cannot_order():
@@ -365,20 +365,20 @@ def test_gate_errors():
 
 def test_candidates_are_regrouped():
     rows = draw(12, 2, name="rows")
-    own, odds = candidate_logits(rows), candidate_logits(rows, score="log_odds")
+    own, odds = candidate_scores(rows), candidate_scores(rows, score="log_odds")
     for b in range(3):
         for k in range(4):
             no, yes = rows[4 * b + k].tolist()
             assert own[b, k] == yes and odds[b, k].item() == pytest.approx(yes - no)
     for single in (rows[:, 1], rows[:, 1:]):
         for score in ("logit1", "log_odds"):
-            close(candidate_logits(single, score=score), own)
-    assert candidate_logits(rows, 3).shape == (4, 3)
+            close(candidate_scores(single, score=score), own)
+    assert candidate_scores(rows, 3).shape == (4, 3)
     for bad in (rows[:11], draw(4, 3, name="x"), draw(2, 4, 2, name="x")):
         with pytest.raises(ValueError, match=str(tuple(bad.shape)).replace("(", r"\(").replace(")", r"\)")):
-            candidate_logits(bad)
+            candidate_scores(bad)
     with pytest.raises(ValueError, match="logit0"):
-        candidate_logits(rows, score="logit0")
+        candidate_scores(rows, score="logit0")
 
 
 # ADVL: weights of instances
@@ -561,7 +561,7 @@ FUNCTIONS = {
     "visual_relevance": (visual_relevance, [(B, D), (B, L, D)]),
     "token_scores": (token_scores, [(B, L), (B, L)]),
     "confidence_ratio": (confidence_ratio, [(B, C), (B, C)]),
-    "candidate_logits": (lambda z: candidate_logits(z, 5, score="log_odds"), [(B, 2)]),
+    "candidate_scores": (lambda z: candidate_scores(z, 5, score="log_odds"), [(B, 2)]),
     "confidence_weight": (lambda z: confidence_weight(z, 0.8), [(B, C)]),
     "itm_info_nce": (itm_info_nce, [(B,), (B,), (B,)]),
     "match_probability": (match_probability, [(B, 2)]),
@@ -706,11 +706,11 @@ def test_golden_candidates():
     g = peer("clip_td_equations")["vcr_candidates_as_classes"]
     rows = tensor(g["rows_2way"])
     for score in ("logit1", "log_odds"):
-        found = candidate_logits(rows, len(g[score][0]), score=score).softmax(-1)
+        found = candidate_scores(rows, len(g[score][0]), score=score).softmax(-1)
         close(found, tensor(g[score]))
         close(found.amax(-1), g[f"confidence_{score}"])
     logits = tensor(g["vlbert_logits"])
-    found = candidate_logits(logits.flatten(), logits.shape[1]).softmax(-1)
+    found = candidate_scores(logits.flatten(), logits.shape[1]).softmax(-1)
     close(found, tensor(g["vlbert_softmax"]))
     close(found.amax(-1), g["confidence_vlbert"])
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['feature_l1', 'visual_relevance', 'token_scores', 'select_tokens', 'take_tokens', 'random_tokens', 'scores_of_pieces',
-           'states_at_spans', 'confidence_ratio', 'confidence_gate', 'candidate_logits']
+           'states_at_spans', 'confidence_ratio', 'confidence_gate', 'candidate_scores']
 
 # %% ../../nbs/44_losses.targeted.ipynb #71d078cb
 import torch
@@ -221,8 +221,8 @@ def confidence_gate(
     rounding = 8 * torch.finfo(ratio.dtype).eps
     return weight * (ratio > 1 + rounding).to(ratio.dtype)
 
-# %% ../../nbs/44_losses.targeted.ipynb #34b48414
-def candidate_logits(
+# %% ../../nbs/44_losses.targeted.ipynb #49f4c378
+def candidate_scores(
     rows: torch.Tensor,  # (B*C,), (B*C, 1) or (B*C, 2): a candidate a row, those of a question in a row
     candidates: int = 4,  # C
     *,
@@ -236,7 +236,7 @@ def candidate_logits(
         rows = rows[:, None]
     if rows.dim() != 2 or rows.shape[1] not in (1, 2) or candidates < 1 or len(rows) % candidates:
         wanted = f"rows should be (B*{candidates}, 1 or 2), {candidates} candidates a question"
-        raise ValueError(f"candidate_logits: {wanted}: {shapes(rows=rows)}")
+        raise ValueError(f"candidate_scores: {wanted}: {shapes(rows=rows)}")
     (rows,) = promoted(rows)
     values = rows[:, -1] - rows[:, 0] if score == "log_odds" and rows.shape[1] == 2 else rows[:, -1]
     return values.view(-1, candidates)
