@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
+from vlkd.data.text import train_tokenizer
 from vlkd.losses.targeted import candidate_scores
 from vlkd.models.single_stream import Layout, attention_probabilities, padded
 from vlkd.models.uniter import UNITER, box_shares, from_uniter, uniter_config, uniter_loss, uniter_text
+from vlkd.models.vl import load, new_student, save_student, student_card
 from vlkd.models.vlbert import (
     VLBERT,
     RegionProjection,
@@ -891,3 +894,120 @@ def test_from_vlbert_reads_a_checkpoint():
 def test_from_vlbert_refuses(change, message):
     with pytest.raises(ValueError, match=message):
         from_vlbert(change(vlbert_checkpoint()))
+
+
+# Students as folders
+
+
+@pytest.fixture(scope="module")
+def words():
+    return train_tokenizer(["what is left of the red kettle ?", "the girl dropped it ."] * 3, 60, 24)
+
+
+def both_students(words):
+    small = SMALL | dict(feature_dim=12, vocab_size=len(words), region_classes=5)
+    uniter = new_student(
+        "uniter", dict(vqa=7, vcr=None, itm=None, mlm=None, mrfr=None, mrc=None), seed=3, **small
+    )
+    small |= dict(coordinate_dim=4, classifier="2fc", classifier_hidden=10, object_words="class")
+    vlbert = new_student(
+        "vlbert", dict(vcr=None, ve=None, vqa=9, mlm=None, mrc=None, region_class=None), **small
+    )
+    return dict(uniter=uniter.eval(), vlbert=vlbert.eval())
+
+
+@pytest.fixture(params=["uniter", "vlbert"])
+def student(request, words):
+    return both_students(words)[request.param]
+
+
+def test_saved_and_loaded_is_the_same(student, words, tmp_path):
+    save_student(tmp_path / "a", student, words)
+    back, tokenizer = load(tmp_path / "a")
+    assert tokenizer.get_vocab() == words.get_vocab() and not back.training
+    state = student.state_dict()
+    assert back.state_dict().keys() == state.keys()
+    assert all(torch.equal(x, state[name]) for name, x in back.state_dict().items())
+    batch = small_batch(boxes=7 if isinstance(student, UNITER) else 4)
+    batch |= dict(ids=batch["ids"] % len(words), types=None)
+    assert torch.equal(back(**batch).states, student(**batch).states)
+    save_student(tmp_path / "b", back, tokenizer)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_float64_stays_float64(student, words, tmp_path):
+    back, _ = load(save_student(tmp_path, student.double(), words))
+    assert back.encoder.layer[0].output.dense.weight.dtype == torch.float64
+
+
+def change_config(folder, **change):
+    file = folder / "config.json"
+    about = json.loads(file.read_text())
+    for name, value in change.items():
+        about.pop(name) if value is None else about.update({name: value})
+    file.write_text(json.dumps(about))
+
+
+BROKEN = {
+    "another family": (lambda d: change_config(d, family="lxmert"), "family should be one of"),
+    "no family": (lambda d: change_config(d, family=None), "family should be one of"),
+    "another width": (lambda d: change_config(d, hidden_size=32), "hidden_size 32, the weights 16"),
+    "a huge width": (lambda d: change_config(d, hidden_size=10**9), "hidden_size 1000000000"),
+    "a word as width": (lambda d: change_config(d, hidden_size="wide"), "hidden_size 'wide'"),
+    "other heads of attention": (lambda d: change_config(d, num_attention_heads=3), "cannot be loaded"),
+    "more layers": (lambda d: change_config(d, num_hidden_layers=4), "num_hidden_layers 4"),
+    "no heads": (lambda d: change_config(d, heads=None), "heads should map"),
+    "odd heads": (lambda d: change_config(d, heads=dict(vqa=-1)), "heads should map"),
+    "another head": (lambda d: change_config(d, heads=dict(eyes=None)), "unknown head 'eyes'"),
+    "fewer heads": (lambda d: change_config(d, heads={}), "have no place"),
+    "odd pooling": (lambda d: change_config(d, pooling="max"), "pooling 'max'"),
+    "a list": (lambda d: (d / "config.json").write_text("[]"), "family should be one of"),
+    "no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json"),
+    "no text": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
+    "cut weights": (lambda d: (d / "model.safetensors").write_bytes(b"12345678"), "cannot be loaded"),
+    "no weights": (lambda d: save_file({}, d / "model.safetensors"), "missing"),
+    "no tokeniser": (lambda d: (d / "tokenizer.json").write_text("{}"), "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("checksums", [False, True])
+def test_broken_folders(student, words, tmp_path, name, checksums):
+    change, message = BROKEN[name]
+    save_student(tmp_path, student, words)
+    change(tmp_path)
+    if not checksums:
+        (tmp_path / "checksums.json").unlink()
+    with pytest.raises(
+        ValueError, match="checksum|by |family|heads should|config.json" if checksums else message
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_missing_files(student, words, tmp_path, file):
+    save_student(tmp_path, student, words)
+    (tmp_path / file).unlink()
+    with pytest.raises(FileNotFoundError, match=file):
+        load(tmp_path)
+
+
+def test_tokeniser_of_another_student(student, words, tmp_path):
+    more = train_tokenizer([f"word{i} {chr(97 + i % 26)}{i}" for i in range(300)], 300, 24)
+    save_student(tmp_path, student, more)
+    with pytest.raises(ValueError, match="do not belong together"):
+        load(tmp_path)
+
+
+def test_card_says_what_it_is(student, words, tmp_path):
+    about = "A student."
+    card = student_card(
+        "s@1", about, student, data=["tabletop"], settings={"a|b": "c"}, results=dict(vqa=50.04)
+    )
+    save_student(tmp_path, student, words, card)
+    text = (tmp_path / "README.md").read_text()
+    assert "a|b" in text and "50.0" in text and type(student).__name__ in text
+    load(tmp_path)
+    with pytest.raises(ValueError, match="no data card"):
+        student_card("s@1", about, student, data=["tabletop", "nothing"])
