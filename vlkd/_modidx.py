@@ -553,6 +553,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'vlkd.eval.importance': { 'vlkd.eval.importance._importances': ('eval.importance.html#_importances', 'vlkd/eval/importance.py'),
                                       'vlkd.eval.importance.attention_row': ( 'eval.importance.html#attention_row',
                                                                               'vlkd/eval/importance.py'),
+                                      'vlkd.eval.importance.attention_strips': ( 'eval.importance.html#attention_strips',
+                                                                                 'vlkd/eval/importance.py'),
                                       'vlkd.eval.importance.importance_curves': ( 'eval.importance.html#importance_curves',
                                                                                   'vlkd/eval/importance.py'),
                                       'vlkd.eval.importance.importance_heatmaps': ( 'eval.importance.html#importance_heatmaps',
