@@ -3,15 +3,37 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
+from vlkd.data.text import train_tokenizer
 from vlkd.losses.targeted import candidate_scores
 from vlkd.models.single_stream import Layout, attention_probabilities, padded
-from vlkd.models.uniter import UNITER, box_shares, from_uniter, uniter_config, uniter_loss, uniter_text
+from vlkd.models.uniter import (
+    UNITER,
+    UNITER_NAMES,
+    box_shares,
+    from_uniter,
+    uniter_config,
+    uniter_loss,
+    uniter_text,
+)
+from vlkd.models.vl import load, new_student, save_student, student_card
+from vlkd.models.vlbert import (
+    VLBERT,
+    RegionProjection,
+    box_waves,
+    from_vlbert,
+    vlbert_config,
+    vlbert_loss,
+    vlbert_text,
+)
+from vlkd.train.adversarial import VILLA, Adversary, adversarial_loss
 
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=40)
 SMALL |= dict(max_position_embeddings=24)
@@ -28,7 +50,7 @@ def fixed(shape, seed, scale=1.0):
     "The deterministic tensor that the golden files' `tensor_doc` states."
     n = math.prod(shape)
     k = torch.arange(n, dtype=torch.float64)
-    return (scale * torch.sin(0.7 * k + 1.3 * seed + 0.05 * k * k * ((seed % 3) + 1) / n)).view(*shape)
+    return (scale * torch.sin(0.7 * k + 1.3 * seed + 0.05 * k * k * ((seed % 3) + 1) / n)).view(tuple(shape))
 
 
 def rebuilt(weights):
@@ -513,3 +535,614 @@ def test_layout_of_masks_with_holes():
     assert layout.mask.tolist() == [[True] * 3, [True] * 3]
     assert layout.positions.tolist() == [0, 1, 0]
     assert [x.tolist() for x in layout.regions] == [[0, 1, 1], [2, 1, 2]]
+
+
+# VL-BERT beside the authors' classes
+
+
+@pytest.fixture(scope="module")
+def vlbert():
+    return golden("vlbert")
+
+
+def load_vlbert(g, case, config, **options):
+    heads = config["num_attention_heads"]
+    special = [g["ids"]["cls"], g["ids"]["sep"]]
+    return from_vlbert(rebuilt(case["weights"]), attention_heads=heads, special_ids=special, **options)
+
+
+def read_both_sides(model, g, **options):
+    "Give a model the two sides of tokens and objects that the authors' backbone takes."
+    text, objects = T(g["text_mask"]).bool(), T(g["object_mask"]).bool()
+    both, size = T(g["object_vl_embeddings"])[objects], model.config.visual_size
+    words = model.word_embeddings(T(g["text_input_ids"])[text])
+    pointed = T(g["text_visual_embeddings"])[text]
+    given = (words, pointed, text, both[:, :size], both[:, size:], objects)
+    return model.read(*given, types=T(g["text_token_type_ids"]), **options)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("case", ["backbone", "backbone_visual_size_12_no_ln"])
+def test_vlbert_backbone(vlbert, case, pack):
+    g = vlbert[case]
+    model = load_vlbert(vlbert, g, g["config"])
+    out = read_both_sides(model, g["inputs"], every=True, pack=pack)
+    mask = T(g["attention_mask"]).bool()
+    assert torch.equal(out.layout.mask, mask)
+    assert torch.equal(VLBERT.positions(out.layout)[mask], T(g["position_ids"])[mask])
+    types = VLBERT.types(out.layout, T(g["inputs"]["text_token_type_ids"]))
+    assert torch.equal(types[mask], T(g["token_type_ids"])[mask])
+    text, objects = out.packed_masks()
+    assert text.int().tolist() == g["packed_text_mask"] and objects.int().tolist() == g["packed_object_mask"]
+    near(out.embeddings, g["embeddings"], mask)
+    near(out.states, g["last"] if "last" in g else g["layers"][-1], mask)
+    near(model.pooled(out), g["pooled"])
+    for states, wanted in zip(out.every, g.get("layers", [g.get("last")] * 2), strict=True):
+        if "layers" in g:
+            near(states, wanted, mask)
+    if "cls_attention" in g:
+        for seen, wanted in zip(out.attention(), g["cls_attention"], strict=True):
+            near(seen[:, :, 0], wanted)
+        near(out.text, g["last_text"], out.layout.text_mask)
+        near(out.regions, g["last_objects"], out.layout.region_mask)
+
+
+def test_vlbert_pretraining_heads(vlbert):
+    g = vlbert["pretraining_heads"]
+    model = load_vlbert(vlbert, g, g["config"])
+    out = read_both_sides(model, g["inputs"])
+    near(out.embeddings, g["embeddings"], T(g["attention_mask"]).bool())
+    near(model.scores("itm", out), g["relationship_logits"])
+    near(model.scores("mlm", out, out.layout.text_mask), g["mlm_logits_where_text"])
+    near(model.scores("mrc", out, out.layout.region_mask), g["mvrc_logits_where_object"])
+
+
+ORDERS = dict(ANSWER_FIRST="answer_first", QA_ONE_SENT="one_sentence")
+
+
+def vlbert_questions(g, settings, ids):
+    "Rows of four candidates a question, as the authors' dataset gives them."
+    order = next((o for name, o in ORDERS.items() if settings.get(name)), "question_first")
+    rows = []
+    for question, answers in zip(g["question"], g["answer_choices"], strict=True):
+        q = [token for token in question if token[0] > 0]
+        for answer in answers:
+            a = [token for token in answer if token[0] > 0]
+            tags = dict(question_tags=[t[1] for t in q], answer_tags=[t[1] for t in a])
+            rows.append(
+                vlbert_text(
+                    [t[0] for t in q], [t[0] for t in a], cls=ids["cls"], sep=ids["sep"], order=order, **tags
+                )
+            )
+    return [padded([row[i] for row in rows]) for i in range(3)]
+
+
+def vlbert_pictures(g):
+    boxes = T(g["boxes"])
+    mask = boxes[..., 3] > -0.5
+    return dict(features=T(g["regions"])[:, : mask.shape[1]], region_mask=mask, classes=boxes[..., 5].long())
+
+
+def vlbert_vcr_cases():
+    return ["shipped", *range(7)]
+
+
+@pytest.mark.parametrize("case", vlbert_vcr_cases())
+def test_vlbert_vcr(vlbert, case):
+    g = vlbert["vcr"]
+    if case != "shipped" and case >= len(g["variants"]):
+        pytest.skip("these golden values have fewer variants")
+    one = g["shipped"] if case == "shipped" else g["variants"][case]
+    settings = g["config"] | one["settings"]
+    model = load_vlbert(vlbert, one, g["config"]["VLBERT"])
+    (ids, mask), (types, _), (tags, _) = vlbert_questions(g["inputs"], settings, vlbert["ids"])
+    if settings["NO_GROUNDING"]:
+        tags = tags * 0
+    pictures = vlbert_pictures(g["inputs"])
+    choices = len(g["inputs"]["answer_choices"][0])
+    picture = torch.arange(len(pictures["features"])).repeat_interleave(choices)
+    out = model(ids, mask, **pictures, types=types, tags=tags, picture=picture)
+    scores = candidate_scores(model.scores("vcr", out), choices)
+    near(scores, one["label_logits"])
+    options = dict(positive_weight=settings["CLASSIFIER_SIGMOID_LOSS_POSITIVE_WEIGHT"])
+    options |= dict(softmax=not settings["CLASSIFIER_SIGMOID"])
+    loss = vlbert_loss("vcr", scores, T(g["inputs"]["answer_label"]), **options)
+    near(loss, one["ans_loss"])
+    if settings["ENABLE_CNN_REG_LOSS"]:
+        regions = out.layout.region_mask
+        logits = model.scores("region_class", out, regions)
+        of_objects = F.cross_entropy(logits, pictures["classes"][picture][regions])
+        near(of_objects, one["cnn_regularization_loss"])
+        loss = loss + of_objects
+    near(loss, one["loss"])
+
+
+def test_vlbert_vcr_texts(vlbert):
+    g = vlbert["vcr"]
+    (ids, mask), (types, _), (tags, _) = vlbert_questions(g["inputs"], {}, vlbert["ids"])
+    wanted = {name: T(x).flatten(0, 1) for name, x in g["prepared"].items()}
+    assert torch.equal(ids, wanted["input_ids"]) and torch.equal(mask, wanted["input_mask"].bool())
+    assert torch.equal(types, wanted["input_type_ids"]) and torch.equal(tags, wanted["text_tags"])
+
+
+def test_vlbert_vqa(vlbert):
+    g, ids = vlbert["vqa"], vlbert["ids"]
+    model = load_vlbert(vlbert, g, vlbert["backbone"]["config"])
+    questions = [[token for token in row if token > 0] for row in g["inputs"]["question"]]
+    rows = [vlbert_text(q, [ids["mask"]], cls=ids["cls"], sep=ids["sep"]) for q in questions]
+    (words, mask), (types, _) = (padded([row[i] for row in rows]) for i in range(2))
+    assert words.tolist() == g["input_ids"] and types.tolist() == g["token_type_ids"]
+    boxes = T(g["inputs"]["boxes"])
+    region_mask = boxes[..., 0] > -1.5
+    out = model(words, mask, T(g["inputs"]["regions"]), region_mask=region_mask, types=types)
+    where = words == ids["mask"]
+    assert where.int().argmax(1).tolist() == g["mask_position"]
+    scores = model.scores("vqa", out, where)
+    near(scores, g["label_logits"])
+    near(vlbert_loss("vqa", scores, T(g["inputs"]["label"])), g["loss"])
+
+
+def test_vlbert_boxes(vlbert):
+    g = vlbert["coordinate_embeddings"]
+    boxes = T(g["boxes"])
+    near(box_waves(boxes[:, :4], boxes[:, 4:], g["dim"]), g["embedding"])
+
+
+def test_vlbert_region_projection(vlbert):
+    g = vlbert["region_projection"]
+    state = rebuilt(g["weights"])
+    weight, bias = state["obj_downsample.1.weight"], state["obj_downsample.1.bias"]
+    project = RegionProjection(weight.shape[1] - 2048, len(weight)).double().eval()
+    project.linear.load_state_dict(dict(weight=weight, bias=bias))
+    mask, boxes = T(g["box_mask"]).bool(), T(g["boxes"])
+    numbers = [int(n) for n in g["features"].partition("(")[2].partition("seed")[0].split(",")[:3]]
+    seed = int(g["features"].rpartition("=")[2].rstrip(")"))
+    features = fixed(numbers, seed)
+    size = T(g["im_info"])[:, None, :2].expand(-1, boxes.shape[1], -1)
+    out = torch.zeros(*mask.shape, len(weight)).double()
+    out[mask] = project(features[mask], boxes[mask], size[mask])
+    near(out, g["obj_reps"], atol=1e-8)
+
+
+# VL-BERT by itself
+
+VL_SMALL = SMALL | dict(
+    feature_dim=12, coordinate_dim=4, region_classes=5, visual_scale=0.7, classifier_hidden=10
+)
+VL_HEADS = ("vcr", "ve", "itm", "mlm", "mrc", "vqa", "region_class")
+
+
+def small_vlbert(**settings):
+    config = vlbert_config(**VL_SMALL | settings)
+    return VLBERT(config, VL_HEADS, seed=1).double().eval()
+
+
+def vl_batch(seed=0):
+    batch = small_batch(seed, boxes=4)
+    batch["boxes"] = batch["boxes"].sort(-1).values
+    batch["tags"] = torch.zeros_like(batch["ids"])
+    batch["tags"][1, 0], batch["tags"][3, 2] = 4, 1
+    batch["classes"] = torch.arange(20).view(4, 5)
+    return batch
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(object_words="class"), dict(object_words="text"), dict(visual_size=9), dict(visual_norm=False)],
+    ids=str,
+)
+def test_vlbert_padding_and_order(settings, pack):
+    model, batch = small_vlbert(**settings), vl_batch()
+    out = model(**batch, pack=False)
+    wide = model(**widened(batch), pack=pack)
+    near(wide.states, out.states)
+    order = torch.tensor([2, 0, 3, 1])
+    other = model(**{name: x[order] for name, x in batch.items()}, pack=pack)
+    near(model.scores("ve", other), model.scores("ve", out)[order])
+    for i in range(4):
+        alone = model(**{name: x[i : i + 1] for name, x in batch.items()}, pack=pack)
+        near(model.scores("ve", alone)[0], model.scores("ve", out)[i])
+
+
+def test_vlbert_gradient_reaches_all_parameters():
+    model, batch = (
+        small_vlbert(
+            object_words="class", parts=["projection", "pooler", "mask_visual", "mask_word", "no_picture"]
+        ),
+        vl_batch(),
+    )
+    hidden = torch.zeros(4, 5, dtype=torch.bool)
+    hidden[1, 2] = True
+    batch["classes"] = torch.zeros_like(batch["classes"])
+    out = model(**batch, region_masked=hidden)
+    losses = [model.scores(name, out).square().sum() for name in ("vcr", "ve", "itm")]
+    first = torch.zeros_like(batch["text_mask"])
+    first[:, 0] = True
+    for name in ("mlm", "vqa", "mrc", "region_class"):
+        where = batch["region_mask"] if name in ("mrc", "region_class") else first
+        losses.append(model.scores(name, out, where).square().sum())
+    losses.append(model.scores("ve", model(batch["ids"], batch["text_mask"])).square().sum())
+    sum(losses).backward()
+    blank = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert blank == []
+
+
+def test_vlbert_starts_without_the_picture():
+    model, batch = small_vlbert(visual_scale=0.0), vl_batch()
+    before = model(**batch).text
+    near(model(**batch | dict(features=batch["features"] + 1)).text, before)
+
+
+def test_vlbert_tags():
+    model, batch = small_vlbert(), vl_batch()
+    before = model(**batch).states
+    negative = torch.where(batch["tags"] == 0, -1, batch["tags"])
+    near(model(**batch | dict(tags=negative)).states, before)  # as the authors' code clamps it
+    assert (model(**batch | dict(tags=batch["tags"] * 0)).states - before).abs().max() > 1e-3
+    for tag in (1, 5, 99):
+        with pytest.raises(ValueError, match="tags should name"):
+            model(**batch | dict(tags=torch.full_like(batch["tags"], tag)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(features=torch.zeros(4, 5, 11)), r"features \(P, R, 12\).*features \(4, 5, 11\)"),
+        (dict(boxes=torch.zeros(4, 5, 7)), r"boxes .*\(\d+, 7\)"),
+        (dict(boxes=None), "boxes"),
+        (dict(size=torch.ones(4, 3)), r"size \(4, 3\)"),
+        (dict(tags=torch.zeros(4, 5)), r"tags \(4, 5\)"),
+        (dict(classes=torch.zeros(3, 5)), r"classes \(3, 5\)"),
+        (
+            dict(ids=torch.ones(4, 30).long(), text_mask=torch.ones(4, 30).bool(), types=None, tags=None),
+            "32 positions",
+        ),
+    ],
+)
+def test_vlbert_inputs_that_do_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        small_vlbert()(**vl_batch() | change)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(size="small"), "base, large"),
+        (dict(parts=["pool"]), "unknown part 'pool'"),
+        (dict(object_words="two"), "one, class, text"),
+        (dict(classifier="3fc"), "1fc, 2fc"),
+        (dict(type_vocab_size=2), "at least 3"),
+    ],
+)
+def test_vlbert_settings_that_do_not_exist(settings, message):
+    with pytest.raises(ValueError, match=message):
+        vlbert_config(**settings)
+
+
+VLBERT_CHECKPOINT = {  # a small one with the names of the authors' end-to-end pre-training checkpoint
+    "module.vlbert.word_embeddings.weight": (40, 128),
+    "module.vlbert.end_embedding.weight": (1, 128),
+    "module.vlbert.position_embeddings.weight": (24, 128),
+    "module.vlbert.token_type_embeddings.weight": (3, 128),
+    "module.vlbert.embedding_LayerNorm.weight": (128,),
+    "module.vlbert.embedding_LayerNorm.bias": (128,),
+    "module.vlbert.visual_ln_text.weight": (128,),
+    "module.vlbert.visual_ln_text.bias": (128,),
+    "module.vlbert.visual_ln_object.weight": (128,),
+    "module.vlbert.visual_ln_object.bias": (128,),
+    "module.vlbert.mlm_head.predictions.bias": (40,),
+    "module.vlbert.mlm_head.predictions.transform.dense.weight": (128, 128),
+    "module.vlbert.mlm_head.predictions.transform.dense.bias": (128,),
+    "module.vlbert.mlm_head.predictions.transform.LayerNorm.weight": (128,),
+    "module.vlbert.mlm_head.predictions.transform.LayerNorm.bias": (128,),
+    "module.vlbert.mvrc_head.transform.dense.weight": (128, 128),
+    "module.vlbert.mvrc_head.transform.dense.bias": (128,),
+    "module.vlbert.mvrc_head.region_cls_pred.weight": (9, 128),
+    "module.vlbert.mvrc_head.region_cls_pred.bias": (9,),
+    "module.object_linguistic_embeddings.weight": (1, 128),
+    "module.object_mask_word_embedding.weight": (1, 128),
+    "module.object_mask_visual_embedding.weight": (1, 20),
+    "module.aux_text_visual_embedding.weight": (1, 128),
+    "module.image_feature_extractor.obj_downsample.1.weight": (128, 2048 + 20),
+    "module.image_feature_extractor.obj_downsample.1.bias": (128,),
+    "module.image_feature_extractor.backbone.conv1.weight": (4, 3, 7, 7),
+    "module.image_feature_extractor.roi_head_feature_extractor.0.bn1.num_batches_tracked": (),
+    "module.image_feature_extractor.head.0.0.conv1.weight": (4, 4, 1, 1),
+}
+
+
+def vlbert_checkpoint():
+    state = drawn(VLBERT_CHECKPOINT | layer_names("module.vlbert.encoder.layer.", 2))
+    words = "module.vlbert.word_embeddings.weight"
+    return state | {"module.vlbert.mlm_head.predictions.decoder.weight": state[words]}
+
+
+def test_from_vlbert_reads_a_checkpoint():
+    state = vlbert_checkpoint()
+    model = from_vlbert(dict(state_dict=state, optimizer={}))
+    c = model.config
+    assert (c.vocab_size, c.hidden_size, c.num_hidden_layers, c.num_attention_heads) == (40, 128, 2, 2)
+    assert (c.feature_dim, c.visual_size, c.region_classes, c.object_words) == (20, 128, 9, "one")
+    assert sorted(model.heads) == ["mlm", "mrc"]
+    assert sorted(c.parts) == ["mask_visual", "mask_word", "no_picture", "projection"]
+    not_ours = ("backbone", "roi_head", ".head.", "decoder")
+    wanted = sum(x.numel() for name, x in state.items() if not any(part in name for part in not_ours))
+    assert sum(p.numel() for p in model.parameters()) == wanted
+    batch = vl_batch()
+    batch |= dict(features=torch.randn(4, 5, 20))
+    model.add_part("pooler").add_head("vcr")
+    assert model.scores("vcr", model(**batch)).shape == (4, 1)
+    fine_tuned = {}
+    for name, x in state.items():
+        if ".mlm_head." not in name and ".mvrc_head." not in name:
+            fine_tuned[name.replace("module.vlbert.", "module.vlbert._module.")] = x
+    fine_tuned |= {
+        f"module.final_mlp.1.{part}": torch.zeros(shape)
+        for part, shape in (("weight", (1, 128)), ("bias", (1,)))
+    }
+    assert list(from_vlbert(fine_tuned).heads) == ["vcr"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s | {"module.extra.weight": torch.zeros(1)}, "1 unknown names, extra.weight"),
+        (lambda s: s | {"image_feature_extractor.object_embed.weight": torch.zeros(81, 128)}, "object_embed"),
+        (lambda s: without(s, "module.vlbert.end_embedding.weight"), "missing, end_embedding.weight"),
+        (lambda s: without(s, "module.vlbert.visual_ln_text.bias"), "missing, text_visual.norm.bias"),
+        (
+            lambda s: without(s, "module.vlbert.mvrc_head.region_cls_pred.weight"),
+            "missing, heads.mrc.1.weight",
+        ),
+        (lambda s: without(s, "module.vlbert.word_embeddings.weight"), "word_embeddings.weight is missing"),
+        (lambda s: s | {"module.vlbert.end_embedding.weight": torch.zeros(2, 128)}, r"shape \(2, 128\)"),
+        (lambda s: s | {"module.vlbert.mlm_head.predictions.decoder.weight": torch.zeros(40, 128)}, "differ"),
+        (lambda s: 7, "none"),
+    ],
+)
+def test_from_vlbert_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        from_vlbert(change(vlbert_checkpoint()))
+
+
+# Students as folders
+
+
+@pytest.fixture(scope="module")
+def words():
+    return train_tokenizer(["what is left of the red kettle ?", "the girl dropped it ."] * 3, 60, 24)
+
+
+def both_students(words):
+    small = SMALL | dict(feature_dim=12, vocab_size=len(words), region_classes=5)
+    uniter = new_student(
+        "uniter", dict(vqa=7, vcr=None, itm=None, mlm=None, mrfr=None, mrc=None), seed=3, **small
+    )
+    small |= dict(coordinate_dim=4, classifier="2fc", classifier_hidden=10, object_words="class")
+    vlbert = new_student(
+        "vlbert", dict(vcr=None, ve=None, vqa=9, mlm=None, mrc=None, region_class=None), **small
+    )
+    return dict(uniter=uniter.eval(), vlbert=vlbert.eval())
+
+
+@pytest.fixture(params=["uniter", "vlbert"])
+def student(request, words):
+    return both_students(words)[request.param]
+
+
+def test_saved_and_loaded_is_the_same(student, words, tmp_path):
+    save_student(tmp_path / "a", student, words)
+    back, tokenizer = load(tmp_path / "a")
+    assert tokenizer.get_vocab() == words.get_vocab() and not back.training
+    state = student.state_dict()
+    assert back.state_dict().keys() == state.keys()
+    assert all(torch.equal(x, state[name]) for name, x in back.state_dict().items())
+    batch = small_batch(boxes=7 if isinstance(student, UNITER) else 4)
+    batch |= dict(ids=batch["ids"] % len(words), types=None)
+    assert torch.equal(back(**batch).states, student(**batch).states)
+    save_student(tmp_path / "b", back, tokenizer)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_float64_stays_float64(student, words, tmp_path):
+    back, _ = load(save_student(tmp_path, student.double(), words))
+    assert back.encoder.layer[0].output.dense.weight.dtype == torch.float64
+
+
+def change_config(folder, **change):
+    file = folder / "config.json"
+    about = json.loads(file.read_text())
+    for name, value in change.items():
+        about.pop(name) if value is None else about.update({name: value})
+    file.write_text(json.dumps(about))
+
+
+BROKEN = {
+    "another family": (lambda d: change_config(d, family="lxmert"), "family should be one of"),
+    "no family": (lambda d: change_config(d, family=None), "family should be one of"),
+    "another width": (lambda d: change_config(d, hidden_size=32), "hidden_size 32, the weights 16"),
+    "a huge width": (lambda d: change_config(d, hidden_size=10**9), "hidden_size 1000000000"),
+    "a word as width": (lambda d: change_config(d, hidden_size="wide"), "hidden_size 'wide'"),
+    "other heads of attention": (lambda d: change_config(d, num_attention_heads=3), "cannot be loaded"),
+    "more layers": (lambda d: change_config(d, num_hidden_layers=4), "num_hidden_layers 4"),
+    "no heads": (lambda d: change_config(d, heads=None), "heads should map"),
+    "odd heads": (lambda d: change_config(d, heads=dict(vqa=-1)), "heads should map"),
+    "another head": (lambda d: change_config(d, heads=dict(eyes=None)), "unknown head 'eyes'"),
+    "fewer heads": (lambda d: change_config(d, heads={}), "have no place"),
+    "odd pooling": (lambda d: change_config(d, pooling="max"), "pooling 'max'"),
+    "a list": (lambda d: (d / "config.json").write_text("[]"), "family should be one of"),
+    "no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json"),
+    "no text": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
+    "cut weights": (lambda d: (d / "model.safetensors").write_bytes(b"12345678"), "cannot be loaded"),
+    "no weights": (lambda d: save_file({}, d / "model.safetensors"), "missing"),
+    "no tokeniser": (lambda d: (d / "tokenizer.json").write_text("{}"), "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("checksums", [False, True])
+def test_broken_folders(student, words, tmp_path, name, checksums):
+    change, message = BROKEN[name]
+    save_student(tmp_path, student, words)
+    change(tmp_path)
+    if not checksums:
+        (tmp_path / "checksums.json").unlink()
+    with pytest.raises(
+        ValueError, match="checksum|by |family|heads should|config.json" if checksums else message
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_missing_files(student, words, tmp_path, file):
+    save_student(tmp_path, student, words)
+    (tmp_path / file).unlink()
+    with pytest.raises(FileNotFoundError, match=file):
+        load(tmp_path)
+
+
+def test_tokeniser_of_another_student(student, words, tmp_path):
+    more = train_tokenizer([f"word{i} {chr(97 + i % 26)}{i}" for i in range(300)], 300, 24)
+    save_student(tmp_path, student, more)
+    with pytest.raises(ValueError, match="do not belong together"):
+        load(tmp_path)
+
+
+def test_card_says_what_it_is(student, words, tmp_path):
+    about = "A student."
+    card = student_card(
+        "s@1", about, student, data=["tabletop"], settings={"a|b": "c"}, results=dict(vqa=50.04)
+    )
+    save_student(tmp_path, student, words, card)
+    text = (tmp_path / "README.md").read_text()
+    assert "a|b" in text and "50.0" in text and type(student).__name__ in text
+    load(tmp_path)
+    with pytest.raises(ValueError, match="no data card"):
+        student_card("s@1", about, student, data=["tabletop", "nothing"])
+
+
+# VILLA beside the authors' training loops
+
+
+@pytest.fixture(scope="module")
+def villa():
+    return golden("villa_step")
+
+
+def adversary_of(settings):
+    kinds = settings["adv_modality"]
+    return Adversary(
+        modalities=tuple(kind for kind in kinds if kind != "alter"),
+        text_rate=settings["adv_lr_txt"],
+        image_rate=settings["adv_lr_img"],
+        steps=settings["adv_steps"],
+        norm=settings["norm_type"],
+        max_norm=settings["adv_max_norm"],
+        kl_weight=settings["adv_kl_weight"],
+        alternate="alter" in kinds,
+    )
+
+
+def villa_names(model):
+    "Our names of the authors' parameters."
+    table = UNITER_NAMES | {"vqa_output.": "heads.ve." if "ve" in model.heads else "heads.vqa."}
+
+    def ours(name):
+        old = max((o for o, new in table.items() if new and name.startswith(o)), key=len)
+        return table[old] + name[len(old) :]
+
+    return ours
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_villa_step(villa, case):
+    if case >= len(villa["cases"]):
+        pytest.skip("these golden values have fewer cases")
+    g = villa["cases"][case]
+    task = g["task"]
+    heads = villa["config"]["num_attention_heads"]
+    options = {} if task == "vcr" else dict(task=task)
+    model = from_uniter(rebuilt(g["weights"]), attention_heads=heads, **options)
+    batch = peers_batch(g.get("inputs") or villa["cases"][0]["inputs"])
+    targets = T(g["targets"])
+    targets = targets[:, 0] if task == "vcr" else targets
+
+    def forward(text_shift, region_shift):
+        return model.scores(task, model(**batch, text_shift=text_shift, region_shift=region_shift))
+
+    def task_loss(scores):
+        return uniter_loss(task, scores, targets)
+
+    near(forward(None, None), g["clean_scores"])
+    text_shape = (*batch["ids"].shape, villa["config"]["hidden_size"])
+    over = "mean" if task == "vcr" else "sum"
+    given = (forward, task_loss, text_shape, batch["features"].shape, adversary_of(g["settings"]))
+    loss, steps = adversarial_loss(*given, over=over, last_gradient=True)
+    loss.backward()
+    for step, wanted in zip(steps, g["steps"], strict=True):
+        assert step.loss == pytest.approx(wanted["loss"], rel=1e-9)
+        parts = ["_1", "_2"] if "kl_loss_1" in wanted else [""]
+        name = "ce_loss" if "ce_loss" in wanted else "bce_loss"
+        for i, part in enumerate(parts):
+            assert step.task[i] == pytest.approx(wanted[name + part], rel=1e-9)
+            assert step.divergence[i] == pytest.approx(wanted[f"kl_loss{part}"], rel=1e-7, abs=1e-12)
+        for kind, key in (("text", "txt"), ("image", "img")):
+            if f"{key}_delta" in wanted:
+                near(step.shifts[kind], wanted[f"{key}_delta"])
+                near(step.gradients[kind], wanted[f"{key}_delta_grad"])
+    ours, parameters = villa_names(model), dict(model.named_parameters())
+    for name, wanted in g["parameter_grads"].items():
+        near(parameters[ours(name)].grad, wanted)
+    norm = torch.stack([p.grad.norm() for p in parameters.values() if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(g["parameter_grad_norm"], rel=1e-8)
+
+
+def test_villa_shipped_settings(villa):
+    shipped = {}
+    for name, settings in villa["shipped_settings"].items():
+        shipped[name.rpartition("-")[0]] = adversary_of(settings)
+    assert {name: VILLA[name] for name in shipped} == {
+        name: replace(adversary, modalities=VILLA[name].modalities) for name, adversary in shipped.items()
+    }
+    assert all(set(VILLA[name].modalities) == set(a.modalities) for name, a in shipped.items())
+
+
+@pytest.mark.parametrize("family", ["uniter", "vlbert"])
+def test_adversary_of_both_students(words, family):
+    student = both_students(words)[family].double()
+    batch = small_batch(boxes=7 if family == "uniter" else 4)
+    batch |= dict(ids=batch["ids"] % len(words), types=None)
+    where = F.one_hot(torch.zeros(4, dtype=torch.long), 6).bool() if family == "vlbert" else None
+
+    def forward(text_shift, region_shift):
+        out = student(**batch, text_shift=text_shift, region_shift=region_shift)
+        return student.scores("vqa", out, where)
+
+    torch.manual_seed(0)
+    target = torch.randn(4, 7 if family == "uniter" else 9).double().softmax(1)
+
+    def task_loss(scores):
+        return F.binary_cross_entropy_with_logits(scores, target)
+
+    adversary = Adversary(text_rate=0.002, image_rate=0.002, steps=4, kl_weight=0.0)
+    shapes = ((4, 6, 16), (4, 5, 12))
+    loss, steps = adversarial_loss(forward, task_loss, *shapes, adversary)
+    costs = [step.task[0] for step in steps]
+    assert costs == sorted(costs) and costs[-1] > costs[0]
+    last = steps[-1].shifts
+    assert not last["text"][~batch["text_mask"]].any() and not last["image"][~batch["region_mask"]].any()
+    loss.backward()
+    assert student.encoder.layer[0].output.dense.weight.grad.abs().sum() > 0
+    one, _ = adversarial_loss(forward, task_loss, *shapes, replace(adversary, steps=1))
+    near(one, task_loss(forward(None, None)).item())  # one pass is not moved
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(steps=0), dict(text_rate=-1.0), dict(max_norm=-1), dict(kl_weight=-1), dict(modalities=())],
+)
+def test_adversaries_that_make_no_sense(settings):
+    with pytest.raises(ValueError):
+        Adversary(**settings)

@@ -108,7 +108,7 @@ def read_wordnet(
     """Read a WordNet, once as long as its files do not change.
     `ValueError` names file and line of what is wrong."""
     files = [find_file(folder, [f"{name}.jsonl"]) for name in ("entries", "synsets")]
-    return _read(*files, *(p.stat().st_mtime_ns for p in files))
+    return _read(*files, *((p.stat().st_mtime_ns, p.stat().st_size) for p in files))
 
 # %% ../../nbs/1b_data.wordnet.ipynb #8917c84d
 _ENDINGS = dict(
