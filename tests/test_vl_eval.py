@@ -13,11 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import BertForMaskedLM, RobertaConfig, RobertaModel
+from transformers.models.bert.modeling_bert import BertEncoder
 
 from vlkd.core.device import generator
 from vlkd.core.files import rng
 from vlkd.core.settings import scale
-from vlkd.eval.importance import attention_row, importance_curves, importance_heatmaps, recorded_attention
+from vlkd.eval.importance import (
+    attention_row,
+    attention_strips,
+    importance_curves,
+    importance_heatmaps,
+    recorded_attention,
+)
 from vlkd.eval.vl import (
     SNLI_VE_BY_SIMILARITY,
     cluster_centres,
@@ -28,6 +35,7 @@ from vlkd.eval.vl import (
     vqa_soft_scores,
 )
 from vlkd.models.bert import bert_config
+from vlkd.models.single_stream import Encoded, Layout, run_layers, single_stream_config
 
 # VCR
 
@@ -351,6 +359,24 @@ def test_recording_ends_and_changes_nothing():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@torch.no_grad()
+def test_importance_of_a_single_stream_model():
+    sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8)
+    encoder = spread(BertEncoder(single_stream_config(**sizes)))
+    layout = Layout(torch.arange(5) < torch.tensor([[5], [2]]), torch.arange(4) < torch.tensor([[1], [4]]))
+    words, regions = (torch.randn(n, 16, generator=generator("packed", n)) for n in (7, 5))
+    x = layout.join(words, regions)
+    with recorded_attention(encoder, layout.mask) as rows:
+        states = run_layers(encoder, x, layout.mask, pack=False)
+    own = Encoded(states, layout, x, encoder).attention()
+    text, vision = Encoded(states, layout, x, encoder).packed_masks()
+    found, want = (modality_importance(attention, text, vision) for attention in (rows, own))
+    for name in want:
+        torch.testing.assert_close(found[name], want[name], atol=1e-5, rtol=0)
+    torch.testing.assert_close(want["text"] + want["vision"], torch.ones(3, 2), atol=1e-5, rtol=0)
+    assert want["text"].std() > 0.01
+
+
 def test_attention_row_refuses():
     attention = (
         BertForMaskedLM(bert_config(scale("smoke", layers=1), 40)).bert.encoder.layer[0].attention.self
@@ -384,6 +410,19 @@ def test_pictures_show_the_numbers():
     np.testing.assert_allclose(shown["after: vision"].get_array(), after["vision"])
     assert len({image.get_clim() for image in shown.values()}) == 1
     plt.close("all")
+
+
+def test_strips_show_attention_to_words():
+    from matplotlib import pyplot as plt
+
+    rows = dict(before=[0.1, 0.9], after=torch.tensor([0.6, 0.4]))
+    ax = attention_strips(["a", "kettle"], rows, torch.tensor([1]).tolist())
+    np.testing.assert_allclose(ax.images[0].get_array(), [[0.1, 0.9], [0.6, 0.4]])
+    assert [t.get_fontweight() for t in ax.get_xticklabels()] == ["normal", "bold"]
+    plt.close("all")
+    for arguments in ((["a"], rows), (["a", "kettle"], {}), (["a", "kettle"], rows, [2])):
+        with pytest.raises(ValueError, match="words"):
+            attention_strips(*arguments)
 
 
 @pytest.mark.parametrize("draw", [importance_curves, importance_heatmaps])

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,15 @@ from safetensors.torch import save_file
 from vlkd.data.text import train_tokenizer
 from vlkd.losses.targeted import candidate_scores
 from vlkd.models.single_stream import Layout, attention_probabilities, padded
-from vlkd.models.uniter import UNITER, box_shares, from_uniter, uniter_config, uniter_loss, uniter_text
+from vlkd.models.uniter import (
+    UNITER,
+    UNITER_NAMES,
+    box_shares,
+    from_uniter,
+    uniter_config,
+    uniter_loss,
+    uniter_text,
+)
 from vlkd.models.vl import load, new_student, save_student, student_card
 from vlkd.models.vlbert import (
     VLBERT,
@@ -24,6 +33,7 @@ from vlkd.models.vlbert import (
     vlbert_loss,
     vlbert_text,
 )
+from vlkd.train.adversarial import VILLA, Adversary, adversarial_loss
 
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=40)
 SMALL |= dict(max_position_embeddings=24)
@@ -1011,3 +1021,128 @@ def test_card_says_what_it_is(student, words, tmp_path):
     load(tmp_path)
     with pytest.raises(ValueError, match="no data card"):
         student_card("s@1", about, student, data=["tabletop", "nothing"])
+
+
+# VILLA beside the authors' training loops
+
+
+@pytest.fixture(scope="module")
+def villa():
+    return golden("villa_step")
+
+
+def adversary_of(settings):
+    kinds = settings["adv_modality"]
+    return Adversary(
+        modalities=tuple(kind for kind in kinds if kind != "alter"),
+        text_rate=settings["adv_lr_txt"],
+        image_rate=settings["adv_lr_img"],
+        steps=settings["adv_steps"],
+        norm=settings["norm_type"],
+        max_norm=settings["adv_max_norm"],
+        kl_weight=settings["adv_kl_weight"],
+        alternate="alter" in kinds,
+    )
+
+
+def villa_names(model):
+    "Our names of the authors' parameters."
+    table = UNITER_NAMES | {"vqa_output.": "heads.ve." if "ve" in model.heads else "heads.vqa."}
+
+    def ours(name):
+        old = max((o for o, new in table.items() if new and name.startswith(o)), key=len)
+        return table[old] + name[len(old) :]
+
+    return ours
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_villa_step(villa, case):
+    if case >= len(villa["cases"]):
+        pytest.skip("these golden values have fewer cases")
+    g = villa["cases"][case]
+    task = g["task"]
+    heads = villa["config"]["num_attention_heads"]
+    options = {} if task == "vcr" else dict(task=task)
+    model = from_uniter(rebuilt(g["weights"]), attention_heads=heads, **options)
+    batch = peers_batch(g.get("inputs") or villa["cases"][0]["inputs"])
+    targets = T(g["targets"])
+    targets = targets[:, 0] if task == "vcr" else targets
+
+    def forward(text_shift, region_shift):
+        return model.scores(task, model(**batch, text_shift=text_shift, region_shift=region_shift))
+
+    def task_loss(scores):
+        return uniter_loss(task, scores, targets)
+
+    near(forward(None, None), g["clean_scores"])
+    text_shape = (*batch["ids"].shape, villa["config"]["hidden_size"])
+    over = "mean" if task == "vcr" else "sum"
+    given = (forward, task_loss, text_shape, batch["features"].shape, adversary_of(g["settings"]))
+    loss, steps = adversarial_loss(*given, over=over, last_gradient=True)
+    loss.backward()
+    for step, wanted in zip(steps, g["steps"], strict=True):
+        assert step.loss == pytest.approx(wanted["loss"], rel=1e-9)
+        parts = ["_1", "_2"] if "kl_loss_1" in wanted else [""]
+        name = "ce_loss" if "ce_loss" in wanted else "bce_loss"
+        for i, part in enumerate(parts):
+            assert step.task[i] == pytest.approx(wanted[name + part], rel=1e-9)
+            assert step.divergence[i] == pytest.approx(wanted[f"kl_loss{part}"], rel=1e-7, abs=1e-12)
+        for kind, key in (("text", "txt"), ("image", "img")):
+            if f"{key}_delta" in wanted:
+                near(step.shifts[kind], wanted[f"{key}_delta"])
+                near(step.gradients[kind], wanted[f"{key}_delta_grad"])
+    ours, parameters = villa_names(model), dict(model.named_parameters())
+    for name, wanted in g["parameter_grads"].items():
+        near(parameters[ours(name)].grad, wanted)
+    norm = torch.stack([p.grad.norm() for p in parameters.values() if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(g["parameter_grad_norm"], rel=1e-8)
+
+
+def test_villa_shipped_settings(villa):
+    shipped = {}
+    for name, settings in villa["shipped_settings"].items():
+        shipped[name.rpartition("-")[0]] = adversary_of(settings)
+    assert {name: VILLA[name] for name in shipped} == {
+        name: replace(adversary, modalities=VILLA[name].modalities) for name, adversary in shipped.items()
+    }
+    assert all(set(VILLA[name].modalities) == set(a.modalities) for name, a in shipped.items())
+
+
+@pytest.mark.parametrize("family", ["uniter", "vlbert"])
+def test_adversary_of_both_students(words, family):
+    student = both_students(words)[family].double()
+    batch = small_batch(boxes=7 if family == "uniter" else 4)
+    batch |= dict(ids=batch["ids"] % len(words), types=None)
+    where = F.one_hot(torch.zeros(4, dtype=torch.long), 6).bool() if family == "vlbert" else None
+
+    def forward(text_shift, region_shift):
+        out = student(**batch, text_shift=text_shift, region_shift=region_shift)
+        return student.scores("vqa", out, where)
+
+    torch.manual_seed(0)
+    target = torch.randn(4, 7 if family == "uniter" else 9).double().softmax(1)
+
+    def task_loss(scores):
+        return F.binary_cross_entropy_with_logits(scores, target)
+
+    adversary = Adversary(text_rate=0.002, image_rate=0.002, steps=4, kl_weight=0.0)
+    shapes = ((4, 6, 16), (4, 5, 12))
+    loss, steps = adversarial_loss(forward, task_loss, *shapes, adversary)
+    costs = [step.task[0] for step in steps]
+    assert costs == sorted(costs) and costs[-1] > costs[0]
+    last = steps[-1].shifts
+    assert not last["text"][~batch["text_mask"]].any() and not last["image"][~batch["region_mask"]].any()
+    loss.backward()
+    assert student.encoder.layer[0].output.dense.weight.grad.abs().sum() > 0
+    one, _ = adversarial_loss(forward, task_loss, *shapes, replace(adversary, steps=1))
+    near(one, task_loss(forward(None, None)).item())  # one pass is not moved
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(steps=0), dict(text_rate=-1.0), dict(max_norm=-1), dict(kl_weight=-1), dict(modalities=())],
+)
+def test_adversaries_that_make_no_sense(settings):
+    with pytest.raises(ValueError):
+        Adversary(**settings)

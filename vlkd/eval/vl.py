@@ -8,6 +8,7 @@ __all__ = ['SNLI_VE_BY_SIMILARITY', 'vcr_accuracies', 'vqa_soft_scores', 'cluste
 
 # %% ../../nbs/60_eval.vl.ipynb #d43f6911
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -123,7 +124,7 @@ def cluster_centres(
         bad = f"{(~np.isfinite(values)).sum()} not finite"
         raise ValueError(f"similarities should be finite numbers (N,): {values.shape}, {bad}")
     values, counts = np.unique(values, return_counts=True)
-    if not isinstance(k, int) or k < 1 or len(values) < k:
+    if not isinstance(k, Integral) or k < 1 or len(values) < k:
         raise ValueError(f"{k} clusters need as many different similarities, there are {len(values)}")
     spread, n = _Spread(values, counts), len(values)
     before, begins = np.concatenate([[0], np.full(n, np.inf)]), []
