@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from vlkd.core.device import generator
@@ -40,6 +41,7 @@ from vlkd.losses.targeted import (
 )
 from vlkd.models.bert import language_model, masked_mean
 from vlkd.models.single_stream import Encoded, Layout
+from vlkd.models.uniter import UNITER, uniter_config
 from vlkd.train.terms import Outputs, TermSetup, term_class, term_names
 from vlkd.train.vl_terms import ClipImage, ClipText, ClipTokens, VLFeatures
 
@@ -607,6 +609,33 @@ def test_terms_read_what_a_single_stream_model_gives():
         assert terms[name].weight == 0.05 and terms[name].count(batch) is None
     (gradient,) = gradients(sum(found.values()), x)
     assert (gradient[1] == 0).all() and all(gradient[b].abs().sum() > 0 for b in (0, 2, 3, 4))
+
+
+def test_terms_train_a_student():
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = uniter_config(**sizes, vocab_size=30, feature_dim=5, max_position_embeddings=16)
+    student = UNITER(config, seed=1).eval()
+    text, regions = torch.arange(4) < torch.tensor([[4], [2], [3]]), torch.ones(3, 2, dtype=torch.bool)
+    ids = torch.randint(5, 30, text.shape, generator=generator("ids"))
+    seen = draw(3, 2, 5, name="features").float(), torch.rand(3, 2, 7, generator=generator("boxes"))
+    _, clip = features_of_pictures()
+    clip = VLFeatures(clip.image[:3], clip.first[:3], clip.text[:3, :4])
+    weight = torch.tensor([1.0, 1.0, 0.0])
+    batch = dict(token_scores=torch.zeros(3, 4).masked_fill(~text, -math.inf), instance_weight=weight)
+    torch.manual_seed(0)
+    names = ("clip_image", "clip_text", "clip_tokens")
+    terms = nn.ModuleDict({n: term_class(n)(TermSetup(S, student=16, teacher=9)) for n in names})
+    adam = torch.optim.Adam([*student.parameters(), *terms.parameters()], lr=5e-3)
+    each = []
+    for _ in range(60):
+        encoded = student(ids, text, *seen, regions)
+        loss = sum(term.weight * term(encoded, clip, batch) for term in terms.values())
+        each.append(sum(term.distances(encoded, clip, batch).detach() for term in terms.values()))
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    first, last = each[0], each[-1]
+    assert (last[:2] < 0.4 * first[:2]).all() and last[2] > 0.5 * first[2]
 
 
 def test_terms_of_one_width_learn_no_map():
