@@ -68,7 +68,7 @@ class WordNet:
         "Whether a synset is the most frequent sense of a lemma."
         return self.senses.get((lemma, pos), [""])[0] == synset
 
-
+# %% ../../nbs/1b_data.wordnet.ipynb #975b7aa4
 def _text_list(p: Path, line: int, row: dict, key: str) -> list[str]:
     "A list of texts that may be missing."
     values = row.get(key, [])
@@ -319,7 +319,7 @@ def _candidates(lemma: str, pos: str, avoid: set[str], wordnet: WordNet) -> list
         found += [word for word in members if _may_stand(word, avoid, wordnet)]
     return found
 
-
+# %% ../../nbs/1b_data.wordnet.ipynb #83d14b3d
 def _keeps_its_role(tokens, i: int, lemma: str, wordnet: WordNet) -> bool:
     "Not: *going to* leave, *feels* sad, *looks* like."
     after = _neighbour(tokens, i + 1)
@@ -360,7 +360,7 @@ def _phrases(words: list[str], pos: str, wordnet: WordNet) -> list[str]:
         found += [" ".join(parts)] if wordnet.has(" ".join(parts), pos) else []
     return sorted(found)
 
-
+# %% ../../nbs/1b_data.wordnet.ipynb #3a91c41c
 def _shares(tokens, i: int, n: int, avoid: set[str], wordnet: WordNet) -> bool:
     "Whether these `n` tokens are words that the other text has, and one of them has a meaning."
     part = tokens[i : i + n]
