@@ -80,7 +80,7 @@ def _check_item(item: dict, labelled: bool) -> None:
     for kind in ("answer", "rationale"):
         _check_choices(item, kind, labelled)
 
-
+# %% ../../nbs/1c_data.vcr.ipynb #e37af276
 def _is_box(box) -> bool:
     "x1, y1, x2, y2 and, in the official files, the detector's score."
     right = isinstance(box, list) and len(box) in (4, 5)
@@ -166,7 +166,7 @@ def load_vcr(
         items.append(item | labels | own)
     return items
 
-
+# %% ../../nbs/1c_data.vcr.ipynb #20cd9514
 def write_vcr(
     items: Iterable[dict],  # as `load_vcr` gives them
     folder,
@@ -298,7 +298,7 @@ def _pronoun(choice: list, question: list) -> str:
             break
     return "she" if balance < 0 else "he"
 
-
+# %% ../../nbs/1c_data.vcr.ipynb #ce88a2b1
 def _swapped(choice: list, tag, pronoun: str) -> list:
     "The tag as a pronoun, with a capital where it begins the choice."
     return [
