@@ -384,6 +384,8 @@ def test_low_shot_seeds_differ():
     assert len(low_shot(pool, 200, 0, group="")) == 200
     with pytest.raises(ValueError, match="201 of each type are asked for"):
         low_shot(pool, 201, 0)
+    with pytest.raises(ValueError, match="item 0 has no 'kind'; its keys are annot_id, type"):
+        low_shot(pool, 2, 0, group="kind")
 
 
 # ---- shortcuts in pronouns

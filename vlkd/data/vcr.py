@@ -258,6 +258,8 @@ def low_shot(
     `ValueError` where a group has fewer."""
     members = defaultdict(list)
     for k, item in enumerate(items):
+        if lack := [key for key in (id, group) if key and key not in item]:
+            raise ValueError(f"item {k} has no {lack[0]!r}; its keys are {', '.join(map(str, item))}")
         members[item[group] if group else ""].append((str(item[id]), k))
     if few := {name: len(found) for name, found in members.items() if len(found) < n}:
         raise ValueError(f"{n} of each {group or 'set'} are asked for, there are only {few}")

@@ -154,7 +154,7 @@ ANNOTATORS = 10  # of a question
 
 
 def _vqa_names(split: str) -> tuple[str, str]:  # questions, annotations
-    part = VQA_SPLITS[_split_name("VQA", split, VQA_SPLITS)]
+    part = split if split in VQA_SPLITS.values() else VQA_SPLITS[_split_name("VQA", split, VQA_SPLITS)]
     return f"v2_OpenEnded_mscoco_{part}_questions.json", f"v2_mscoco_{part}_annotations.json"
 
 
@@ -229,7 +229,7 @@ def _joined(q: Path, questions: dict, a: Path, annotations: dict) -> list[dict]:
 
 def load_vqa(
     folder,  # with the official files (plain or .gz)
-    split: str,  # train, val, test or test-dev
+    split: str,  # train, val, test or test-dev, or as the files say it (train2014)
 ) -> list[
     dict
 ]:  # question_id, image_id, question, answers, multiple_choice_answer, question_type, answer_type
@@ -311,10 +311,13 @@ def _majority(texts: list[str]) -> str:
 
 
 def answer_set(
-    annotations: Iterable,  # with `answers` and, officially, `multiple_choice_answer`; or lists of answers
+    annotations: Iterable,  # with `answers` and, officially, `multiple_choice_answer`; or lists of answers;
+    # or the document that holds them under `annotations`
     n: int = 3129,
 ) -> list[str]:  # at most n, the most frequent first: label k is the answer at place k
     "The global set of answers of VQA: the `n` most frequent."
+    if isinstance(annotations, dict):
+        annotations = annotations.get("annotations", [None])
     questions, people = Counter(), Counter()
     for annotation in annotations:
         given = annotation if isinstance(annotation, dict) else dict(answers=annotation)
