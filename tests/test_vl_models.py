@@ -47,6 +47,8 @@ from vlkd.models.vlbert import (
 )
 from vlkd.train.adversarial import VILLA, Adversary, adversarial_loss
 from vlkd.train.token_budget import token_budget_batches
+from vlkd.train.trainer import check_trainable
+from vlkd.train.vl_pretraining import PretrainingObjective, pretraining_collator
 
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=40)
 SMALL |= dict(max_position_embeddings=24)
@@ -1379,3 +1381,48 @@ def test_token_budget_is_kept(longest):
 def test_token_budgets_that_do_not_fit(lengths, budget):
     with pytest.raises(ValueError, match=r"lengths should be|budget"):
         token_budget_batches(lengths, budget)
+
+
+@pytest.mark.parametrize("family", ["uniter", "vlbert"])
+def test_pretraining_objective_trains_all_of_a_student(words, family):
+    data = pretraining_data(words)
+    data["boxes"] = data["boxes"][..., : 7 if family == "uniter" else 4]
+    small = SMALL | dict(vocab_size=len(words), feature_dim=12, region_classes=5)
+    small |= dict(coordinate_dim=4) if family == "vlbert" else {}
+    heads = ("mlm", "mrc", "itm", *(["mrfr"] if family == "uniter" else []))
+    student = new_student(family, heads, seed=0, **small)
+    objective = PretrainingObjective(student, alignment=0.1)
+    collate = pretraining_collator(data, words, seed=0)
+    batch = collate([(i, 2) for i in range(40)])
+    assert check_trainable(objective, batch)["frozen"] == 0
+    halves = [collate([(i, 2) for i in part]) for part in (range(20), range(20, 40))]
+    counts = [objective.counts(half) for half in halves]
+    assert sum(c["mlm"] for c in counts) == objective.counts(batch)["mlm"] > 0
+    objective.eval()
+    whole, parts = objective(**batch), []
+    for half, count in zip(halves, counts, strict=True):
+        weights = {name: 2 * n / sum(c[name] for c in counts) for name, n in count.items()}
+        parts.append(objective(term_weights=weights, **half))
+    for name in (*heads, "loss"):  # as gradient accumulation adds them up
+        near((parts[0][name] + parts[1][name]) / 2, whole[name].item(), atol=1e-5)
+
+
+def test_pretraining_objective_needs_its_heads(words):
+    student = new_student("uniter", ("vqa",), **SMALL | dict(feature_dim=12))
+    with pytest.raises(ValueError, match="none"):
+        PretrainingObjective(student)
+
+
+@pytest.mark.parametrize("family", ["uniter", "vlbert"])
+def test_bfloat16_of_both_students(words, family):
+    student = both_students(words)[family]
+    batch = small_batch(boxes=7 if family == "uniter" else 4)
+    batch |= dict(ids=batch["ids"] % len(words), types=None)
+    hidden = torch.zeros(4, 5, dtype=torch.bool)
+    hidden[1, 2] = True
+    for pack in (False, True):
+        exact = student(**batch, region_masked=hidden, pack=pack).states
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = student(**batch, region_masked=hidden, pack=pack)
+            word_region_distance(rough.text, rough.regions).sum().backward()
+        assert (exact - rough.states.float()).abs().max() < 0.1
