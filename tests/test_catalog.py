@@ -12,9 +12,9 @@ from vlkd.core.settings import scales
 from vlkd.data.catalog import SECTIONS, cards, print_status, read_card, require, status, waiting
 from vlkd.reproduce.plan import load_plan
 
-ALL = """esnlive flickr30k_captions flickr8k free_exercise_db glue_diagnostics glue_mnli glue_qnli glue_qqp
-glue_sst2 howto100m mnli_1k msvd_clips open_english_wordnet piqa squad superglue_axb swag
-swag_fixture_21rows tabletop tokenizer_vocabs tracie video_raw weights wikipedia_en wikitext
+ALL = """daquar esnlive flickr30k_captions flickr8k free_exercise_db glue_diagnostics glue_mnli glue_qnli
+glue_qqp glue_sst2 howto100m mnli_1k msvd_clips open_english_wordnet piqa snli_ve squad superglue_axb swag
+swag_fixture_21rows tabletop tokenizer_vocabs tracie vcr video_raw vqa_v2 weights wikipedia_en wikitext
 wikitext103"""
 FILES = [("a.tsv", True, 3), ("photos/", True, None), ("b.txt", False, None)]
 BLOCK = dict(

@@ -11,9 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from vlkd.core.device import generator
+from vlkd.core.settings import scale
+from vlkd.data.text import train_tokenizer
 from vlkd.losses.adaptive import (
     LOSS_WEIGHT_FORMS,
     LossWeights,
@@ -36,7 +39,11 @@ from vlkd.losses.targeted import (
     token_scores,
     visual_relevance,
 )
-from vlkd.models.bert import masked_mean
+from vlkd.models.bert import language_model, masked_mean
+from vlkd.models.single_stream import Encoded, Layout
+from vlkd.models.uniter import UNITER, uniter_config
+from vlkd.train.terms import Outputs, TermSetup, term_class, term_names
+from vlkd.train.vl_terms import ClipImage, ClipText, ClipTokens, VLFeatures
 
 B, L, D, C = 5, 7, 6, 4
 LENGTHS = (7, 1, 4, 0, 2)
@@ -432,6 +439,8 @@ def test_reference_confidence_is_counted_in_any_parts(tmp_path):
         close(reference.refresh(), want)
         close(reference.value, want)
     assert running.value.item() == other.value.item()
+    running.add(logits[:11], labels[:11])  # the next epoch forgets the last
+    close(running.refresh(), reference_confidence(logits[:11], labels[:11]))
     assert reference_confidence(logits.bfloat16(), labels).dtype == torch.float32
     assert reference_confidence(logits[:0], labels[:0]).item() == 0
     for bad in (labels[1:], labels.float(), labels[:, None]):
@@ -551,6 +560,127 @@ def test_match_probability():
     for bad in (torch.zeros(B, 3), torch.zeros(())):
         with pytest.raises(ValueError, match="match_probability"):
             match_probability(bad)
+
+
+# Terms
+
+S = scale("smoke")
+WIDTHS = TermSetup(S, student=D, teacher=9)
+
+
+def features_of_pictures(teacher_width=9):
+    "A student's packed states of texts and regions, and CLIP's features of the same."
+    lengths = torch.tensor([7, 1, 4, 2, 2])
+    regions = torch.arange(3) < torch.tensor([3, 1, 2, 2, 3])[:, None]
+    layout = Layout(torch.arange(L) < lengths[:, None], regions)
+    x = layout.join(
+        draw(int(lengths.sum()), D, name="words", dtype=torch.float32),
+        draw(int(regions.sum()), D, name="regions", dtype=torch.float32),
+    )
+    clip = [
+        draw(*shape, teacher_width, name=("clip", shape), dtype=torch.float32) for shape in ((B,), (B, L))
+    ]
+    return Encoded([x.requires_grad_()], layout, x, None), VLFeatures(clip[0], clip[0].flip(0), clip[1])
+
+
+def test_terms_read_what_a_single_stream_model_gives():
+    student, clip = features_of_pictures()
+    x = student.states
+    mask = student.layout.text_mask
+    scores = draw(B, L, name="scores", dtype=torch.float32).masked_fill(~mask, -math.inf)
+    weight = torch.tensor([1.0, 0.0, 0.5, 1.0, 2.0])
+    batch = dict(token_scores=scores, instance_weight=weight)
+    torch.manual_seed(0)
+    terms = {
+        n: term_class(n)(WIDTHS) for n in term_names("vlkd.train.vl_terms:clip_image+clip_text+clip_tokens")
+    }
+    found = {name: term(student, clip, batch) for name, term in terms.items()}
+    words = mask.sum(1).tolist()
+    want = dict.fromkeys(found, 0.0)
+    for b in range(B):
+        best = sorted(range(words[b]), key=lambda i: -scores[b, i])[:2]
+        pairs = [("clip_image", x[b, words[b]], clip.image[b]), ("clip_text", x[b, 0], clip.first[b])]
+        pairs += [("clip_tokens", x[b, i], clip.text[b, i]) for i in best]
+        for name, ours, theirs in pairs:
+            mapped = terms[name].head.weight @ ours + terms[name].head.bias
+            want[name] += weight[b] * sum((mapped - theirs).abs()) / B
+    for name in found:
+        close(found[name], want[name], atol=1e-5)
+        assert terms[name].weight == 0.05 and terms[name].count(batch) is None
+    (gradient,) = gradients(sum(found.values()), x)
+    assert (gradient[1] == 0).all() and all(gradient[b].abs().sum() > 0 for b in (0, 2, 3, 4))
+
+
+def test_terms_train_a_student():
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = uniter_config(**sizes, vocab_size=30, feature_dim=5, max_position_embeddings=16)
+    student = UNITER(config, seed=1).eval()
+    text, regions = torch.arange(4) < torch.tensor([[4], [2], [3]]), torch.ones(3, 2, dtype=torch.bool)
+    ids = torch.randint(5, 30, text.shape, generator=generator("ids"))
+    seen = draw(3, 2, 5, name="features").float(), torch.rand(3, 2, 7, generator=generator("boxes"))
+    _, clip = features_of_pictures()
+    clip = VLFeatures(clip.image[:3], clip.first[:3], clip.text[:3, :4])
+    weight = torch.tensor([1.0, 1.0, 0.0])
+    batch = dict(token_scores=torch.zeros(3, 4).masked_fill(~text, -math.inf), instance_weight=weight)
+    torch.manual_seed(0)
+    names = ("clip_image", "clip_text", "clip_tokens")
+    terms = nn.ModuleDict({n: term_class(n)(TermSetup(S, student=16, teacher=9)) for n in names})
+    adam = torch.optim.Adam([*student.parameters(), *terms.parameters()], lr=5e-3)
+    each = []
+    for _ in range(60):
+        encoded = student(ids, text, *seen, regions)
+        loss = sum(term.weight * term(encoded, clip, batch) for term in terms.values())
+        each.append(sum(term.distances(encoded, clip, batch).detach() for term in terms.values()))
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    first, last = each[0], each[-1]
+    assert (last[:2] < 0.4 * first[:2]).all() and last[2] > 0.5 * first[2]
+
+
+def test_terms_of_one_width_learn_no_map():
+    student, clip = features_of_pictures(D)
+    setup = TermSetup(S, student=D, teacher=D)
+    for term, ours, theirs in ((ClipImage, student.image, clip.image), (ClipText, student.first, clip.first)):
+        for args in ({}, dict(normalize=True), dict(mean=True)):
+            built = term(setup, **args)
+            assert not list(built.parameters())
+            close(built(student, clip, {}), feature_l1(ours, theirs, **args).mean(), atol=1e-6)
+            close(built.distances(student, clip, {}), feature_l1(ours, theirs, **args), atol=1e-6)
+    assert (
+        ClipImage(setup)(VLFeatures(draw(0, D, name="x")), VLFeatures(draw(0, D, name="y")), {}).item() == 0
+    )
+
+
+def test_token_terms_take_fewer_where_a_text_is_short():
+    student, clip = features_of_pictures(D)
+    setup = TermSetup(S, student=D, teacher=D)
+    mask = student.layout.text_mask
+    batch = dict(token_scores=torch.zeros(B, L).masked_fill(~mask, -math.inf))
+    several = ClipTokens(setup, m=3).distances(student, clip, batch)
+    means = ClipTokens(setup, m=3, reduce="mean").distances(student, clip, batch)
+    close(several, feature_l1(student.text[:, :3], clip.text[:, :3], mask[:, :3]), atol=1e-6)
+    close(means, several / mask[:, :3].sum(1), atol=1e-6)
+    nothing = ClipTokens(setup, reduce="mean").distances(
+        student, clip, dict(token_scores=torch.full((B, L), -math.inf))
+    )
+    assert (nothing == 0).all()
+
+
+def test_terms_refuse_students_without_pictures():
+    tokenizer = train_tokenizer(["a kettle", "it broke"], 40)
+    batch = dict(ids=torch.ones(B, 3, dtype=torch.long), mask=torch.ones(B, 3, dtype=torch.bool))
+    text_student = Outputs(language_model(S, tokenizer, 0), batch | dict(masked=batch["ids"]))
+    _, clip = features_of_pictures()
+    for term in (ClipImage, ClipText):
+        with pytest.raises(ValueError, match="of the student, which Outputs does not have"):
+            term(WIDTHS)(text_student, clip, batch)
+    with pytest.raises(ValueError, match="token_scores"):
+        ClipTokens(WIDTHS)(text_student, clip, batch)
+    with pytest.raises(ValueError, match="one width"):
+        ClipText(TermSetup(S, student=D, teacher=9, head=False))
+    with pytest.raises(ValueError, match="sum or mean"):
+        ClipTokens(WIDTHS, reduce="max")
 
 
 # Precision

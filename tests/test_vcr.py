@@ -384,6 +384,8 @@ def test_low_shot_seeds_differ():
     assert len(low_shot(pool, 200, 0, group="")) == 200
     with pytest.raises(ValueError, match="201 of each type are asked for"):
         low_shot(pool, 201, 0)
+    with pytest.raises(ValueError, match="item 0 has no 'kind'; its keys are annot_id, type"):
+        low_shot(pool, 2, 0, group="kind")
 
 
 # ---- shortcuts in pronouns
@@ -466,9 +468,15 @@ def test_sets_keep_what_is_eligible():
 # ---- WordNet, and shortcuts in words
 LEXICON = """
 dog-n dog > canine-n
-canine-n canine;canid
+canine-n canine;canid > animal-n
+animal-n animal > organism-n
+organism-n organism > entity-n
+entity-n entity
 gun-n gun > weapon-n
-weapon-n weapon;arm
+weapon-n weapon;arm > animal-n
+day-n day > organism-n
+change-v change
+stop-v stop > change-v
 hold-v hold;grasp
 man-n man;adult_male
 men-n men;work_force
@@ -615,6 +623,8 @@ def test_inflected_forms(lemma, pos, form, made):
         ("Who pens ?", "She wrote", "She wrote"),
         ("Who can pen it ?", "She penned it", "She penned it"),
         ("Why a dog ?", "The cat ran", "The cat ran"),
+        ("Why a day ?", "A day", "A day"),  # what it is a kind of is too general
+        ("Why stop ?", "They stop", "They stop"),
         ("Why is the dog 's dog a dog ?", "dogs", "canines"),
     ],
 )

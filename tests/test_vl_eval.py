@@ -13,13 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import BertForMaskedLM, RobertaConfig, RobertaModel
+from transformers.models.bert.modeling_bert import BertEncoder
 
 from vlkd.core.device import generator
 from vlkd.core.files import rng
 from vlkd.core.settings import scale
-from vlkd.eval.importance import attention_row, importance_curves, importance_heatmaps, recorded_attention
+from vlkd.eval.importance import (
+    attention_row,
+    attention_strips,
+    importance_curves,
+    importance_heatmaps,
+    recorded_attention,
+)
 from vlkd.eval.vl import (
-    SNLI_VE_BY_SIMILARITY,
     cluster_centres,
     cluster_zero_shot,
     importance_by_instance,
@@ -28,6 +34,7 @@ from vlkd.eval.vl import (
     vqa_soft_scores,
 )
 from vlkd.models.bert import bert_config
+from vlkd.models.single_stream import Encoded, Layout, run_layers, single_stream_config
 
 # VCR
 
@@ -127,7 +134,7 @@ def test_clusters_are_the_best_of_all_partitions(values, k):
         return
     centres = cluster_centres(values, k)
     clusters = cluster_zero_shot(values, k)
-    assert sorted(set(clusters.tolist())) == list(range(k)) and (np.diff(centres) > 0).all()
+    assert sorted(set(clusters.tolist())) == list(range(k)) and (np.diff(centres) < 0).all()
     for c in range(k):  # each centre is the mean of its own
         own = [x for x, cluster in zip(values, clusters, strict=True) if cluster == c]
         assert sum(own) / len(own) == pytest.approx(centres[c])
@@ -143,7 +150,7 @@ def test_clusters_of_many_equal_those_of_a_library():
     centres = cluster_centres(values)
     cost = ((values - centres[cluster_zero_shot(values)]) ** 2).sum()
     assert cost <= library.inertia_ * (1 + 1e-9)
-    np.testing.assert_allclose(centres, np.sort(library.cluster_centers_[:, 0]), atol=2e-3)
+    np.testing.assert_allclose(centres[::-1], np.sort(library.cluster_centers_[:, 0]), atol=2e-3)
 
 
 def test_clusters_do_not_depend_on_order_or_scale():
@@ -154,14 +161,14 @@ def test_clusters_do_not_depend_on_order_or_scale():
     assert (cluster_zero_shot(torch.tensor(values)) == clusters).all()
 
 
-def test_clusters_are_named_from_the_lowest():
+def test_clusters_are_named_from_the_highest():
     similarities = [0.31, 0.1, 0.2, 0.11, 0.3]
-    assert cluster_zero_shot(similarities).tolist() == [2, 0, 1, 0, 2]
-    named = cluster_zero_shot(similarities, names=SNLI_VE_BY_SIMILARITY)
+    assert cluster_zero_shot(similarities).tolist() == [0, 2, 1, 2, 0]
+    named = cluster_zero_shot(similarities, names=("entailment", "neutral", "contradiction"))
     assert named.tolist() == ["entailment", "contradiction", "neutral", "contradiction", "entailment"]
     anchors = cluster_centres(similarities)
-    assert cluster_zero_shot([0.5, -1.0], centres=anchors).tolist() == [2, 0]
-    assert cluster_zero_shot([1.0], 2, centres=[0.0, 2.0]).tolist() == [0]  # half way: the lower
+    assert cluster_zero_shot([0.5, -1.0], centres=anchors).tolist() == [0, 2]
+    assert cluster_zero_shot([1.0], 2, centres=[2.0, 0.0]).tolist() == [1]  # half way: the lower
     assert cluster_zero_shot([], centres=anchors).tolist() == []
 
 
@@ -175,9 +182,9 @@ def test_clusters_are_named_from_the_lowest():
         ([1.0, 2.0, 3.0], dict(k=0)),
         ([1.0, 2.0, 3.0], dict(k=2.5)),
         ([1.0, 2.0, 3.0], dict(names=("no", "yes"))),
-        ([1.0, 2.0], dict(centres=[3.0, 2.0, 1.0])),
-        ([1.0, 2.0], dict(centres=[1.0, 2.0])),
-        ([1.0, math.nan], dict(centres=[1.0, 2.0, 3.0])),
+        ([1.0, 2.0], dict(centres=[1.0, 2.0, 3.0])),
+        ([1.0, 2.0], dict(centres=[2.0, 1.0])),
+        ([1.0, math.nan], dict(centres=[3.0, 2.0, 1.0])),
     ],
 )
 def test_clusters_refuse(values, options):
@@ -351,6 +358,24 @@ def test_recording_ends_and_changes_nothing():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@torch.no_grad()
+def test_importance_of_a_single_stream_model():
+    sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8)
+    encoder = spread(BertEncoder(single_stream_config(**sizes)))
+    layout = Layout(torch.arange(5) < torch.tensor([[5], [2]]), torch.arange(4) < torch.tensor([[1], [4]]))
+    words, regions = (torch.randn(n, 16, generator=generator("packed", n)) for n in (7, 5))
+    x = layout.join(words, regions)
+    with recorded_attention(encoder, layout.mask) as rows:
+        states = run_layers(encoder, x, layout.mask, pack=False)
+    own = Encoded(states, layout, x, encoder).attention()
+    text, vision = Encoded(states, layout, x, encoder).packed_masks()
+    found, want = (modality_importance(attention, text, vision) for attention in (rows, own))
+    for name in want:
+        torch.testing.assert_close(found[name], want[name], atol=1e-5, rtol=0)
+    torch.testing.assert_close(want["text"] + want["vision"], torch.ones(3, 2), atol=1e-5, rtol=0)
+    assert want["text"].std() > 0.01
+
+
 def test_attention_row_refuses():
     attention = (
         BertForMaskedLM(bert_config(scale("smoke", layers=1), 40)).bert.encoder.layer[0].attention.self
@@ -384,6 +409,19 @@ def test_pictures_show_the_numbers():
     np.testing.assert_allclose(shown["after: vision"].get_array(), after["vision"])
     assert len({image.get_clim() for image in shown.values()}) == 1
     plt.close("all")
+
+
+def test_strips_show_attention_to_words():
+    from matplotlib import pyplot as plt
+
+    rows = dict(before=[0.1, 0.9], after=torch.tensor([0.6, 0.4]))
+    ax = attention_strips(["a", "kettle"], rows, torch.tensor([1]).tolist())
+    np.testing.assert_allclose(ax.images[0].get_array(), [[0.1, 0.9], [0.6, 0.4]])
+    assert [t.get_fontweight() for t in ax.get_xticklabels()] == ["normal", "bold"]
+    plt.close("all")
+    for arguments in ((["a"], rows), (["a", "kettle"], {}), (["a", "kettle"], rows, [2])):
+        with pytest.raises(ValueError, match="words"):
+            attention_strips(*arguments)
 
 
 @pytest.mark.parametrize("draw", [importance_curves, importance_heatmaps])

@@ -3,17 +3,37 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from vlkd.data.text import train_tokenizer
+from vlkd.losses.pretraining import (
+    alignment_loss,
+    mask_regions,
+    masked_class_loss,
+    masked_feature_loss,
+    masked_word_loss,
+    matching_loss,
+    pretraining_batch,
+    word_region_distance,
+)
 from vlkd.losses.targeted import candidate_scores
 from vlkd.models.single_stream import Layout, attention_probabilities, padded
-from vlkd.models.uniter import UNITER, box_shares, from_uniter, uniter_config, uniter_loss, uniter_text
+from vlkd.models.uniter import (
+    UNITER,
+    UNITER_NAMES,
+    box_shares,
+    from_uniter,
+    uniter_config,
+    uniter_loss,
+    uniter_text,
+)
 from vlkd.models.vl import load, new_student, save_student, student_card
 from vlkd.models.vlbert import (
     VLBERT,
@@ -24,6 +44,7 @@ from vlkd.models.vlbert import (
     vlbert_loss,
     vlbert_text,
 )
+from vlkd.train.adversarial import VILLA, Adversary, adversarial_loss
 
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=40)
 SMALL |= dict(max_position_embeddings=24)
@@ -322,7 +343,7 @@ def test_attention_is_that_of_the_layers():
     own = layer.attention.self(out.embeddings, out.layout.mask[:, None, None])[0]
     near(mixed, own.detach(), out.layout.mask)
     row = attention_probabilities(model.encoder, out.embeddings, out.layout.mask, query=2)
-    near(row[1][:, :, 0], out.attention(None)[1][:, :, 2])
+    near(row[1], out.attention(None)[1][:, :, 2])
 
 
 def test_bfloat16_and_float32():
@@ -572,7 +593,7 @@ def test_vlbert_backbone(vlbert, case, pack):
             near(states, wanted, mask)
     if "cls_attention" in g:
         for seen, wanted in zip(out.attention(), g["cls_attention"], strict=True):
-            near(seen[:, :, 0], wanted)
+            near(seen, wanted)
         near(out.text, g["last_text"], out.layout.text_mask)
         near(out.regions, g["last_objects"], out.layout.region_mask)
 
@@ -1011,3 +1032,266 @@ def test_card_says_what_it_is(student, words, tmp_path):
     load(tmp_path)
     with pytest.raises(ValueError, match="no data card"):
         student_card("s@1", about, student, data=["tabletop", "nothing"])
+
+
+# VILLA beside the authors' training loops
+
+
+@pytest.fixture(scope="module")
+def villa():
+    return golden("villa_step")
+
+
+def adversary_of(settings):
+    kinds = settings["adv_modality"]
+    return Adversary(
+        modalities=tuple(kind for kind in kinds if kind != "alter"),
+        text_rate=settings["adv_lr_txt"],
+        image_rate=settings["adv_lr_img"],
+        steps=settings["adv_steps"],
+        norm=settings["norm_type"],
+        max_norm=settings["adv_max_norm"],
+        kl_weight=settings["adv_kl_weight"],
+        alternate="alter" in kinds,
+    )
+
+
+def villa_names(model):
+    "Our names of the authors' parameters."
+    table = UNITER_NAMES | {"vqa_output.": "heads.ve." if "ve" in model.heads else "heads.vqa."}
+
+    def ours(name):
+        old = max((o for o, new in table.items() if new and name.startswith(o)), key=len)
+        return table[old] + name[len(old) :]
+
+    return ours
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_villa_step(villa, case):
+    if case >= len(villa["cases"]):
+        pytest.skip("these golden values have fewer cases")
+    g = villa["cases"][case]
+    task = g["task"]
+    heads = villa["config"]["num_attention_heads"]
+    options = {} if task == "vcr" else dict(task=task)
+    model = from_uniter(rebuilt(g["weights"]), attention_heads=heads, **options)
+    batch = peers_batch(g.get("inputs") or villa["cases"][0]["inputs"])
+    targets = T(g["targets"])
+    targets = targets[:, 0] if task == "vcr" else targets
+
+    def forward(text_shift, region_shift):
+        return model.scores(task, model(**batch, text_shift=text_shift, region_shift=region_shift))
+
+    def task_loss(scores):
+        return uniter_loss(task, scores, targets)
+
+    near(forward(None, None), g["clean_scores"])
+    text_shape = (*batch["ids"].shape, villa["config"]["hidden_size"])
+    over = "mean" if task == "vcr" else "sum"
+    given = (forward, task_loss, text_shape, batch["features"].shape, adversary_of(g["settings"]))
+    loss, steps = adversarial_loss(*given, over=over, last_gradient=True)
+    loss.backward()
+    for step, wanted in zip(steps, g["steps"], strict=True):
+        assert step.loss == pytest.approx(wanted["loss"], rel=1e-9)
+        parts = ["_1", "_2"] if "kl_loss_1" in wanted else [""]
+        name = "ce_loss" if "ce_loss" in wanted else "bce_loss"
+        for i, part in enumerate(parts):
+            assert step.task[i] == pytest.approx(wanted[name + part], rel=1e-9)
+            assert step.divergence[i] == pytest.approx(wanted[f"kl_loss{part}"], rel=1e-7, abs=1e-12)
+        for kind, key in (("text", "txt"), ("image", "img")):
+            if f"{key}_delta" in wanted:
+                near(step.shifts[kind], wanted[f"{key}_delta"])
+                near(step.gradients[kind], wanted[f"{key}_delta_grad"])
+    ours, parameters = villa_names(model), dict(model.named_parameters())
+    for name, wanted in g["parameter_grads"].items():
+        near(parameters[ours(name)].grad, wanted)
+    norm = torch.stack([p.grad.norm() for p in parameters.values() if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(g["parameter_grad_norm"], rel=1e-8)
+
+
+def test_villa_shipped_settings(villa):
+    shipped = {}
+    for name, settings in villa["shipped_settings"].items():
+        shipped[name.rpartition("-")[0]] = adversary_of(settings)
+    assert {name: VILLA[name] for name in shipped} == {
+        name: replace(adversary, modalities=VILLA[name].modalities) for name, adversary in shipped.items()
+    }
+    assert all(set(VILLA[name].modalities) == set(a.modalities) for name, a in shipped.items())
+
+
+@pytest.mark.parametrize("family", ["uniter", "vlbert"])
+def test_adversary_of_both_students(words, family):
+    student = both_students(words)[family].double()
+    batch = small_batch(boxes=7 if family == "uniter" else 4)
+    batch |= dict(ids=batch["ids"] % len(words), types=None)
+    where = F.one_hot(torch.zeros(4, dtype=torch.long), 6).bool() if family == "vlbert" else None
+
+    def forward(text_shift, region_shift):
+        out = student(**batch, text_shift=text_shift, region_shift=region_shift)
+        return student.scores("vqa", out, where)
+
+    torch.manual_seed(0)
+    target = torch.randn(4, 7 if family == "uniter" else 9).double().softmax(1)
+
+    def task_loss(scores):
+        return F.binary_cross_entropy_with_logits(scores, target)
+
+    adversary = Adversary(text_rate=0.002, image_rate=0.002, steps=4, kl_weight=0.0)
+    shapes = ((4, 6, 16), (4, 5, 12))
+    loss, steps = adversarial_loss(forward, task_loss, *shapes, adversary)
+    costs = [step.task[0] for step in steps]
+    assert costs == sorted(costs) and costs[-1] > costs[0]
+    last = steps[-1].shifts
+    assert not last["text"][~batch["text_mask"]].any() and not last["image"][~batch["region_mask"]].any()
+    loss.backward()
+    assert student.encoder.layer[0].output.dense.weight.grad.abs().sum() > 0
+    one, _ = adversarial_loss(forward, task_loss, *shapes, replace(adversary, steps=1))
+    near(one, task_loss(forward(None, None)).item())  # one pass is not moved
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(steps=0), dict(text_rate=-1.0), dict(max_norm=-1), dict(kl_weight=-1), dict(modalities=())],
+)
+def test_adversaries_that_make_no_sense(settings):
+    with pytest.raises(ValueError):
+        Adversary(**settings)
+
+
+# Pre-training: the authors' losses, masks and pairs
+
+
+def test_uniter_pretraining_losses(uniter):
+    g = uniter["pretraining"]
+    model, batch = load_uniter(uniter, g), peers_batch(uniter["backbone"]["inputs"])
+    labels = T(g["mlm"]["txt_labels"])
+    where = labels != -1
+    out = model(**batch | dict(ids=T(g["mlm"]["input_ids"])))
+    near(masked_word_loss(model, out, labels.clamp(min=0), where), g["mlm"]["loss"])
+    hidden = T(g["mrfr"]["img_masks"])
+    out = model(**batch, region_masked=hidden)
+    near(masked_feature_loss(model, out, batch["features"], hidden), g["mrfr"]["loss"])
+    labels = torch.zeros(*hidden.shape, model.config.region_classes).double()
+    for row, known in zip(labels, g["mrc"]["soft_labels"], strict=True):
+        row[: len(known)] = T(known)
+    near(masked_class_loss(model, out, labels, hidden), g["mrc"]["kl_loss"])
+    near(masked_class_loss(model, out, labels, hidden, form="hard"), g["mrc"]["hard_loss"])
+    near(matching_loss(model, model(**batch), T(g["itm"]["targets"]).bool()), g["itm"]["loss"])
+
+
+def test_uniter_word_region_alignment(uniter):
+    g = uniter["word_region_alignment"]
+    there = [~T(g[name]) for name in ("txt_pad", "img_pad")]
+    near(word_region_distance(T(g["txt"]), T(g["img"]), *there), g["distance"])
+
+
+def test_word_region_distance_ignores_padding_and_batch():
+    torch.manual_seed(0)
+    text, regions = torch.randn(3, 5, 8).double(), torch.randn(3, 4, 8).double()
+    words = torch.arange(5) < torch.tensor([[5], [2], [3]])
+    boxes = torch.arange(4) < torch.tensor([[2], [4], [1]])
+    wanted = word_region_distance(text, regions, words, boxes)
+    text[~words], regions[~boxes] = torch.nan, torch.inf
+    near(word_region_distance(text, regions, words, boxes), wanted)
+    near(word_region_distance(text.flip(0), regions.flip(0), words.flip(0), boxes.flip(0)), wanted.flip(0))
+    boxes[1] = False
+    assert word_region_distance(text, regions, words, boxes)[1] == 0
+    text = text.nan_to_num().requires_grad_()
+    word_region_distance(text, regions, words, boxes).sum().backward()
+    assert torch.isfinite(text.grad).all() and not text.grad[~words].any() and text.grad[0].any()
+
+
+def pretraining_data(words, n=40):
+    g = torch.Generator().manual_seed(5)
+    lengths = torch.randint(3, 9, (n, 1), generator=g)
+    mask = torch.arange(8) < lengths
+    boxes = torch.arange(6) < torch.randint(1, 7, (n, 1), generator=g)
+    ids = torch.randint(5, len(words), (n, 8), generator=g).masked_fill(~mask, 0)
+    data = dict(ids=ids, text_mask=mask, features=torch.randn(n, 6, 12, generator=g), region_mask=boxes)
+    return data | dict(boxes=torch.rand(n, 6, 7, generator=g), soft_labels=torch.rand(n, 6, 5, generator=g))
+
+
+def test_pretraining_batches_do_not_depend_on_the_batch(words):
+    data = pretraining_data(words)
+    options = dict(seed=3, epoch=7)
+    whole = pretraining_batch(data, np.arange(40), words, **options)
+    part = pretraining_batch(data, np.array([31, 4, 17]), words, **options)
+    for name in ("ids", "where", "features", "region_masked", "matched", "soft_labels"):
+        assert torch.equal(part[name], whole[name][[31, 4, 17]]), name
+    for name, x in part["inputs"].items():
+        assert torch.equal(x, whole["inputs"][name][[31, 4, 17]]), name
+    other = pretraining_batch(data, np.arange(40), words, seed=3, epoch=8)
+    for name in ("where", "region_masked", "matched"):
+        assert not torch.equal(other[name], whole[name])
+
+
+def test_masks_tell_nothing_of_the_match(words):
+    data = pretraining_data(words, 200)
+    words_masked, regions_masked = {True: [], False: []}, {True: [], False: []}
+    for epoch in range(30):
+        b = pretraining_batch(data, np.arange(200), words, seed=1, epoch=epoch)
+        for matched in (True, False):
+            rows = b["matched"] == matched
+            words_masked[matched].append(
+                b["where"][rows].float().sum() / b["inputs"]["text_mask"][rows].sum()
+            )
+            regions_masked[matched].append(
+                b["region_masked"][rows].sum() / b["inputs"]["region_mask"][rows].sum()
+            )
+        assert (
+            not b["counted"]["words"][~b["matched"]].any()
+            and not b["counted"]["regions"][~b["matched"]].any()
+        )
+        assert torch.equal(b["counted"]["words"][b["matched"]], b["where"][b["matched"]])
+    for shares in (words_masked, regions_masked):
+        yes, no = (torch.stack(shares[matched]).mean().item() for matched in (True, False))
+        assert yes == pytest.approx(no, rel=0.08)
+
+
+def test_pretraining_batch_shows_no_masked_region(words):
+    data = pretraining_data(words)
+    b = pretraining_batch(data, np.arange(40), words, seed=0)
+    student = new_student(
+        "uniter", ("mrfr",), seed=0, **SMALL | dict(vocab_size=len(words), feature_dim=12)
+    ).eval()
+    other = dict(
+        b["inputs"], features=b["inputs"]["features"].masked_fill(b["region_masked"][..., None], 9.0)
+    )
+    assert torch.equal(student(**other).states, student(**b["inputs"]).states)
+    assert not (b["region_masked"] & ~b["inputs"]["region_mask"]).any() and b["region_masked"].any(1).all()
+
+
+@pytest.mark.parametrize("family", ["uniter", "vlbert"])
+def test_pretraining_of_both_students(words, family):
+    data = pretraining_data(words)
+    if family == "vlbert":
+        data["boxes"] = data["boxes"][..., :4]
+    small = SMALL | dict(vocab_size=len(words), feature_dim=12, region_classes=5)
+    small |= dict(coordinate_dim=4, visual_scale=0.5) if family == "vlbert" else {}
+    student = new_student(family, ("mlm", "mrc", "itm"), seed=0, **small)
+    b = pretraining_batch(data, np.arange(40), words, seed=0)
+    out = student(**b["inputs"])
+    losses = [masked_word_loss(student, out, b["ids"], b["counted"]["words"])]
+    losses += [masked_class_loss(student, out, b["soft_labels"], b["counted"]["regions"])]
+    losses += [matching_loss(student, out, b["matched"])]
+    there = (b["inputs"]["text_mask"], b["inputs"]["region_mask"])
+    losses += [alignment_loss(word_region_distance(out.text, out.regions, *there), b["matched"])]
+    sum(losses).backward()
+    assert all(loss.isfinite() for loss in losses)
+    assert student.heads["itm"].weight.grad.any() and student.encoder.layer[0].output.dense.weight.grad.any()
+    nothing = {masked_word_loss: ("ids", "where"), masked_class_loss: ("soft_labels", "region_masked")}
+    for loss, (targets, where) in nothing.items():
+        zero = loss(student, student(**b["inputs"]), b[targets], b[where] & False)
+        zero.backward()
+        assert zero.item() == 0
+
+
+def test_mask_regions_keeps_the_picture():
+    there = torch.arange(7) < torch.randint(1, 8, (500, 1))
+    hidden = mask_regions(there, seed=0, epoch=0, example=np.arange(500))
+    assert hidden.any(1).all() and not (hidden & ~there).any()
+    alone = there.sum(1) == 1
+    assert hidden[alone, 0].all() and not hidden[~alone, 0].any()
+    free = mask_regions(there, seed=0, epoch=0, example=np.arange(500), keep=0)
+    assert free[~alone, 0].any()

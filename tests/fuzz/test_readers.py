@@ -28,6 +28,8 @@ from safetensors.torch import save
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_squad import made
 from test_tasks import FILE, GOOD
+from test_vcr import an_item, lexicon_rows
+from test_vl_tasks import a_line, a_question
 
 from vlkd.core.files import CHECKSUMS, read_json, rng, write_json
 from vlkd.core.records import Run, record
@@ -47,7 +49,10 @@ from vlkd.data.public import (
 from vlkd.data.squad import read_squad
 from vlkd.data.tasks import TASKS, read_task
 from vlkd.data.text import load_vocabulary
+from vlkd.data.vcr import load_vcr, write_vcr
 from vlkd.data.video import Features, read_frames, read_photos, write_mp4
+from vlkd.data.vl_tasks import load_daquar, load_esnlive, load_snli_ve, load_vqa, write_vqa
+from vlkd.data.wordnet import read_wordnet
 from vlkd.eval.claims import read_claims
 from vlkd.features.encoders import load_mobilenet
 from vlkd.features.extract import find_videos
@@ -406,6 +411,40 @@ ARTICLES = {
 TEXT = "Cork floats.\n\n = T = \nnaïve @-@ text\n".encode()
 
 
+def vcr_files(folder):
+    write_vcr([an_item(), an_item("val-1", metadata_fn="b.json")], folder, "val")
+
+
+def vcr(d):
+    items = load_vcr(d, "val")
+    assert all(len(item["boxes"]) == len(item["objects"]) for item in items)
+    assert all(len(item["answer_choices"]) == 4 > item["answer_label"] >= 0 for item in items)
+    return items
+
+
+def vqa_files(folder):
+    write_vqa([a_question(), a_question(2)], folder, "val")
+
+
+def vqa(d):
+    items = load_vqa(d, "val")
+    assert all(len(item["answers"]) == 10 for item in items)
+    return items
+
+
+def snli_ve(d):
+    items = load_snli_ve(d, "dev")
+    assert all(item["label"] in (0, 1, 2) and item["hypothesis"].strip() for item in items)
+    return items
+
+
+EXPLAINED = dict(image="7.jpg", pair_id="7#0", hypothesis="A cat.", label="neutral", explanation="So.")
+ESNLI_ROWS = (
+    b',pairID,Flickr30kID,hypothesis,gold_label,explanation\n0,7#0,7.jpg,"A cat, a dog.",neutral,So.\n'
+)
+DAQUAR_ROWS = b'question,answer,image_id\nwhat is it,lamp,image1\nwhat is on it,"cup, jar",image2\n'
+
+
 def some_claims() -> bytes:
     "The defaults and the first claims of the ledger."
     data = (ROOT / "nbs/experiments/vidlankd/claims.toml").read_bytes()
@@ -438,6 +477,19 @@ READERS = dict(
     settings=({"settings.ini": (ROOT / "settings.ini").read_bytes()}, ini),
     flickr=(FLICKR, flickr),
     articles=(ARTICLES, articles),
+    vcr=(vcr_files, vcr),
+    vqa=(vqa_files, vqa),
+    snli_ve=({"snli_ve_dev.jsonl": json_lines([a_line(), a_line(pairID="b")])}, snli_ve),
+    esnlive_photos=(
+        {"esnlive_dev_flickr8k.jsonl": json_lines([EXPLAINED, EXPLAINED | dict(pair_id="b")])},
+        lambda d: load_esnlive(d, "dev"),
+    ),
+    esnlive=({"test.csv": ESNLI_ROWS}, lambda d: load_esnlive(d, "test")),
+    daquar=({"official_test.csv": DAQUAR_ROWS}, lambda d: load_daquar(d, "test")),
+    wordnet=(
+        dict(zip(("entries.jsonl", "synsets.jsonl"), map(json_lines, lexicon_rows()), strict=True)),
+        read_wordnet,
+    ),
     text=({"text/a.txt": TEXT, "text/b.txt.gz": packed("More text.\n")}, text),
     mobilenet=({"mobilenet_v2_imagenet_fp16.npz": MOBILENET}, mobilenet),
     weights=(WEIGHTS, weights),

@@ -94,7 +94,7 @@ class _Piece:
         is_name = len(text) > 1 and self.place > 0 and text[0].isupper() and sum(map(str.isupper, text)) == 1
         return "n" if is_name else "p"
 
-
+# %% ../../nbs/1a_data.keywords.ipynb #3cb64ab6
 def _ends_sentence(before: str, piece: str, after: str) -> bool:
     ends = piece[-1] in ".!?" and before.lower() not in _TITLES
     return ends and bool(re.match("[A-Z0-9\"'“(\\[]", after))
@@ -161,7 +161,7 @@ def _count(blocks: list[list[_Piece]]) -> dict[str, _Term]:
                 term.left[before] += 1
     return terms
 
-
+# %% ../../nbs/1a_data.keywords.ipynb #ed5ea781
 def _median(values) -> float:
     values, half = sorted(values), len(values) // 2
     return values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2

@@ -80,7 +80,7 @@ def _check_item(item: dict, labelled: bool) -> None:
     for kind in ("answer", "rationale"):
         _check_choices(item, kind, labelled)
 
-
+# %% ../../nbs/1c_data.vcr.ipynb #e37af276
 def _is_box(box) -> bool:
     "x1, y1, x2, y2 and, in the official files, the detector's score."
     right = isinstance(box, list) and len(box) in (4, 5)
@@ -166,7 +166,7 @@ def load_vcr(
         items.append(item | labels | own)
     return items
 
-
+# %% ../../nbs/1c_data.vcr.ipynb #20cd9514
 def write_vcr(
     items: Iterable[dict],  # as `load_vcr` gives them
     folder,
@@ -258,6 +258,8 @@ def low_shot(
     `ValueError` where a group has fewer."""
     members = defaultdict(list)
     for k, item in enumerate(items):
+        if lack := [key for key in (id, group) if key and key not in item]:
+            raise ValueError(f"item {k} has no {lack[0]!r}; its keys are {', '.join(map(str, item))}")
         members[item[group] if group else ""].append((str(item[id]), k))
     if few := {name: len(found) for name, found in members.items() if len(found) < n}:
         raise ValueError(f"{n} of each {group or 'set'} are asked for, there are only {few}")
@@ -298,7 +300,7 @@ def _pronoun(choice: list, question: list) -> str:
             break
     return "she" if balance < 0 else "he"
 
-
+# %% ../../nbs/1c_data.vcr.ipynb #ce88a2b1
 def _swapped(choice: list, tag, pronoun: str) -> list:
     "The tag as a pronoun, with a capital where it begins the choice."
     return [

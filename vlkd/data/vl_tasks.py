@@ -84,7 +84,7 @@ def load_snli_ve(
     p = find_file(folder, [f"snli_ve_{_split_name('SNLI-VE', split, _VE_SPLITS)}.jsonl"])
     return _checked(p, json_rows(p), _pair, "id")
 
-
+# %% ../../nbs/1d_data.vl_tasks.ipynb #0e646284
 def _official_pair(item: dict) -> dict:
     "The official keys of an example; what they do not hold is made from ours."
     row = {key: value for key, value in item.items() if key not in _OWN_KEYS}
@@ -154,7 +154,7 @@ ANNOTATORS = 10  # of a question
 
 
 def _vqa_names(split: str) -> tuple[str, str]:  # questions, annotations
-    part = VQA_SPLITS[_split_name("VQA", split, VQA_SPLITS)]
+    part = split if split in VQA_SPLITS.values() else VQA_SPLITS[_split_name("VQA", split, VQA_SPLITS)]
     return f"v2_OpenEnded_mscoco_{part}_questions.json", f"v2_mscoco_{part}_annotations.json"
 
 
@@ -190,7 +190,7 @@ def _check_annotation(row) -> None:
         if problem := text_problem(row.get(key, "")):
             raise ValueError(f"{key!r} {problem:.60}")
 
-
+# %% ../../nbs/1d_data.vl_tasks.ipynb #cbf937b2
 def _by_question(p, rows, key: str, check) -> dict:
     "The rows of a file by their question; `ValueError` names the place of what is wrong."
     if not isinstance(rows, list) or not rows:
@@ -229,7 +229,7 @@ def _joined(q: Path, questions: dict, a: Path, annotations: dict) -> list[dict]:
 
 def load_vqa(
     folder,  # with the official files (plain or .gz)
-    split: str,  # train, val, test or test-dev
+    split: str,  # train, val, test or test-dev, or as the files say it (train2014)
 ) -> list[
     dict
 ]:  # question_id, image_id, question, answers, multiple_choice_answer, question_type, answer_type
@@ -243,7 +243,7 @@ def load_vqa(
     annotations = _by_question(a, _rows_of(a, "annotations"), "annotations", _check_annotation)
     return _joined(q, questions, a, annotations)
 
-
+# %% ../../nbs/1d_data.vl_tasks.ipynb #b758f589
 _QUESTION_KEYS = ("question_id", "image_id", "question")
 
 
@@ -311,10 +311,13 @@ def _majority(texts: list[str]) -> str:
 
 
 def answer_set(
-    annotations: Iterable,  # with `answers` and, officially, `multiple_choice_answer`; or lists of answers
+    annotations: Iterable,  # with `answers` and, officially, `multiple_choice_answer`; or lists of answers;
+    # or the document that holds them under `annotations`
     n: int = 3129,
 ) -> list[str]:  # at most n, the most frequent first: label k is the answer at place k
     "The global set of answers of VQA: the `n` most frequent."
+    if isinstance(annotations, dict):
+        annotations = annotations.get("annotations", [None])
     questions, people = Counter(), Counter()
     for annotation in annotations:
         given = annotation if isinstance(annotation, dict) else dict(answers=annotation)
@@ -377,7 +380,7 @@ def low_shot_questions(items: list[dict], n: int, seed: int) -> list[dict]:
     "`n` questions of VQA in all (CLIP-TD)."
     return low_shot(items, n, seed, group="", id="question_id")
 
-
+# %% ../../nbs/1d_data.vl_tasks.ipynb #3215089e
 def low_shot_images(
     items: list[dict],
     n: int,  # images of each group
@@ -489,7 +492,7 @@ def _number_of(words: list[str]) -> list[str]:
     place = _verb_place(rest, auxiliary)
     return [*counted, "that", *rest[:place], auxiliary, *rest[place:]]
 
-
+# %% ../../nbs/1d_data.vl_tasks.ipynb #83e7a250
 def _how_many(match) -> str:
     return f"What is the number of {' '.join(_number_of(match[1].split()))}"
 
@@ -573,7 +576,7 @@ def _yes_no_statement(q: list[str], a: list[str]) -> tuple[list[str], str] | Non
     denied = [] if "yes" in a or "no" not in a else ["not"]
     return [q[1], q[0], *denied, *q[2:-1], *a[1:]], "6a"
 
-
+# %% ../../nbs/1d_data.vl_tasks.ipynb #85d38510
 _STATEMENTS = dict(what=_what_statement, whose=_whose_statement, why=_why_statement, how=_how_statement)
 _STATEMENTS |= dict.fromkeys(_YES_NO, _yes_no_statement)
 _STATEMENTS |= {

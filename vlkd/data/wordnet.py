@@ -16,7 +16,10 @@ from pathlib import Path
 
 from .readers import find_file, json_rows
 
-# %% ../../nbs/1b_data.wordnet.ipynb #bd733b82
+# %% ../../nbs/1b_data.wordnet.ipynb #d2c67346
+_DEPTH = dict(n=3, v=1, a=0, r=0)  # of a hypernym, at least
+
+
 @dataclass
 class WordNet:
     "Senses by lemma and part of speech, the members and hypernyms of each, and irregular forms."
@@ -40,12 +43,21 @@ class WordNet:
         first = self.senses.get((lemma, pos), [])[:1]
         return [member for id in first for member in self.members[id] if member != lemma]
 
+    def depth(self, synset: str) -> int:
+        "Levels above a synset, along its first hypernyms; 9 at most."
+        for levels in range(9):
+            if not self.above[synset]:
+                return levels
+            synset = self.above[synset][0]
+        return 9
+
     def kinds(self, lemma: str, pos: str, levels: int = 2) -> list[str]:
-        "Synsets of which the most frequent sense is a kind, the nearest first."
+        """Synsets of which the most frequent sense is a kind, the nearest first.
+        Those near the top of WordNet are left out: *abstraction* and *change* say nothing."""
         found, layer = [], self.senses.get((lemma, pos), [])[:1]
         for _ in range(levels):
             layer = [id for synset in layer for id in self.above[synset]]
-            found += layer
+            found += [id for id in layer if self.depth(id) >= _DEPTH[pos]]
         return list(dict.fromkeys(found))
 
     def hypernyms(self, lemma: str, pos: str, levels: int = 2) -> list[str]:
@@ -56,7 +68,7 @@ class WordNet:
         "Whether a synset is the most frequent sense of a lemma."
         return self.senses.get((lemma, pos), [""])[0] == synset
 
-
+# %% ../../nbs/1b_data.wordnet.ipynb #975b7aa4
 def _text_list(p: Path, line: int, row: dict, key: str) -> list[str]:
     "A list of texts that may be missing."
     values = row.get(key, [])
@@ -108,7 +120,7 @@ def read_wordnet(
     """Read a WordNet, once as long as its files do not change.
     `ValueError` names file and line of what is wrong."""
     files = [find_file(folder, [f"{name}.jsonl"]) for name in ("entries", "synsets")]
-    return _read(*files, *(p.stat().st_mtime_ns for p in files))
+    return _read(*files, *((p.stat().st_mtime_ns, p.stat().st_size) for p in files))
 
 # %% ../../nbs/1b_data.wordnet.ipynb #8917c84d
 _ENDINGS = dict(
@@ -241,26 +253,48 @@ def _neighbour(tokens, i: int) -> str | None:  # in lower case; None: a tag, or 
     return tokens[i].lower() if 0 <= i < len(tokens) and not _is_tag(tokens[i]) else None
 
 
+def _senses(word: str, pos: str, wordnet: WordNet) -> int:
+    "Senses of the likeliest base form."
+    return max((len(wordnet.senses[base, pos]) for base in base_forms(word, pos, wordnet)), default=0)
+
+
+def _leads_a_noun(tokens, i: int, wordnet: WordNet) -> bool:
+    after, second = _neighbour(tokens, i + 1), _neighbour(tokens, i + 2)
+    if after == "and" and second and base_forms(second, "a", wordnet):  # black and white birds
+        return _leads_a_noun(tokens, i + 2, wordnet)
+    return after is not None and after not in FUNCTION_WORDS and bool(base_forms(after, "n", wordnet))
+
+
+def _follows_an_adjective(before: str | None, wordnet: WordNet) -> bool:
+    return bool(before) and before not in FUNCTION_WORDS and bool(base_forms(before, "a", wordnet))
+
+
 def part_of_speech(
     tokens, i: int, wordnet: WordNet
 ) -> str | None:  # n, v, a, r; None: WordNet does not know it
-    """What the word at place `i` is, from its ending and the words beside it.
+    """What the word at place `i` is, from its ending, the words beside it, and what it means most often.
     Tokens that are no texts are persons."""
-    word = tokens[i].lower()
-    can_be = [pos for pos in "nvar" if base_forms(word, pos, wordnet)]
-    before, after = _neighbour(tokens, i - 1), _neighbour(tokens, i + 1)
-    if len(can_be) < 2:
-        return can_be[0] if can_be else None
-    if "n" in can_be and before in _DETERMINERS:
-        leads = after is not None and after not in FUNCTION_WORDS and bool(base_forms(after, "n", wordnet))
-        return "a" if leads and "a" in can_be else "n"
-    looks_like_verb = re.search("(ing|ed)$", word) or (word, "v") in wordnet.irregular
-    follows_person = i > 0 and _is_tag(tokens[i - 1])
-    if "v" in can_be and (follows_person or before in _BEFORE_VERBS or looks_like_verb):
-        return "v"
-    if "a" in can_be and before in ("is", "are", "was", "were", "very", "too", "so"):
+    word, before = tokens[i].lower(), _neighbour(tokens, i - 1)
+    senses = {pos: _senses(word, pos, wordnet) for pos in "nvar" if base_forms(word, pos, wordnet)}
+    if len(senses) < 2:
+        return next(iter(senses), None)
+    has_ending = bool(re.search("(ing|ed)$", word)) or (word, "v") in wordnet.irregular
+    looks_like_verb = "v" in senses and has_ending
+    is_modifier = before in _DETERMINERS or not looks_like_verb  # a wearing day, but: wearing glasses
+    if (
+        is_modifier
+        and 5 * senses.get("a", 0) >= max(senses.get("n", 0), 1)
+        and _leads_a_noun(tokens, i, wordnet)
+    ):
         return "a"
-    return can_be[0]
+    if "n" in senses and (before in _DETERMINERS or _follows_an_adjective(before, wordnet)):
+        return "n"
+    follows_person = i > 0 and _is_tag(tokens[i - 1])
+    if looks_like_verb or ("v" in senses and (follows_person or before in _BEFORE_VERBS)):
+        return "v"
+    if "a" in senses and before in ("is", "are", "was", "were", "very", "too", "so"):
+        return "a"
+    return max(senses, key=senses.get)
 
 # %% ../../nbs/1b_data.wordnet.ipynb #72745200
 _AN = re.compile(r"(?!one\b|once|eu|uni(?![mn])|us[eu])(?:[aeiou]|hour|honest|heir)", re.I)
@@ -285,7 +319,7 @@ def _candidates(lemma: str, pos: str, avoid: set[str], wordnet: WordNet) -> list
         found += [word for word in members if _may_stand(word, avoid, wordnet)]
     return found
 
-
+# %% ../../nbs/1b_data.wordnet.ipynb #83d14b3d
 def _keeps_its_role(tokens, i: int, lemma: str, wordnet: WordNet) -> bool:
     "Not: *going to* leave, *feels* sad, *looks* like."
     after = _neighbour(tokens, i + 1)
@@ -303,6 +337,7 @@ def _replacement(tokens, i: int, n: int, avoid: set[str], wordnet: WordNet) -> s
         found = [(pos, lemma) for lemma in base_forms(whole, pos, wordnet)] if pos else []
     else:
         order = "n" if _neighbour(tokens, i - 1) in _DETERMINERS else "vn"
+        order = order if not _leads_a_noun(tokens, i + n - 1, wordnet) else order.replace("n", "")
         found = [(pos, lemma) for pos in order for lemma in _phrases(words, pos, wordnet)]
     for pos, lemma in found[:1]:
         head = words[0] if pos == "v" else words[-1]
@@ -325,7 +360,7 @@ def _phrases(words: list[str], pos: str, wordnet: WordNet) -> list[str]:
         found += [" ".join(parts)] if wordnet.has(" ".join(parts), pos) else []
     return sorted(found)
 
-
+# %% ../../nbs/1b_data.wordnet.ipynb #3a91c41c
 def _shares(tokens, i: int, n: int, avoid: set[str], wordnet: WordNet) -> bool:
     "Whether these `n` tokens are words that the other text has, and one of them has a meaning."
     part = tokens[i : i + n]

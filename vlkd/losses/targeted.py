@@ -7,6 +7,8 @@ __all__ = ['feature_l1', 'visual_relevance', 'token_scores', 'select_tokens', 't
            'states_at_spans', 'confidence_ratio', 'confidence_gate', 'candidate_scores']
 
 # %% ../../nbs/44_losses.targeted.ipynb #71d078cb
+from numbers import Integral
+
 import torch
 
 from ..core.device import no_autocast
@@ -82,7 +84,7 @@ def token_scores(
 
 # %% ../../nbs/44_losses.targeted.ipynb #31d762c8
 def _check_number(name, m):
-    if isinstance(m, bool) or not isinstance(m, int) or m < 1:
+    if isinstance(m, bool) or not isinstance(m, Integral) or m < 1:
         raise ValueError(f"{name}: m, the number of tokens, should be an integer from 1 on, not {m!r}")
 
 

@@ -204,7 +204,7 @@ def attention_probabilities(
     x: torch.Tensor,  # (B, T, D) embeddings
     mask: torch.Tensor,  # (B, T) boolean
     query: int | None = 0,  # column whose attention is wanted, 0 is [CLS]; None: of all
-) -> list[torch.Tensor]:  # a layer: (B, heads, 1 or T, T), zero at padding
+) -> list[torch.Tensor]:  # a layer: (B, heads, T), or (B, heads, T, T) of all queries; zero at padding
     "What each layer's heads attend to, without dropout."
     was_training = encoder.training
     encoder.eval()
@@ -223,7 +223,8 @@ def _probabilities(attention, h, mask, query):
     if query is not None:
         q = q[:, :, query : query + 1]
     scores = at_least_float32(q @ k.transpose(2, 3)) * attention.scaling
-    return scores.masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
+    seen = scores.masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
+    return seen if query is None else seen[:, :, 0]
 
 # %% ../../nbs/3a_models.single_stream.ipynb #64d7c031
 @dataclass
