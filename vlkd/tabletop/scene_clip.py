@@ -181,7 +181,7 @@ def zero_shot_scores(
     images: torch.Tensor,  # (N, D) embeddings
     texts: torch.Tensor,  # (N, C, D) embeddings of candidates
 ) -> torch.Tensor:  # (N, C)
-    "Scaled cosines of pictures with candidates; a softmax of them is the teacher's confidence (CLIP-TD Eq. 9)."
+    "Scaled cosines of pictures with candidates; their softmax is the teacher's confidence (CLIP-TD Eq. 9)."
     if images.dim() != 2 or texts.dim() != 3 or texts.shape[::2] != images.shape:
         found = f"{tuple(images.shape)}, {tuple(texts.shape)}"
         raise ValueError(f"images should be (N, D) and texts (N, C, D): {found}")
