@@ -24,6 +24,7 @@ from vlkd.losses.pretraining import (
     word_region_distance,
 )
 from vlkd.losses.targeted import candidate_scores
+from vlkd.models.clip_adapters import ClipAdapter, candidate_texts, zero_shot_scores
 from vlkd.models.single_stream import Layout, attention_probabilities, padded
 from vlkd.models.uniter import (
     UNITER,
@@ -1295,3 +1296,61 @@ def test_mask_regions_keeps_the_picture():
     assert hidden[alone, 0].all() and not hidden[~alone, 0].any()
     free = mask_regions(there, seed=0, epoch=0, example=np.arange(500), keep=0)
     assert free[~alone, 0].any()
+
+
+# Adapters on CLIP
+
+ROWS = [
+    ("mlp", 1, "concat"),
+    ("mlp", 1, "cosine"),
+    ("mlp", 3, "concat"),
+    ("mlp", 3, "cosine"),
+    ("attention", 1, "concat"),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_adapters(row, outputs):
+    adapter = ClipAdapter(8, *row, outputs=outputs, attention_heads=2, seed=4).double().eval()
+    again = ClipAdapter(8, *row, outputs=outputs, attention_heads=2, seed=4).double()
+    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), again.parameters(), strict=True))
+    torch.manual_seed(0)
+    image, text = torch.randn(6, 8).double(), torch.randn(6, 8).double()
+    out = adapter(image, text)
+    assert out.shape == (6, outputs)
+    near(adapter(image.flip(0), text.flip(0)), out.detach().flip(0))
+    near(adapter(3 * image, 0.5 * text), out.detach())
+    out.square().sum().backward()
+    blank = [n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert blank == []
+    if outputs == 1:
+        near(
+            adapter.candidates(image[:3], text.view(3, 2, 8)),
+            adapter(image[:3].repeat_interleave(2, 0), text).view(3, 2).detach(),
+        )
+    else:
+        with pytest.raises(ValueError, match="one output"):
+            adapter.candidates(image[:3], text.view(3, 2, 8))
+
+
+def test_attention_adapter_ignores_padding():
+    adapter = ClipAdapter(8, "attention", attention_heads=2).double().eval()
+    torch.manual_seed(0)
+    image, text = torch.randn(2, 3, 8).double(), torch.randn(2, 5, 8).double()
+    mask = torch.arange(5) < torch.tensor([[5], [2]])
+    wanted = adapter(image, text, mask).detach()
+    text[1, 2:] = torch.nan
+    near(adapter(image, text, mask), wanted)
+    near(adapter(image[1:], text[1:, :2]), wanted[1:])
+    with pytest.raises(ValueError, match="text_mask"):
+        adapter(image, text, mask[:, :4])
+
+
+def test_zero_shot_is_a_cosine():
+    torch.manual_seed(0)
+    image, texts = torch.randn(3, 8), torch.randn(3, 4, 8)
+    wanted = F.cosine_similarity(image[:, None], texts, dim=-1)
+    near(zero_shot_scores(image, texts, scale=1.0), wanted, atol=1e-6)
+    with pytest.raises(ValueError, match="IQA, IA"):
+        candidate_texts("q", ["a"], "QA")
