@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlkd.data.vl_tasks import (
-    ANNOTATORS,
+    VQA_ANNOTATORS,
     FALLBACK,
     SOFT_SCORES,
-    VE_LABELS,
+    SNLI_VE_LABELS,
     VQA_SPLITS,
     VQA_TYPES,
     answer_set,
@@ -62,7 +62,7 @@ def test_snli_ve_in_official_form(tmp_path):
     file = tmp_path / "snli_ve_train.jsonl"
     file.write_text(lines(a_line(), a_line(pairID="7.jpg#0r1e", gold_label="entailment", sentence2="A pet.")))
     items = load_snli_ve(tmp_path, "train")
-    assert [item["label"] for item in items] == [1, 0] and VE_LABELS[2] == "contradiction"
+    assert [item["label"] for item in items] == [1, 0] and SNLI_VE_LABELS[2] == "contradiction"
     assert items[0]["image"] == "7.jpg" and items[0]["premise"] == "A cat."
     assert (items[1]["id"], items[1]["hypothesis"]) == ("7.jpg#0r1e", "A pet.")
     assert items[0]["annotator_labels"] == ["neutral"], "official keys stay"
@@ -352,7 +352,7 @@ def test_daquar_as_vqa(tmp_path):
     assert items[1]["multiple_choice_answer"] == "cup, jar" and soft_score(items[1]["answers"]) == {
         "cup, jar": 1.0
     }
-    assert items[0]["image_id"] == "image1" and len(items[0]["answers"]) == ANNOTATORS
+    assert items[0]["image_id"] == "image1" and len(items[0]["answers"]) == VQA_ANNOTATORS
     assert load_vqa(write_vqa(items, tmp_path, "train")[0].parent, "train") == items
     for text, says in (
         ("question,answer\na,b\n", r"official_train\.csv, line 1: no column 'image_id'"),
@@ -400,7 +400,7 @@ def test_the_set_has_as_many_as_asked():
 def test_soft_scores_equal_the_golden_values():
     values = golden_values("vqa_accuracy.json")
     for row in values["table"]:
-        answers = ["a"] * row["matches"] + ["b"] * (ANNOTATORS - row["matches"])
+        answers = ["a"] * row["matches"] + ["b"] * (VQA_ANNOTATORS - row["matches"])
         for method in SOFT_SCORES:
             assert soft_score(answers, method).get("a", 0.0) == pytest.approx(row[method], abs=1e-12)
     assert values["soft_targets"] and values["cases"]
