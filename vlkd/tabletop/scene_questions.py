@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.files import rng
 from ..core.settings import unknown_name
-from ..data.vl_tasks import ANNOTATORS, VE_LABELS
+from ..data.vl_tasks import SNLI_VE_LABELS, VQA_ANNOTATORS
 from .nouns import COLOURS, EDITION, EVENTS
 from .scenes import DEED_WORDS, HELD, JOBS, MOODS, OUTCOME_WORDS, ROOMS, Scene, SceneWorld
 
@@ -250,7 +250,7 @@ def ask_snli_ve(world: SceneWorld, split: str, n: int, first: int = 0) -> list[d
     while len(pairs) < n:
         scene = world.scene(split, number)
         r = rng("snli-ve", EDITION, world.seed, scene.id)
-        label = VE_LABELS[len(pairs) % 3]
+        label = SNLI_VE_LABELS[len(pairs) % 3]
         form = _VE[len(pairs) // 3 % len(_VE)]
         number += 1
         if found := form(world, scene, label, nouns, r):
@@ -348,7 +348,7 @@ def ask_vqa(world: SceneWorld, split: str, n: int, first: int = 0) -> list[dict]
         question, answer, possible, noun = found
         answers = [
             str(r.choice([a for a in possible if a != answer])) if r.random() < ANNOTATOR_ERROR else answer
-            for _ in range(ANNOTATORS)
+            for _ in range(VQA_ANNOTATORS)
         ]
         common = Counter(answers).most_common(1)[0][0]
         items.append(
