@@ -46,6 +46,7 @@ from vlkd.models.vlbert import (
     vlbert_text,
 )
 from vlkd.train.adversarial import VILLA, Adversary, adversarial_loss
+from vlkd.train.token_budget import token_budget_batches
 
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=40)
 SMALL |= dict(max_position_embeddings=24)
@@ -197,7 +198,7 @@ def test_uniter_vcr_pictures_are_embedded_once(uniter):
     model, batch = load_uniter(uniter, g), peers_batch(g["batch"])
     once = {name: batch[name][::4] for name in ("features", "boxes", "region_mask")}
     assert torch.equal(once["features"].repeat_interleave(4, 0), batch["features"])
-    picture = torch.arange(2).repeat_interleave(4)
+    picture = torch.arange(len(once["features"])).repeat_interleave(4)
     near(model.scores("vcr", model(**batch | once, picture=picture)), g["logits_2way"])
 
 
@@ -635,11 +636,7 @@ def vlbert_pictures(g):
     return dict(features=T(g["regions"])[:, : mask.shape[1]], region_mask=mask, classes=boxes[..., 5].long())
 
 
-def vlbert_vcr_cases():
-    return ["shipped", *range(7)]
-
-
-@pytest.mark.parametrize("case", vlbert_vcr_cases())
+@pytest.mark.parametrize("case", ["shipped", *range(7)])
 def test_vlbert_vcr(vlbert, case):
     g = vlbert["vcr"]
     if case != "shipped" and case >= len(g["variants"]):
@@ -1354,3 +1351,31 @@ def test_zero_shot_is_a_cosine():
     near(zero_shot_scores(image, texts, scale=1.0), wanted, atol=1e-6)
     with pytest.raises(ValueError, match="IQA, IA"):
         candidate_texts("q", ["a"], "QA")
+
+
+# Batches by a budget of tokens
+
+
+def test_token_budget_of_uniter(uniter):
+    g = uniter["token_bucket_sampler"]
+    for case in g["cases"]:
+        options = dict(multiple=case["size_multiple"], drop_last=case["droplast"], longest="bucket")
+        batches = token_budget_batches(g["lens"], case["budget"], **options)
+        found = [sorted((g["lens"][i] for i in batch), reverse=True) for batch in batches]
+        assert sorted(found) == sorted(sorted(batch, reverse=True) for batch in case["batches"])
+
+
+@pytest.mark.parametrize("longest", ["batch", "bucket"])
+def test_token_budget_is_kept(longest):
+    lengths = np.random.default_rng(0).integers(1, 60, 501)
+    batches = token_budget_batches(lengths, 500, multiple=4, bucket=100, longest=longest, seed=1)
+    assert sorted(np.concatenate(batches)) == list(range(501))
+    assert all(lengths[batch].max() * len(batch) <= 500 for batch in batches)
+
+
+@pytest.mark.parametrize(
+    "lengths, budget", [([], 9), ([[1]], 9), ([1.5], 9), ([0], 9), ([2], 9), ([10**6], 10**6)], ids=str
+)
+def test_token_budgets_that_do_not_fit(lengths, budget):
+    with pytest.raises(ValueError, match=r"lengths should be|budget"):
+        token_budget_batches(lengths, budget)

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlkd.data.vl_tasks import (
-    VQA_ANNOTATORS,
     FALLBACK,
-    SOFT_SCORES,
     SNLI_VE_LABELS,
+    SOFT_SCORES,
+    VQA_ANNOTATORS,
     VQA_SPLITS,
     VQA_TYPES,
     answer_set,
