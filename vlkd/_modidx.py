@@ -1909,8 +1909,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'vlkd.tabletop.scene_clip.scene_pixels': ( 'tabletop.scene_clip.html#scene_pixels',
                                                                                      'vlkd/tabletop/scene_clip.py'),
                                           'vlkd.tabletop.scene_clip.train_scene_clip': ( 'tabletop.scene_clip.html#train_scene_clip',
-                                                                                         'vlkd/tabletop/scene_clip.py'),
-                                          'vlkd.tabletop.scene_clip.zero_shot_scores': ( 'tabletop.scene_clip.html#zero_shot_scores',
                                                                                          'vlkd/tabletop/scene_clip.py')},
             'vlkd.tabletop.scene_questions': { 'vlkd.tabletop.scene_questions._activity': ( 'tabletop.scene_questions.html#_activity',
                                                                                             'vlkd/tabletop/scene_questions.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTEXT', 'SceneWords', 'scene_pixels', 'SceneClipSettings', 'scene_pairs', 'train_scene_clip', 'save_scene_clip',
-           'load_scene_clip', 'zero_shot_scores']
+           'load_scene_clip']
 
 # %% ../../nbs/3g_tabletop.scene_clip.ipynb #a53c84b1
 from dataclasses import asdict, dataclass
@@ -174,16 +174,3 @@ def load_scene_clip(folder) -> ClipTeacher:
     total = float(sum(x.double().abs().sum() for x in weights.values()))
     key = fingerprint(["scene-clip", about["world"], about["settings"], total])
     return ClipTeacher(net, words, scene_pixels, f"scene-clip-{key[:10]}")
-
-# %% ../../nbs/3g_tabletop.scene_clip.ipynb #7e648e80
-def zero_shot_scores(
-    teacher: ClipTeacher,
-    images: torch.Tensor,  # (N, D) embeddings
-    texts: torch.Tensor,  # (N, C, D) embeddings of candidates
-) -> torch.Tensor:  # (N, C)
-    "Scaled cosines of pictures with candidates; their softmax is the teacher's confidence (CLIP-TD Eq. 9)."
-    if images.dim() != 2 or texts.dim() != 3 or texts.shape[::2] != images.shape:
-        found = f"{tuple(images.shape)}, {tuple(texts.shape)}"
-        raise ValueError(f"images should be (N, D) and texts (N, C, D): {found}")
-    images, texts = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (images, texts))
-    return teacher.scale * (texts @ images[..., None])[..., 0]
