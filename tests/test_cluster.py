@@ -240,7 +240,8 @@ def test_workers_that_come_later(quick, dask, preload, other_library, capfd):
     outcome = toy.run(["teacher", "other"], cluster=cluster)
     thread.join()
     out = capfd.readouterr().out
-    assert outcome["failed"] == {} and sorted(outcome["done"]) == ["other@1", "teacher@1"] and slots == [2], out
+    assert outcome["failed"] == {} and slots == [2], out
+    assert sorted(outcome["done"]) == ["other@1", "teacher@1"]  # which of them ends first is open
     assert len(re.findall("not used: worker .* has another vlkd: vlkd.plots differs", out)) == 1
 
 
