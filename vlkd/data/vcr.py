@@ -10,7 +10,7 @@ __all__ = ['VCR_SPLITS', 'QUESTION_TYPES', 'load_vcr', 'write_vcr', 'question_ty
 import json
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 

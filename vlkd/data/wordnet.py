@@ -8,7 +8,6 @@ __all__ = ['FUNCTION_WORDS', 'WordNet', 'read_wordnet', 'base_forms', 'all_base_
 
 # %% ../../nbs/1b_data.wordnet.ipynb #4073e516
 import functools
-import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field

@@ -24,7 +24,6 @@ from vlkd.models.single_stream import (
     draw_weights,
     fill_weights,
     layers_in,
-    padded,
     picked,
     plain_names,
     quick,

@@ -27,8 +27,10 @@ from ..core.settings import Scale
 from ..data.catalog import cards
 from .card import model_licence, results_section, save_card
 from .single_stream import fill_weights
-from .uniter import UNITER, from_uniter, uniter_config, uniter_loss, uniter_sizes
-from .vlbert import VLBERT, from_vlbert, vlbert_config, vlbert_loss, vlbert_sizes
+from .uniter import UNITER, uniter_config, uniter_loss, uniter_sizes
+from .uniter import from_uniter as from_uniter
+from .vlbert import VLBERT, vlbert_config, vlbert_loss, vlbert_sizes
+from .vlbert import from_vlbert as from_vlbert
 from ..plots import markdown_text
 
 # %% ../../nbs/3d_models.vl.ipynb #ae454004

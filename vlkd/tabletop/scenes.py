@@ -14,7 +14,6 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
-import pandas as pd
 
 from ..core.files import fingerprint, rng
 from .nouns import COLOURS, EDITION, Assignment

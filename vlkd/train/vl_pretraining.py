@@ -9,7 +9,6 @@ __all__ = ['HEAD_LOSSES', 'pretraining_collator', 'PretrainingObjective']
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import nn
 
 from vlkd.losses.pretraining import (
